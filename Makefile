@@ -1,0 +1,30 @@
+# Everything runs in .venv, which `setup` makes. Python 3.11 to 3.13 with pip, and
+# a C compiler for what the runtime compiles on the way; no root, no GPU.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup test lint demo
+
+# The newest stock release; the lab keeps the older ones outside the repository.
+RELEASE := 0.5.23
+DEMO_RELEASE := 0.5.12
+BIN := .venv/bin
+
+help: ## this text
+	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+
+setup: ## make .venv: stock SGLang, Mooncake, this package, test tools
+	@tools/setup.sh $(RELEASE)
+
+test: setup ## lint, unit, contract (all stock wheels) and end-to-end tests
+	@$(BIN)/python tools/run_tests.py
+
+lint: setup ## ruff and mypy only
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+demo: setup ## corrupt a stock server's KV, then show the fix preventing it
+	@$(BIN)/sglang-scaling-fixes lab install $(DEMO_RELEASE)
+	@$(BIN)/sglang-scaling-fixes lab reclaim --release $(DEMO_RELEASE) --scenario abort --output demo.json

@@ -1,0 +1,196 @@
+"""Where the plugin touches a stock SGLang: every place, as data, and the one way to wrap it.
+
+`ATTACH_POINTS` is the whole surface between this project and SGLang's private
+code. The adapters wrap exactly these places through `wrap_method`; the contract
+tests resolve every entry against every supported wheel without importing it.
+A name that moved upstream therefore fails a test before it fails a server.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sglang_scaling_fixes.errors import AttachError
+
+FIRST_RELEASE = "0.5.11"
+"""First stock release with a plugin loader (entry-point group `sglang.srt.plugins`)."""
+LAST_RELEASE = "0.5.23"
+"""Newest stock release whose wheel the contract tests have read."""
+
+_MARK = "__sglang_scaling_fixes__"
+
+Role = Literal["decode", "prefill", "both", "server"]
+
+
+@dataclass(frozen=True)
+class AttachPoint:
+    """One place in stock SGLang that a fix relies on.
+
+    `target` is `"module:Qual.name"`; `params` are the parameter names (after
+    self/cls) the adapter relies on, a prefix of the real ones; `uses` are
+    attributes of the same class (own or inherited) the adapter reads or writes.
+    """
+
+    fix: str
+    role: Role
+    target: str
+    params: tuple[str, ...] = ()
+    uses: tuple[str, ...] = ()
+    first: str = FIRST_RELEASE
+    last: str = LAST_RELEASE
+    wrapped: bool = True
+    """False: called or wrapped on the object, the class itself is left alone."""
+
+
+_DECODE = "sglang.srt.disaggregation.decode"
+_COMMON = "sglang.srt.disaggregation.common.conn"
+_MOONCAKE = "sglang.srt.disaggregation.mooncake.conn"
+_UTILS = "sglang.srt.disaggregation.utils"
+_SCHEDULER = "sglang.srt.managers.scheduler"
+_FIX = "safe-reclaim"
+
+ATTACH_POINTS: tuple[AttachPoint, ...] = (
+    # -- every process: flags in, states out ---------------------------------
+    AttachPoint(
+        "plugin", "server", "sglang.srt.server_args:ServerArgs.add_cli_args", ("parser",)
+    ),
+    AttachPoint("plugin", "server", "sglang.srt.server_args:ServerArgs.from_cli_args", ("args",)),
+    AttachPoint(
+        "plugin", "server", "sglang.srt.entrypoints.engine:Engine._launch_subprocesses"
+    ),
+    AttachPoint("plugin", "both", f"{_SCHEDULER}:Scheduler.__init__", ("server_args",)),
+    AttachPoint("plugin", "both", f"{_SCHEDULER}:Scheduler.get_init_info"),
+    AttachPoint("plugin", "both", f"{_SCHEDULER}:Scheduler.get_internal_state", ("recv_req",)),
+    # -- decode: exposure, gate, tick ----------------------------------------
+    AttachPoint(
+        _FIX,
+        "decode",
+        f"{_DECODE}:DecodePreallocQueue.__init__",
+        uses=(
+            "token_to_kv_pool_allocator",
+            "req_to_metadata_buffer_idx_allocator",
+            "kv_manager",
+            "scheduler",
+            "gloo_group",
+            "metadata_buffers",
+        ),
+    ),
+    AttachPoint(_FIX, "decode", f"{_SCHEDULER}:Scheduler.process_decode_queue"),
+    AttachPoint(_FIX, "decode", f"{_SCHEDULER}:Scheduler.is_fully_idle"),
+    AttachPoint(
+        _FIX,
+        "decode",
+        f"{_MOONCAKE}:MooncakeKVReceiver.send_metadata",
+        ("kv_indices", "aux_index", "state_indices"),
+        uses=("bootstrap_infos", "bootstrap_room", "kv_mgr"),
+    ),
+    AttachPoint(_FIX, "decode", f"{_MOONCAKE}:MooncakeKVReceiver.clear"),
+    AttachPoint(_FIX, "decode", f"{_MOONCAKE}:MooncakeKVReceiver.failure_exception"),
+    AttachPoint(
+        _FIX,
+        "decode",
+        f"{_MOONCAKE}:MooncakeKVReceiver._connect_to_bootstrap_server",
+        ("bootstrap_info",),
+    ),
+    AttachPoint(_FIX, "decode", f"{_UTILS}:ReqToMetadataIdxAllocator.free", ("free_index",), wrapped=False),
+    AttachPoint(
+        _FIX,
+        "decode",
+        f"{_MOONCAKE}:MooncakeKVManager.start_decode_thread",
+        uses=("server_socket", "request_status", "local_ip", "rank_port"),
+    ),
+    # -- prefill: binding, accounting, drain ----------------------------------
+    AttachPoint(
+        _FIX,
+        "prefill",
+        f"{_MOONCAKE}:MooncakeKVManager.start_prefill_thread",
+        uses=("server_socket", "transfer_queues", "request_status"),
+    ),
+    AttachPoint(
+        _FIX,
+        "prefill",
+        f"{_MOONCAKE}:MooncakeKVManager.transfer_worker",
+        ("queue", "executor"),
+    ),
+    AttachPoint(
+        _FIX, "prefill", f"{_MOONCAKE}:MooncakeKVManager.init_engine", uses=("engine",)
+    ),
+    AttachPoint(_FIX, "prefill", f"{_MOONCAKE}:MooncakeKVSender.poll", uses=("bootstrap_room",)),
+    AttachPoint(_FIX, "prefill", f"{_MOONCAKE}:MooncakeKVSender.clear"),
+    AttachPoint(
+        _FIX,
+        "prefill",
+        f"{_MOONCAKE}:MooncakeKVManager.update_status",
+        ("bootstrap_room", "status"),
+        wrapped=False,
+    ),
+    AttachPoint(
+        _FIX,
+        "prefill",
+        f"{_MOONCAKE}:MooncakeKVManager.record_failure",
+        ("bootstrap_room", "failure_reason"),
+        wrapped=False,
+    ),
+)
+
+
+def resolve(target: str) -> tuple[Any, str, Any]:
+    """Import and return `(owner, attribute name, raw attribute)` of a target.
+
+    Raises `AttachError` naming the target when any part of it is missing.
+    """
+    module_name, _, qualname = target.partition(":")
+    try:
+        owner: Any = importlib.import_module(module_name)
+    except ImportError as error:
+        raise AttachError(f"{module_name} cannot be imported ({error})") from error
+    *path, name = qualname.split(".")
+    for part in path:
+        if not hasattr(owner, part):
+            raise AttachError(f"{module_name} has no {qualname}")
+        owner = getattr(owner, part)
+    if not hasattr(owner, name):
+        raise AttachError(f"{module_name} has no {qualname}")
+    raw = owner.__dict__.get(name, getattr(owner, name))
+    return owner, name, raw
+
+
+def wrap_method(target: str, around: Callable[..., Any]) -> None:
+    """Replace a method by `around(original, *args, **kwargs)`, once.
+
+    Class and static methods stay what they are. An inherited method is wrapped
+    on the named class only, so other backends that share the base are left
+    alone. Wrapping twice is an error: two layers would count twice.
+    """
+    owner, name, raw = resolve(target)
+    if getattr(getattr(raw, "__func__", raw), _MARK, False):
+        raise AttachError(f"{target} is already wrapped")
+    kind: Callable[[Any], Any] | None = None
+    original = raw
+    if isinstance(raw, classmethod | staticmethod):
+        kind = type(raw)
+        original = raw.__func__
+    elif hasattr(raw, "__self__") and isinstance(raw.__self__, type):
+        # An inherited classmethod, seen bound through the subclass.
+        kind = classmethod
+        original = raw.__func__
+
+    @functools.wraps(original)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return around(original, *args, **kwargs)
+
+    setattr(wrapper, _MARK, True)
+    setattr(owner, name, kind(wrapper) if kind is not None else wrapper)
+
+
+def is_wrapped(target: str) -> bool:
+    """True when `target` resolves and currently runs through our wrapper."""
+    try:
+        _, _, raw = resolve(target)
+    except AttachError:
+        return False
+    return bool(getattr(getattr(raw, "__func__", raw), _MARK, False))

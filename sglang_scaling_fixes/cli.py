@@ -1,0 +1,144 @@
+"""`sglang-scaling-fixes`: doctor, and the lab that reproduces the failures and proves the fixes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from sglang_scaling_fixes import __version__, doctor
+from sglang_scaling_fixes.errors import ScalingFixesError
+from sglang_scaling_fixes.lab.errors import LabError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0 all is well, 1 it ran and the answer is no, 2 it could not run."""
+    args = _parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except (ScalingFixesError, LabError) as error:
+        print(f"sglang-scaling-fixes: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("sglang-scaling-fixes: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sglang-scaling-fixes",
+        description="Keeps a stock SGLang's KV cache intact; shows what is in force, and proves it.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    check = commands.add_parser("doctor", help="what this environment has and which fixes hold")
+    check.add_argument("--json", action="store_true", help="machine-readable output")
+    check.add_argument(
+        "--plugin",
+        metavar="FIX[,FIX...]",
+        help="fixes to ask for (default: the environment's, or else what a bare --plugin arms)",
+    )
+    check.set_defaults(run=_doctor)
+
+    lab = commands.add_parser("lab", help="stock SGLang on a CPU: reproduce and prove")
+    labs = lab.add_subparsers(required=True, metavar="COMMAND")
+
+    install = labs.add_parser("install", help="install a stock release for the lab")
+    install.add_argument("release", metavar="RELEASE", help="for example 0.5.12")
+    install.set_defaults(run=_install)
+
+    reclaim = labs.add_parser(
+        "reclaim", help="abort while KV is on the wire: stock, then with --plugin"
+    )
+    reclaim.add_argument("--release", required=True, metavar="RELEASE")
+    reclaim.add_argument("--scenario", default="abort", help="abort (default), abort-slow-link")
+    reclaim.add_argument("--rounds", type=_positive, default=None, help="rounds in each half")
+    reclaim.add_argument("--seed", type=int, default=1, help="prompts of every round (default 1)")
+    reclaim.add_argument("--json", action="store_true", help="print the result as JSON")
+    reclaim.add_argument("--output", type=Path, metavar="FILE", help="also write the JSON to FILE")
+    reclaim.set_defaults(run=_reclaim)
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text) if text.isdigit() else 0
+    if not 1 <= value <= 1000:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 1000")
+    return value
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    result = doctor.report(args.plugin)
+    print(json.dumps(result, indent=2) if args.json else _doctor_text(result))
+    return 0 if doctor.in_force(result) else 1
+
+
+def _doctor_text(result: dict[str, Any]) -> str:
+    mooncake = result["mooncake"]
+    lines = [
+        f"SGLang    {result['sglang'] or 'not installed'}",
+        "Mooncake  "
+        + (f"{mooncake['version']} ({mooncake['protocol']})" if mooncake else "not installed"),
+    ]
+    if result["standins"]:
+        lines.append("No GPU here: probed with the lab's CPU stand-ins.")
+    lines.append("")
+    width = max(len(fix["name"]) for fix in result["fixes"])
+    for fix in result["fixes"]:
+        asked = "*" if fix["name"] in result["asked"] else " "
+        lines.append(f"{asked} {fix['name']:<{width}}  {fix['state']:<11}  {fix['reason']}")
+    lines.append("")
+    lines.append("* asked for")
+    return "\n".join(lines)
+
+
+def _install(args: argparse.Namespace) -> int:
+    from sglang_scaling_fixes.lab.install import install
+
+    found = install(args.release, progress=_say)
+    _say(f"lab: sglang {args.release} is ready at {found.python}")
+    return 0
+
+
+def _reclaim(args: argparse.Namespace) -> int:
+    from sglang_scaling_fixes.lab import reclaim
+
+    result = reclaim.run(
+        args.release, args.scenario, seed=args.seed, rounds=args.rounds, progress=_say
+    )
+    if args.output is not None:
+        args.output.write_text(json.dumps(result, indent=2) + "\n")
+        _say(f"lab: result written to {args.output}")
+    print(json.dumps(result, indent=2) if args.json else reclaim_table(result))
+    return 0 if _clean(result["fixed"]) else 1
+
+
+def _clean(half: dict[str, int]) -> bool:
+    return half["corrupted_pages"] == 0 and half["wrong_outputs"] == 0
+
+
+_COLUMNS = ("requests", "aborted", "victims", "corrupted_pages", "wrong_outputs")
+
+
+def reclaim_table(result: dict[str, Any]) -> str:
+    """The result as a small table: stock and fixed, one row each."""
+    rows = [["", *(name.replace("_", " ") for name in _COLUMNS)]]
+    rows += [[half, *(str(result[half][c]) for c in _COLUMNS)] for half in ("stock", "fixed")]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    title = f"SGLang {result['release']}, scenario {result['scenario']}"
+    lines = [
+        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(pairs))
+        for pairs in (list(zip(row, widths, strict=True)) for row in rows)
+    ]
+    return "\n".join(["", title, *lines, ""])
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

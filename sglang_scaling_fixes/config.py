@@ -1,0 +1,181 @@
+"""One frozen configuration. Command-line flags and environment are two spellings of it.
+
+Flags are written into the environment once they are parsed, because that is what
+reaches every child process SGLang spawns; a process therefore always reads its
+configuration from the environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+
+from sglang_scaling_fixes.errors import ConfigError
+
+FIX_NAMES = ("safe-reclaim", "hicache-ordering", "layer-split", "spec-guard")
+"""Every fix of the project, in the order it is reported."""
+
+DEFAULT_FIXES = ("safe-reclaim",)
+"""What a bare `--plugin` arms: fixes that are safe without a decision by the operator."""
+
+ENV_PREFIX = "SGLANG_SCALING_FIXES_"
+PLUGIN_ENV = ENV_PREFIX + "PLUGIN"
+PLUGIN_FLAG = "--plugin"
+
+_TRUE = {"1", "true", "yes", "on"}
+_FALSE = {"0", "false", "no", "off", ""}
+
+PEER_POLICIES = ("hold", "require")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting: its flag, its environment variable, and how its value is read."""
+
+    flag: str
+    help: str
+    kind: type
+    default: object
+    choices: tuple[str, ...] = ()
+
+    @property
+    def env(self) -> str:
+        return ENV_PREFIX + self.flag.removeprefix("--").replace("-", "_").upper()
+
+    @property
+    def dest(self) -> str:
+        return self.env.lower()
+
+
+SETTINGS = (
+    Setting(
+        "--safe-reclaim-peer",
+        "What decode does with a prefill that runs without safe-reclaim (and prefill with "
+        "such a decode). hold: serve, and after an abort hold the KV slots until stock's "
+        "success message proves the write landed. require: refuse the request.",
+        str,
+        "hold",
+        PEER_POLICIES,
+    ),
+    Setting(
+        "--safe-reclaim-audit",
+        "Check every free on the decode side against all slots a prefill may still write. "
+        "Costs a device sync per free; for tests and investigations.",
+        bool,
+        False,
+    ),
+    Setting(
+        "--safe-reclaim-resend",
+        "Seconds before an unanswered ABORT is sent again (doubles up to 5 s).",
+        float,
+        0.1,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """What this process was asked to do.
+
+    `fixes` is None when nobody asked for anything (stock stays untouched), an
+    empty tuple for an explicit `none`.
+    """
+
+    fixes: tuple[str, ...] | None = None
+    peer: str = "hold"
+    audit: bool = False
+    resend: float = 0.1
+
+    @property
+    def armed(self) -> bool:
+        return bool(self.fixes)
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] = os.environ) -> Config:
+        """Read the environment. Raises `ConfigError` naming variable, value and remedy."""
+        text = env.get(PLUGIN_ENV)
+        fixes = None if text is None else parse_fixes(text, PLUGIN_ENV)
+        peer, audit, resend = (_read(s, env.get(s.env)) for s in SETTINGS)
+        assert isinstance(peer, str) and isinstance(audit, bool) and isinstance(resend, float)
+        return cls(fixes, peer, audit, resend)
+
+
+def parse_fixes(text: str, source: str) -> tuple[str, ...]:
+    """`"default"`, `"none"` or a comma-separated list of fix names, without repeats.
+
+    `source` is the flag or variable the text came from, for the error message.
+    """
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if names in ((), ("none",)):
+        return ()
+    if names == ("default",):
+        return DEFAULT_FIXES
+    for name in names:
+        if name not in FIX_NAMES:
+            raise ConfigError(
+                f"{source}: unknown fix {name!r}; choose from {', '.join(FIX_NAMES)}, "
+                f"or give {PLUGIN_FLAG} alone for the defaults, or {PLUGIN_FLAG} none"
+            )
+    return names
+
+
+def _read(setting: Setting, text: str | None) -> object:
+    if text is None:
+        return setting.default
+    value = text.strip()
+    if setting.kind is bool:
+        if value.lower() in _TRUE | _FALSE:
+            return value.lower() in _TRUE
+        raise ConfigError(f"{setting.env}: {text!r} is not a yes or no; use 1 or 0")
+    if setting.kind is float:
+        try:
+            number = float(value)
+        except ValueError:
+            number = -1.0
+        if 0.01 <= number <= 60.0:
+            return number
+        raise ConfigError(
+            f"{setting.flag} ({setting.env}): {text!r} is not a number of seconds from 0.01 to 60"
+        )
+    if value in setting.choices:
+        return value
+    raise ConfigError(
+        f"{setting.flag} ({setting.env}): unknown value {text!r}; "
+        f"choose from {', '.join(setting.choices)}"
+    )
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add `--plugin` and every setting to SGLang's own parser."""
+    group = parser.add_argument_group("sglang-scaling-fixes")
+    group.add_argument(
+        PLUGIN_FLAG,
+        dest=PLUGIN_ENV.lower(),
+        nargs="?",
+        const="default",
+        default=None,
+        metavar="FIX[,FIX...]",
+        help="Arm sglang-scaling-fixes: alone, every fix that is safe by default "
+        f"({', '.join(DEFAULT_FIXES)}); with names, those; none, nothing. "
+        f"Known: {', '.join(FIX_NAMES)}. A fix asked for and not in force stops the start. "
+        f"Environment: {PLUGIN_ENV}.",
+    )
+    for setting in SETTINGS:
+        text = f"{setting.help} Default: {setting.default}. Environment: {setting.env}."
+        if setting.kind is bool:
+            group.add_argument(
+                setting.flag, dest=setting.dest, action="store_const", const="1", help=text
+            )
+        else:
+            metavar = "{" + ",".join(setting.choices) + "}" if setting.choices else "SECONDS"
+            group.add_argument(setting.flag, dest=setting.dest, metavar=metavar, help=text)
+
+
+def flags_to_env(args: argparse.Namespace, env: MutableMapping[str, str] = os.environ) -> None:
+    """Write the flags that were given into the environment; a flag wins over a variable."""
+    for name in (PLUGIN_ENV, *(s.env for s in SETTINGS)):
+        value = getattr(args, name.lower(), None)
+        if value is not None:
+            env[name] = str(value)

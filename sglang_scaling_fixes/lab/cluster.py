@@ -1,0 +1,314 @@
+"""Stock SGLang servers on this CPU: prefill servers and one decode server.
+
+    with link(48, run_dir) as way, Cluster(environment, model, way, run_dir) as cluster:
+        answer = cluster.send(cluster.fast, prompt, "r1", max_new_tokens=60).wait()
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+from sglang_scaling_fixes.lab.client import Answer, call
+from sglang_scaling_fixes.lab.errors import LabError
+from sglang_scaling_fixes.lab.install import Environment
+from sglang_scaling_fixes.lab.link import Link, Place
+from sglang_scaling_fixes.lab.process import Guarded
+
+Role = Literal["prefill", "decode"]
+
+READY_S = 300.0
+ANSWER_S = 180.0
+_SITE = Path(__file__).parent / "site"
+_STANDINS = "SGLANG_SCALING_FIXES_LAB"
+_OBSERVE = "SGLANG_SCALING_FIXES_LAB_OBSERVE"
+_MODEL_MODULES = ("llama", "registry", "utils")
+
+COMMON_FLAGS = (
+    "--device", "cpu",
+    "--attention-backend", "torch_native",
+    "--dtype", "float32",
+    "--skip-tokenizer-init",
+    "--skip-server-warmup",
+    "--disable-overlap-schedule",
+    "--disable-radix-cache",
+    "--random-seed", "1",
+    "--disaggregation-transfer-backend", "mooncake",
+)  # fmt: skip
+
+
+class Server:
+    """One SGLang server under a guard."""
+
+    def __init__(
+        self,
+        environment: Environment,
+        model: Path,
+        name: str,
+        role: Role,
+        place: Place,
+        client: Place,
+        run_dir: Path,
+        *,
+        flags: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        self.name = name
+        self.role = role
+        self.place = place
+        self.client = client
+        self.port, self.bootstrap_port = place.free_ports(2)
+        self._started = time.monotonic()
+        scratch = tempfile.mkdtemp(prefix="ssf-lab-")
+        command = [
+            str(environment.python), "-m", "sglang.launch_server",
+            "--model-path", str(model), "--host", place.address, "--port", str(self.port),
+            "--disaggregation-mode", role,
+            "--disaggregation-bootstrap-port", str(self.bootstrap_port),
+            *COMMON_FLAGS, *_release_flags(environment, role), *flags,
+        ]  # fmt: skip
+        options = ["--scratch", scratch]
+        if place.netns is not None:
+            options += ["--netns", place.netns]
+        self.process = Guarded(
+            command,
+            log=run_dir / f"{name}.log",
+            env=_server_env(environment, place, scratch, env or {}),
+            guard_options=options,
+        )
+
+    def wait_ready(self, timeout_s: float = READY_S) -> float:
+        """Seconds from start until the server answered; LabError if it ends or never does."""
+        while True:
+            waited = time.monotonic() - self._started
+            if not self.process.alive:
+                raise LabError(self._obituary(f"ended with status {self.process.status}"))
+            if self.get("/health", timeout_s=5.0).status == 200:
+                return waited
+            if waited > timeout_s:
+                raise LabError(self._obituary(f"was not ready after {timeout_s:.0f} s"))
+            time.sleep(0.3)
+
+    def get(self, path: str, timeout_s: float = 10.0) -> Answer:
+        return call(self.client, self.place.address, self.port, path, None, timeout_s)
+
+    def post(self, path: str, payload: object, timeout_s: float = ANSWER_S) -> Answer:
+        return call(self.client, self.place.address, self.port, path, payload, timeout_s)
+
+    def _obituary(self, what: str) -> str:
+        return f"lab server {self.name} {what}; log {self.process.log}, its end:\n" + (
+            self.process.tail()
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a request ended on the decode side."""
+
+    rid: str
+    ids: list[int] | None  # generated token ids; None if there was no such answer
+    aborted: bool
+    decode: Answer
+    prefill: Answer | None  # None if prefill had not answered by then
+
+
+class Pending:
+    """A request on its way to both servers."""
+
+    def __init__(
+        self, prefill: Server, decode: Server, rid: str, payload: Mapping[str, object]
+    ) -> None:
+        self.rid = rid
+        self._answers: dict[Role, Answer] = {}
+        self._threads: dict[Role, threading.Thread] = {}
+        for server in (prefill, decode):
+            thread = threading.Thread(target=self._send, args=(server, payload), daemon=True)
+            self._threads[server.role] = thread
+            thread.start()
+
+    def _send(self, server: Server, payload: Mapping[str, object]) -> None:
+        self._answers[server.role] = server.post("/generate", payload)
+
+    def done(self, role: Role) -> bool:
+        return role in self._answers
+
+    def wait(self, timeout_s: float = ANSWER_S + 10, prefill: bool = True) -> Outcome:
+        """Wait for the decode server's answer, and for prefill's unless told not to."""
+        self._threads["decode"].join(timeout_s)
+        if prefill:
+            self._threads["prefill"].join(timeout_s)
+        answer = self._answers.get("decode", Answer(0, f"no answer within {timeout_s:g} s"))
+        body = answer.body if isinstance(answer.body, dict) else {}
+        meta = body.get("meta_info") or {}
+        reason = (meta.get("finish_reason") or {}).get("type")
+        ids = body.get("output_ids") if answer.status == 200 and reason != "abort" else None
+        return Outcome(
+            rid=self.rid,
+            ids=ids,
+            aborted=reason == "abort" or (answer.status >= 400 and "bort" in str(answer.body)),
+            decode=answer,
+            prefill=self._answers.get("prefill"),
+        )
+
+
+class Cluster:
+    """One decode server and one or two prefill servers, started together.
+
+    `fast` is beside the decode server; `slow` (with `prefills=2`) is across the link.
+    With one prefill that one is `fast`.
+    """
+
+    decode: Server
+    fast: Server
+    slow: Server
+
+    def __init__(
+        self,
+        environment: Environment,
+        model: Path,
+        way: Link,
+        run_dir: Path,
+        *,
+        prefills: int = 2,
+        extra_flags: Sequence[str] = (),
+        extra_env: Mapping[str, str] | None = None,
+        max_total_tokens: int = 1500,
+    ) -> None:
+        if prefills not in (1, 2):
+            raise LabError(f"prefills={prefills}: a lab cluster has 1 or 2 prefill servers")
+        self._environment = environment
+        self._model = model
+        self._link = way
+        self._run_dir = run_dir
+        self._prefills = prefills
+        self._flags = [*extra_flags]
+        self._env = dict(extra_env or {})
+        self._tokens = max_total_tokens
+        self._stack = ExitStack()
+        self._room = 1000 * (os.getpid() % 1000) + 1
+        self.observations = run_dir / "observations.jsonl"
+        self.requests = 0
+        self.ready_s = 0.0
+
+    def __enter__(self) -> Cluster:
+        began = time.monotonic()
+        self._run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            servers = self._start()
+            for server in servers:
+                server.wait_ready()
+        except BaseException:
+            self._stack.close()
+            raise
+        self.ready_s = time.monotonic() - began
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def _start(self) -> list[Server]:
+        capacity = ["--max-total-tokens", str(self._tokens)]
+        near, far = self._link.near, self._link.far
+        self.decode = self._server(
+            "decode",
+            "decode",
+            near,
+            [*capacity, "--num-reserved-decode-tokens", "16"],
+            {_OBSERVE: str(self.observations)},
+        )
+        self.fast = self._server("prefill-fast", "prefill", near, capacity, {})
+        if self._prefills == 1:
+            return [self.decode, self.fast]
+        self.slow = self._server("prefill-slow", "prefill", far, capacity, {})
+        return [self.decode, self.fast, self.slow]
+
+    def _server(
+        self, name: str, role: Role, place: Place, flags: list[str], env: dict[str, str]
+    ) -> Server:
+        server = Server(
+            self._environment,
+            self._model,
+            name,
+            role,
+            place,
+            self._link.near,
+            self._run_dir,
+            flags=[*flags, *self._flags],
+            env={**env, **self._env},
+        )
+        self._stack.callback(server.process.end)
+        return server
+
+    def send(
+        self, prefill: Server, prompt: Sequence[int], rid: str, *, max_new_tokens: int
+    ) -> Pending:
+        """Send one greedy request to `prefill` and the decode server; returns at once."""
+        self._room += 1
+        self.requests += 1
+        payload = {
+            "input_ids": list(prompt),
+            "sampling_params": {
+                "max_new_tokens": max_new_tokens,
+                "temperature": 0,
+                "ignore_eos": True,
+            },
+            "rid": rid,
+            "bootstrap_host": prefill.place.address,
+            "bootstrap_port": prefill.bootstrap_port,
+            "bootstrap_room": self._room,
+        }
+        return Pending(prefill, self.decode, rid, payload)
+
+    def abort(self, rid: str) -> None:
+        """Abort a request on the decode server, as a router or a client library does."""
+        answer = self.decode.post("/abort_request", {"rid": rid}, timeout_s=30.0)
+        if answer.status != 200:
+            raise LabError(f"POST /abort_request answered {answer.status}: {answer.body}")
+
+
+def _release_flags(environment: Environment, role: Role) -> list[str]:
+    """Flags that only some releases know."""
+    if role == "decode" and environment.knows_flag("disaggregation_decode_retraction_backup"):
+        return ["--disaggregation-decode-retraction-backup", "none"]
+    return []
+
+
+def _server_env(
+    environment: Environment, place: Place, scratch: str, extra: Mapping[str, str]
+) -> dict[str, str]:
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.lower().endswith("_proxy") and name not in ("VIRTUAL_ENV", "PYTHONHOME")
+    }
+    path = [str(_SITE), *filter(None, [inherited.get("PYTHONPATH")])]
+    return {
+        **inherited,
+        **environment.env,
+        "PYTHONPATH": os.pathsep.join(path),
+        "TMPDIR": scratch,
+        _STANDINS: "1",
+        "SGLANG_USE_CPU_ENGINE": "1",
+        "SGLANG_HOST_IP": place.address,
+        "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "false",
+        "SGLANG_DISABLED_MODEL_ARCHS": ",".join(environment.models_other_than(_MODEL_MODULES)),
+        "MC_FORCE_TCP": "1",
+        "MOONCAKE_PROTOCOL": "tcp",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        **extra,
+    }

@@ -1,0 +1,27 @@
+"""What a CPU lacks to run a stock SGLang, supplied inside the server's processes.
+
+`install` runs at interpreter start and therefore only registers import hooks: the
+work happens when torch, sgl_kernel or a watched SGLang module is first imported.
+Nothing here ever loads on a machine with a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+
+from sglang_scaling_fixes.lab.standins import cuda, gpu, hidden, hooks, kernels
+
+OBSERVE = "SGLANG_SCALING_FIXES_LAB_OBSERVE"
+
+
+def install() -> None:
+    """Register the stand-ins in this process, or end it if it has a GPU."""
+    gpu.refuse()
+    hidden.install()
+    kernels.install()
+    hooks.after_import("torch", cuda.patch_torch)
+    path = os.environ.get(OBSERVE)
+    if path:
+        from sglang_scaling_fixes.lab import observer
+
+        hooks.after_import(observer.MODULE, observer.attacher(path))

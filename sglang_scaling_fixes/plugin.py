@@ -1,0 +1,180 @@
+"""The entry point stock SGLang calls in every process (group `sglang.srt.plugins`).
+
+    launch_server    activate -> flags added; flags parsed -> checked, into the environment
+    scheduler child  activate -> environment read, fixes attached and proven
+                     Scheduler.__init__ -> what was asked is in force here, or the start stops
+    main process     every scheduler's states come back with its "ready" message
+
+Stock's loader swallows any `Exception` a plugin raises and starts the server without
+it. So everything that must stop a start leaves here as `SystemExit`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from sglang_scaling_fixes import config as configuration
+from sglang_scaling_fixes import fixes
+from sglang_scaling_fixes.attach import wrap_method
+from sglang_scaling_fixes.config import Config
+from sglang_scaling_fixes.errors import ScalingFixesError
+
+logger = logging.getLogger(__name__)
+
+REPORT_KEY = "sglang_scaling_fixes"
+"""Our key in `/server_info` and in what schedulers report to the main process."""
+
+_SCHEDULER = "sglang.srt.managers.scheduler"
+_ENGINE = "sglang.srt.entrypoints.engine"
+_activated = False
+_statuses: list[fixes.Status] = []
+
+
+def activate() -> None:
+    """Called by SGLang's plugin loader, once per process. Stops the process rather than fail open."""
+    global _activated
+    if _activated:
+        return
+    _activated = True
+    try:
+        config = Config.from_env()
+        _wrap_command_line()
+        if config.armed:
+            _arm_process(config)
+    except ScalingFixesError as error:
+        stop(str(error))
+    except Exception as error:
+        logger.exception("sglang-scaling-fixes could not activate")
+        stop(f"could not activate: {type(error).__name__}: {error}")
+
+
+def stop(message: str) -> NoReturn:
+    """End this process with one line on stderr, exit status 1."""
+    text = message if message.startswith("sglang-scaling-fixes") else f"sglang-scaling-fixes: {message}"
+    raise SystemExit(text)
+
+
+def statuses() -> list[dict[str, str]]:
+    """What is in force in this process."""
+    return [status.as_dict() for status in _statuses]
+
+
+# -- main process: flags ------------------------------------------------------------
+
+
+def _wrap_command_line() -> None:
+    def add_cli_args(stock: Callable[..., Any], parser: Any) -> Any:
+        result = stock(parser)
+        configuration.add_flags(parser)
+        return result
+
+    def from_cli_args(stock: Callable[..., Any], cls: Any, args: Any) -> Any:
+        configuration.flags_to_env(args)
+        try:
+            config = Config.from_env()
+        except ScalingFixesError as error:
+            stop(str(error))
+        if config.fixes is None:
+            logger.info(
+                "sglang-scaling-fixes is installed and not armed; add --plugin to arm it"
+            )
+        server_args = stock(cls, args)
+        if config.armed:
+            _arm_process(config)
+            _check_server_args(server_args, config)
+        return server_args
+
+    wrap_method("sglang.srt.server_args:ServerArgs.add_cli_args", add_cli_args)
+    wrap_method("sglang.srt.server_args:ServerArgs.from_cli_args", from_cli_args)
+
+
+def _check_server_args(server_args: Any, config: Config) -> None:
+    if "safe-reclaim" in (config.fixes or ()):
+        from sglang_scaling_fixes.reclaim.server_args import check
+
+        try:
+            check(server_args)
+        except ScalingFixesError as error:
+            stop(f"safe-reclaim: {error}")
+
+
+# -- every process: fixes -------------------------------------------------------------
+
+
+def _arm_process(config: Config) -> None:
+    """Attach and prove the fixes, and hook the places where the states are reported."""
+    global _statuses
+    if _statuses:
+        return
+    _statuses = fixes.arm_all(config)
+    if (line := fixes.refusal(_statuses, config)) is not None:
+        stop(line)
+
+    def scheduler_init(
+        stock: Callable[..., Any], scheduler: Any, server_args: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        _check_server_args(server_args, config)
+        result = stock(scheduler, server_args, *args, **kwargs)
+        _check_scheduler(scheduler, config)
+        for status in _statuses:
+            if status.state is not fixes.State.OFF:
+                logger.info("sglang-scaling-fixes: %s %s (%s)", *status.as_dict().values())
+        return result
+
+    def get_init_info(stock: Callable[..., Any], scheduler: Any) -> Any:
+        return {**stock(scheduler), REPORT_KEY: statuses()}
+
+    def get_internal_state(stock: Callable[..., Any], scheduler: Any, recv_req: Any) -> Any:
+        output = stock(scheduler, recv_req)
+        output.internal_state[REPORT_KEY] = _live_report()
+        return output
+
+    wrap_method(f"{_SCHEDULER}:Scheduler.__init__", scheduler_init)
+    wrap_method(f"{_SCHEDULER}:Scheduler.get_init_info", get_init_info)
+    wrap_method(f"{_SCHEDULER}:Scheduler.get_internal_state", get_internal_state)
+
+    def launch_subprocesses(stock: Callable[..., Any], cls: Any, *args: Any, **kwargs: Any) -> Any:
+        result = stock(cls, *args, **kwargs)
+        _check_children(kwargs.get("server_args", args[0] if args else None), result)
+        return result
+
+    wrap_method(f"{_ENGINE}:Engine._launch_subprocesses", launch_subprocesses)
+
+
+def _check_scheduler(scheduler: Any, config: Config) -> None:
+    """After stock built its scheduler: the guards exist where this role needs them."""
+    if "safe-reclaim" in (config.fixes or ()):
+        from sglang_scaling_fixes.reclaim.server_args import check_in_force
+
+        try:
+            check_in_force(scheduler)
+        except ScalingFixesError as error:
+            stop(f"safe-reclaim: {error}")
+
+
+def _check_children(server_args: Any, launched: Any) -> None:
+    """Every scheduler that reported ready also reported what it has in force.
+
+    With data parallelism a controller relays a summary of its own; its schedulers
+    have checked themselves.
+    """
+    if getattr(server_args, "dp_size", 1) != 1:
+        return
+    for part in launched if isinstance(launched, tuple) else (launched,):
+        for info in getattr(part, "scheduler_infos", None) or ():
+            if REPORT_KEY not in info:
+                stop("a scheduler process started without the plugin; is SGLANG_PLUGINS set?")
+
+
+def _live_report() -> dict[str, Any]:
+    from sglang_scaling_fixes.reclaim.decode import DecodeGuard
+    from sglang_scaling_fixes.reclaim.prefill import PrefillGuard
+
+    report: dict[str, Any] = {"fixes": statuses()}
+    if DecodeGuard.current is not None:
+        report["safe_reclaim_decode"] = DecodeGuard.current.report()
+    if PrefillGuard.current is not None:
+        report["safe_reclaim_prefill"] = PrefillGuard.current.report()
+    return report

@@ -1,0 +1,26 @@
+"""Safe reclaim: KV slots of a failed transfer return only with proof that no writer is left."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sglang_scaling_fixes.config import Config
+
+
+def arm(config: Config) -> str:
+    """Attach both roles, once per process, and prove them; return the proof in words.
+
+    Raises `ScalingFixesError` when a stock part is missing or behaves differently.
+    """
+    from sglang_scaling_fixes.attach import ATTACH_POINTS, is_wrapped
+    from sglang_scaling_fixes.reclaim import decode, prefill, probe
+
+    if not is_wrapped(probe.SENTINEL):
+        decode.attach(config)
+        prefill.attach(config)
+    for point in ATTACH_POINTS:
+        if point.fix == "safe-reclaim" and point.wrapped and not is_wrapped(point.target):
+            probe.fail(f"{point.target} is not wrapped")
+    probe.run()
+    return "attached and proven on this release's own classes"

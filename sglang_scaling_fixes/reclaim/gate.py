@@ -1,0 +1,229 @@
+"""The choke point: nothing a writer may still reach goes back to a free list.
+
+Every path of stock SGLang that gives KV slots back (abort, time-out, its own
+release deadline, retraction, eviction) ends in a `free*` method of the token
+allocator or of the metadata-index allocator. The gate wraps those methods on the
+two allocator *objects*. While an owner has given up slots that are not proven
+free of writers, a free that touches them is kept as a call and replayed, as it
+was made, once the ledger has its proof:
+
+      free(indices) --- touches a given-up page? -- no --> stock
+                               | yes
+                               v
+                      kept (indices cloned) ---- proof ----> stock
+
+Cost: one truth test per free while nothing is given up. The look-up of indices
+(which needs their values on the host, so a device sync) happens only between an
+abort and the end of its release, or on every free with `--safe-reclaim-audit`.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from sglang_scaling_fixes.errors import AttachError
+from sglang_scaling_fixes.reclaim.ledger import Exposure, State
+
+logger = logging.getLogger(__name__)
+
+TOKEN_FREES = ("free", "free_full", "free_swa")
+"""Methods that take token locations; a page is `location // page_size`."""
+SEGMENT_FREES = ("free_segment", "free_full_segment", "free_swa_segment")
+"""The same for a page-aligned piece of one request's row (0.5.2x)."""
+PAGE_FREES = ("free_page_ids",)
+"""Methods that take page numbers."""
+COMPOSED_FREES = ("free_segments", "free_full_segments", "free_group_begin", "free_group_end")
+"""Methods that only call the ones above on themselves."""
+
+
+@dataclass(eq=False)
+class Slots:
+    """What one exposure made reachable, and the frees kept for it.
+
+    Page numbers are sorted, unique, int64, in the allocator's space. `own` are the
+    request's; `pages` adds those of a shared prefix that state transfers may write
+    too. `aux`: the metadata slot, None when the exposure has none.
+    """
+
+    exposure: Exposure
+    own: np.ndarray
+    pages: np.ndarray
+    aux: int | None
+    aux_back: bool = False
+    kept: list[Callable[[], None]] = field(default_factory=list)
+    seen: set[int] = field(default_factory=set)
+    tokens: int = 0
+    """Token slots in kept frees, for reporting."""
+
+    @property
+    def given_up(self) -> bool:
+        return self.exposure.state in (State.HELD, State.PROVEN)
+
+    @property
+    def complete(self) -> bool:
+        """Every exposed page is in a kept free: no ordinary free can touch one now."""
+        return len(self.seen) == len(self.pages)
+
+
+class Gate:
+    """Wraps one token allocator and one metadata-index allocator of a decode rank."""
+
+    def __init__(self, tokens: Any, metadata: Any, *, audit: bool = False) -> None:
+        self._page_size = int(tokens.page_size)
+        self._audit = audit
+        self._open: dict[str, Slots] = {}
+        self._aux: dict[int, Slots] = {}
+        self._watched: list[Slots] = []
+        """Given-up exposures not yet completely withheld. Empty in the normal path."""
+        self._wrap(tokens, metadata)
+
+    # -- events from the adapter ----------------------------------------------
+
+    def exposed(
+        self, exposure: Exposure, own: np.ndarray, shared: Sequence[np.ndarray], aux: int | None
+    ) -> None:
+        """Remember what `exposure` makes reachable: page numbers, any order, and `aux`."""
+        unique = np.unique(np.asarray(own, dtype=np.int64))
+        pages = np.unique(np.concatenate([unique, *(np.asarray(s, np.int64) for s in shared)]))
+        slots = self._open[exposure.gen] = Slots(exposure, unique, pages, aux)
+        if aux is not None:
+            self._aux[aux] = slots
+
+    def landed(self, exposure: Exposure) -> None:
+        """The slots are ordinary from now on."""
+        self._forget(exposure)
+
+    def gave_up(self, exposure: Exposure) -> None:
+        """From here until complete, every free is looked at."""
+        self._watched.append(self._open[exposure.gen])
+
+    def settle(self) -> None:
+        """Once per scheduler tick: stop looking for pages that are all withheld.
+
+        Not earlier: one release may free the same pages in several calls (full
+        and sliding-window halves). The metadata slot goes back in the same release,
+        so a request that returned it and not all its KV has freed KV past the gate.
+        """
+        for slots in self._watched:
+            if slots.aux_back and not slots.seen.issuperset(slots.own.tolist()):
+                raise RuntimeError(
+                    f"safe-reclaim: room {slots.exposure.room} was released and "
+                    f"{len(slots.own) - len(slots.seen)} of its KV pages went past the gate"
+                )
+        if self._watched:
+            self._watched = [s for s in self._watched if not s.complete]
+
+    def give_back(self, exposure: Exposure) -> int:
+        """Replay the kept frees of a returned exposure. Returns the token slots freed."""
+        slots = self._forget(exposure)
+        if slots in self._watched:
+            self._watched.remove(slots)
+        for call in slots.kept:
+            call()
+        return slots.tokens
+
+    def owns_aux(self, aux: int, room: int) -> bool:
+        """Whether metadata slot `aux` may be written on behalf of `room` now."""
+        slots = self._aux.get(aux)
+        return slots is not None and slots.exposure.room == room
+
+    def slots(self, exposure: Exposure) -> Slots:
+        return self._open[exposure.gen]
+
+    @property
+    def held_tokens(self) -> int:
+        return sum(s.tokens for s in self._open.values())
+
+    # -- internals --------------------------------------------------------------
+
+    def _forget(self, exposure: Exposure) -> Slots:
+        slots = self._open.pop(exposure.gen)
+        if slots.aux is not None and self._aux.get(slots.aux) is slots:
+            del self._aux[slots.aux]
+        return slots
+
+    def _wrap(self, tokens: Any, metadata: Any) -> None:
+        known = {*TOKEN_FREES, *SEGMENT_FREES, *PAGE_FREES, *COMPOSED_FREES}
+        found = {n for n in dir(tokens) if n.startswith("free") and callable(getattr(tokens, n))}
+        if unknown := found - known:
+            raise AttachError(
+                f"{type(tokens).__name__} has ways to free KV slots that safe-reclaim does "
+                f"not know: {', '.join(sorted(unknown))}"
+            )
+        for name in found - set(COMPOSED_FREES):
+            unit = 1 if name in PAGE_FREES else self._page_size
+            setattr(tokens, name, self._gated(getattr(tokens, name), unit))
+        stock_clear = tokens.clear
+
+        @functools.wraps(stock_clear)
+        def clear() -> Any:
+            if self._open:
+                raise RuntimeError(
+                    "safe-reclaim: the KV pool was to be cleared while "
+                    f"{len(self._open)} transfers may still write into it"
+                )
+            return stock_clear()
+
+        tokens.clear = clear
+        stock_free = metadata.free
+
+        @functools.wraps(stock_free)
+        def free(free_index: int) -> None:
+            if (slots := self._aux.get(int(free_index))) is not None:
+                self._keep_aux(slots, functools.partial(stock_free, free_index))
+            else:
+                stock_free(free_index)
+
+        metadata.free = free
+
+    def _gated(self, stock: Callable[..., Any], unit: int) -> Callable[..., Any]:
+        @functools.wraps(stock)
+        def gated(indices: Any, *args: Any, **kwargs: Any) -> Any:
+            if (self._watched or (self._audit and self._open)) and self._kept(
+                stock, unit, indices, args, kwargs
+            ):
+                return None
+            return stock(indices, *args, **kwargs)
+
+        return gated
+
+    def _kept(
+        self, stock: Callable[..., Any], unit: int, indices: Any, args: Any, kwargs: Any
+    ) -> bool:
+        """Keep this free if it touches a page some writer may still reach."""
+        pages = np.unique(indices.detach().cpu().numpy().astype(np.int64) // unit)
+        for slots in list(self._open.values()) if self._audit else list(self._watched):
+            touched = pages[np.isin(pages, slots.pages)]
+            if not len(touched):
+                continue
+            if not slots.given_up:
+                # Only the audit looks this far. Stock freed slots whose owner is
+                # still waiting for its KV: keep them until that is decided.
+                logger.error(
+                    "safe-reclaim audit: %d pages of room %d were freed while its transfer "
+                    "is open; they are kept",
+                    len(touched),
+                    slots.exposure.room,
+                )
+            # The indices may be a view of a request's row, which is reused long
+            # before the replay.
+            slots.kept.append(functools.partial(stock, indices.clone(), *args, **kwargs))
+            slots.seen.update(touched.tolist())
+            slots.tokens += int(indices.numel()) * (1 if unit == self._page_size else self._page_size)
+            return True
+        return False
+
+    def _keep_aux(self, slots: Slots, call: Callable[[], None]) -> None:
+        if not slots.given_up:
+            raise RuntimeError(
+                f"safe-reclaim: room {slots.exposure.room} gave its metadata slot back while "
+                "its transfer is open and nobody gave it up"
+            )
+        slots.aux_back = True
+        slots.kept.append(call)

@@ -1,0 +1,116 @@
+"""What decode and prefill say to each other, and how it travels beside stock messages.
+
+    decode -> prefill   Hello   trailer frame on stock's registration message
+                        Bind    trailer frame on stock's metadata message (the
+                                destinations of one attempt, with its generation)
+                        Ask     a message of its own: "room aborted; is it drained?"
+    prefill -> decode   Here    answer to Hello and Bind: "I speak this, and I am
+                                this process"
+                        Answer  answer to Ask
+
+Stock peers must never see a message they cannot read: a stock prefill's receive
+thread dies of one. So the first words ride as one extra trailing frame on a
+message stock sends anyway (every supported release indexes its frames and
+ignores what follows), and `Ask`, which has no such carrier, goes only to a rank
+that has answered `Here`. `Here` and `Answer` go only to whoever spoke first.
+
+Wire format: one frame, `TAG` followed by a msgpack-encoded tagged struct. `Ask`,
+`Here` and `Answer` travel alone as a single-frame message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+TAG = b"\x00ssf1\x00"
+"""Opens every frame of ours. Stock frames open with ASCII digits, letters or packed
+pointers; seven fixed bytes make an accidental match on a trailing frame negligible,
+and a frame that matches but does not decode is left to stock."""
+
+Rank = str
+"""A prefill rank as decode addresses it: `"ip:port"` of its ZMQ endpoint."""
+
+
+class Hello(msgspec.Struct, frozen=True, tag="hello"):
+    """Decode's first word to a prefill rank. `reply_to` is `"tcp://ip:port"`."""
+
+    reply_to: str
+    rank: Rank
+
+
+class Bind(msgspec.Struct, frozen=True, tag="bind"):
+    """These destinations belong to generation `gen` of the room in this message."""
+
+    reply_to: str
+    rank: Rank
+    gen: str
+
+
+class Ask(msgspec.Struct, frozen=True, tag="ask"):
+    """The owner of generation `gen` gave up: stop writing, and say when nothing is left."""
+
+    reply_to: str
+    rank: Rank
+    room: int
+    gen: str
+
+
+class Here(msgspec.Struct, frozen=True, tag="here"):
+    """A prefill process with safe reclaim in force serves `rank`.
+
+    `incarnation` is unique per process: a restarted prefill cannot vouch for
+    writes its predecessor posted. `gen` echoes a Bind, None for a Hello.
+    """
+
+    rank: Rank
+    incarnation: str
+    gen: str | None = None
+
+
+class Answer(msgspec.Struct, frozen=True, tag="answer"):
+    """What prefill can say of `gen`.
+
+    `verdict` is "drained" (nothing posted, nothing will be), "poisoned" (a write
+    failed in a way that may still land; `reason` says which) or "unknown" (this
+    process never received the destinations and now never will accept them).
+    """
+
+    rank: Rank
+    incarnation: str
+    gen: str
+    verdict: str
+    reason: str = ""
+
+
+Message = Hello | Bind | Ask | Here | Answer
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Message)
+
+
+def encode(message: Message) -> bytes:
+    """One frame."""
+    return TAG + _encoder.encode(message)
+
+
+def decode(frame: bytes) -> Message | None:
+    """The message in `frame`, or None when the frame is not (readably) ours."""
+    if not frame.startswith(TAG):
+        return None
+    try:
+        message: Message = _decoder.decode(memoryview(frame)[len(TAG) :])
+    except msgspec.MsgspecError:
+        return None
+    return message
+
+
+def split(frames: Sequence[bytes]) -> tuple[list[bytes], Message | None]:
+    """Separate a received multipart message into stock's frames and our part.
+
+    Ours alone gives `([], message)`; a stock message without a trailer gives
+    `(frames, None)`.
+    """
+    message = decode(frames[-1]) if frames else None
+    return (list(frames), None) if message is None else (list(frames[:-1]), message)

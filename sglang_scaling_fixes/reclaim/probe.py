@@ -1,0 +1,290 @@
+"""Does safe reclaim hold on this release? Asked of the release's own classes, after attaching.
+
+Nothing here reads a version number. The stock receiver sends destinations over a
+socket that keeps them, the stock allocators are asked to take slots back too
+early, the stock transfer worker is given a chunk of an aborted room. If any of
+these goes past us, the fix is not in force and the server must not start.
+No thread, port or file is left behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+import numpy as np
+
+from sglang_scaling_fixes.config import Config
+from sglang_scaling_fixes.errors import AttachError
+from sglang_scaling_fixes.reclaim import messages
+from sglang_scaling_fixes.reclaim.decode import DecodeGuard
+from sglang_scaling_fixes.reclaim.prefill import PrefillGuard
+from sglang_scaling_fixes.reclaim.taps import ExecutorTap
+
+SENTINEL = "sglang.srt.disaggregation.mooncake.conn:MooncakeKVManager.transfer_worker"
+"""Wrapped first and last by `attach`: tells whether this process is attached already."""
+
+_ROOM, _RANK = 7_000_000_007, "192.0.2.1:9"  # a documentation address (RFC 5737)
+
+
+def fail(what: str) -> NoReturn:
+    raise AttachError(f"probe: {what}")
+
+
+def check(holds: bool, what: str) -> None:
+    if not holds:
+        fail(what)
+
+
+def run() -> None:
+    """Prove decode and prefill. Raises `AttachError` with what did not hold."""
+    with _guards_restored(), _quiet("decode"), _quiet("prefill"):
+        _prove_decode()
+        _prove_prefill()
+
+
+@contextlib.contextmanager
+def _guards_restored() -> Iterator[None]:
+    saved = DecodeGuard.current, PrefillGuard.current
+    try:
+        yield
+    finally:
+        DecodeGuard.current, PrefillGuard.current = saved
+
+
+@contextlib.contextmanager
+def _quiet(module: str) -> Iterator[None]:
+    """A probe's room is nobody's room: keep it out of the log."""
+    logger = logging.getLogger(f"{__package__}.{module}")
+    saved, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = saved
+
+
+class _Socket:
+    """Keeps what is sent to it."""
+
+    def __init__(self) -> None:
+        self.sent: list[list[bytes]] = []
+
+    def send_multipart(self, frames: list[bytes], *_: Any, **__: Any) -> None:
+        self.sent.append(list(frames))
+
+
+class _Lenient:
+    """Attributes a release may look at and that do not matter here read as None."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
+
+
+def _manager(**attributes: Any) -> Any:
+    """A stock KV manager that was never started."""
+    from sglang.srt.disaggregation.mooncake.conn import MooncakeKVManager
+
+    class ProbeManager(_Lenient, MooncakeKVManager):  # type: ignore[misc]
+        get_session_id = staticmethod(lambda: "probe:1")
+
+    manager = object.__new__(ProbeManager)
+    manager.__dict__.update(
+        server_socket=_Socket(),
+        local_ip="192.0.2.2",
+        rank_port=9,
+        request_status={},
+        failure_records={},
+        failure_lock=threading.Lock(),
+        addr_to_rooms_tracker=defaultdict(set),
+        required_prefill_response_num_table={},
+        prefill_response_tracker=defaultdict(set),
+        transfer_infos={},
+        req_to_decode_prefix_len={},
+        session_lock=threading.Lock(),
+        _staging_outstanding=defaultdict(int),
+        attn_tp_rank=0,
+        attn_cp_rank=0,
+        attn_cp_size=1,
+        pp_rank=0,
+        pp_size=1,
+        **attributes,
+    )
+    return manager
+
+
+def _prove_decode() -> None:
+    import torch
+    from sglang.srt.disaggregation.mooncake.conn import MooncakeKVReceiver
+    from sglang.srt.disaggregation.utils import ReqToMetadataIdxAllocator
+    from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
+
+    manager = _manager(kv_args=SimpleNamespace(state_types=[]))
+    guard = DecodeGuard(manager, Config())
+    tokens = TokenToKVPoolAllocator(16, torch.float32, "cpu", None, False)
+    aux = ReqToMetadataIdxAllocator(4)
+    guard.install_gate(
+        SimpleNamespace(
+            token_to_kv_pool_allocator=tokens,
+            req_to_metadata_buffer_idx_allocator=aux,
+            gloo_group=None,
+            metadata_buffers=None,
+        )
+    )
+    guard.ledger.here(_RANK, "prefill")
+    socket = _Socket()
+
+    class ProbeReceiver(_Lenient, MooncakeKVReceiver):  # type: ignore[misc]
+        @classmethod
+        def _connect(cls, *_: Any, **__: Any) -> Any:
+            return socket, threading.Lock()
+
+    def expose(room: int) -> Any:
+        """One request's destinations, sent by the stock receiver itself."""
+        receiver = object.__new__(ProbeReceiver)
+        ip, port = _RANK.split(":")
+        receiver.__dict__.update(
+            kv_mgr=manager,
+            bootstrap_room=room,
+            bootstrap_addr="192.0.2.1:8",
+            bootstrap_infos=[{"rank_ip": ip, "rank_port": int(port), "is_dummy": False}],
+            session_id="probe:1",
+            required_dst_info_num=1,
+            _lifecycle_lock=threading.RLock(),
+            _owns_bootstrap_room=True,
+        )
+        manager.request_status[room] = 2
+        slots = tokens.alloc(4)
+        slot = aux.alloc()
+        receiver.send_metadata(slots.numpy().astype(np.int32), slot, [])
+        return receiver, slots, slot
+
+    receiver, slots, slot = expose(_ROOM)
+    frames, bind = messages.split(socket.sent[-1])
+    check(isinstance(bind, messages.Bind), "destinations left without a generation")
+    check(frames[0] == str(_ROOM).encode(), "the metadata message is not stock's any more")
+    assert isinstance(bind, messages.Bind)
+
+    before = tokens.available_size(), aux.available_size()
+    receiver.clear()  # not a success: the owner gives up
+    check(isinstance(messages.decode(socket.sent[-1][0]), messages.Ask), "no ABORT left")
+    tokens.free(slots)
+    aux.free(slot)
+    guard.tick()
+    held = tokens.available_size(), aux.available_size()
+    check(held == before, "slots went back to the free list without proof")
+    answer = messages.Answer(_RANK, "prefill", bind.gen, "drained")
+    check(manager.server_socket._read([messages.encode(answer)]) is None, "stock saw our message")
+    guard.tick()
+    back = tokens.available_size(), aux.available_size()
+    check(back == (before[0] + 4, before[1] + 1), "slots did not come back with proof")
+
+    receiver, slots, slot = expose(_ROOM + 1)
+    manager.request_status[_ROOM + 1] = 4
+    receiver.clear()  # success: ordinary slots from here on
+    tokens.free(slots)
+    aux.free(slot)
+    check((tokens.available_size(), aux.available_size()) == back, "a landed request was held")
+
+
+class _StopWorker(BaseException):
+    """Ends the stock worker's endless loop (it survives every Exception)."""
+
+
+class _Chunk(_Lenient):
+    def __init__(self, room: int, *, stops: bool = False) -> None:
+        self._room, self._stops = room, stops
+
+    @property
+    def room(self) -> int:
+        return self._room
+
+    @property
+    def prefill_kv_indices(self) -> Any:
+        return ()
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    __hash__ = object.__hash__
+
+
+class _Queue:
+    """A transfer queue that ends the worker when it is empty."""
+
+    def __init__(self) -> None:
+        self.items: list[Any] = []
+
+    def put(self, item: Any) -> None:
+        self.items.append(item)
+
+    def get(self) -> Any:
+        if not self.items:
+            raise _StopWorker
+        return self.items.pop(0)
+
+
+class _Engine:
+    """Counts writes, and fails them."""
+
+    def __init__(self) -> None:
+        self.writes = 0
+
+    def batch_transfer_sync(self, *_: Any) -> int:
+        self.writes += 1
+        return -1
+
+
+def _prove_prefill() -> None:
+    from sglang.srt.disaggregation.mooncake.conn import MooncakeKVManager
+
+    queue = _Queue()
+    manager = _manager(engine=_Engine(), transfer_queues=[queue])
+    guard = PrefillGuard(manager, Config())
+    guard.tap_socket()
+    answers: list[messages.Message | None] = []
+    guard._replies.send = (  # type: ignore[method-assign]
+        lambda _to, frame: answers.append(messages.decode(frame)) or True
+    )
+    tap = guard.tap_queue(queue)
+    check(guard.guards(manager), "a transfer queue is not tapped")
+    read = manager.server_socket._read
+
+    def metadata(room: int, gen: str) -> list[bytes]:
+        bind = messages.Bind("tcp://192.0.2.2:9", _RANK, gen)
+        return [str(room).encode(), *[b""] * 6, b"1", messages.encode(bind)]
+
+    check(read(metadata(_ROOM, "g1")) == metadata(_ROOM, "g1")[:-1], "metadata did not reach stock")
+    read(metadata(_ROOM + 1, "g2"))
+    for room in (_ROOM, _ROOM + 1):
+        tap.put(_Chunk(room))
+    ask = messages.Ask("tcp://192.0.2.2:9", _RANK, _ROOM, "g1")
+    check(read([messages.encode(ask)]) is None, "stock saw our message")
+    last = answers[-1]
+    check(isinstance(last, messages.Answer) and last.verdict == "drained", "no drain answer")
+    seen: list[int] = []
+    stock_take = guard.take
+    guard.take = (  # type: ignore[method-assign]
+        lambda attempt: stock_take(attempt) and (seen.append(attempt.room) or True)
+    )
+    with ThreadPoolExecutor(1) as pool:
+        with contextlib.suppress(_StopWorker):
+            MooncakeKVManager.transfer_worker(manager, queue, pool)
+        check(seen == [_ROOM + 1], "the worker did not skip the aborted room's chunk")
+        check(not guard.busy(_ROOM + 1), "a finished chunk still counts as being written")
+        attempt = guard.put(_Chunk(_ROOM + 1))
+        assert attempt is not None
+        tapped = ExecutorTap(pool, guard)
+        from sglang_scaling_fixes.reclaim.taps import IN_HAND
+
+        IN_HAND.attempt = attempt
+        tapped.submit(manager.engine.batch_transfer_sync).result()
+        IN_HAND.attempt = None
+    check(attempt.poisoned != "", "a failed write was not noticed")

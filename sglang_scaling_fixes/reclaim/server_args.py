@@ -1,0 +1,107 @@
+"""Which servers safe reclaim can protect, said before they start, and checked after."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+from sglang_scaling_fixes import release
+from sglang_scaling_fixes.errors import ConfigError
+from sglang_scaling_fixes.reclaim.decode import DecodeGuard
+from sglang_scaling_fixes.reclaim.prefill import PrefillGuard
+
+_TAP_WAIT = 5.0
+"""Seconds for stock's worker threads to reach their first line after construction."""
+
+_REFUSED: tuple[tuple[str, frozenset[Any], str], ...] = (
+    (
+        "enable_pd_role_switch",
+        frozenset({None, False}),
+        "a role switch tears the KV manager down under open transfers",
+    ),
+    ("enable_hisparse", frozenset({None, False}), "HiSparse transfers into host slots"),
+    (
+        "disaggregation_decode_host_receive_threshold",
+        frozenset({None, 0}),
+        "host receive transfers into host slots",
+    ),
+    (
+        "disaggregation_decode_allocation_policy",
+        frozenset({None, "early"}),
+        "allocation after prefill speaks a protocol of its own",
+    ),
+)
+"""(field, values that are fine, why others are not protected yet). Absent fields are fine."""
+
+_REFUSED_ON_DECODE: tuple[tuple[str, frozenset[Any], str], ...] = (
+    ("pp_size", frozenset({None, 1}), "pipeline-parallel decode has a scheduler loop of its own"),
+    ("dcp_size", frozenset({None, 1}), "decode context parallelism relays pages out differently"),
+)
+
+
+def check(server_args: Any) -> None:
+    """Raise `ConfigError`, naming flag, value and remedy, for a server we cannot protect."""
+    mode = server_args.disaggregation_mode
+    if mode not in ("prefill", "decode"):
+        return  # not disaggregated: no slot is ever handed to a remote writer
+    backend = server_args.disaggregation_transfer_backend
+    if backend == "fake":
+        return  # writes nothing
+    if backend != "mooncake":
+        _refuse(
+            "disaggregation_transfer_backend", backend, "only Mooncake's writes are accounted for"
+        )
+    mooncake = release.mooncake()
+    if mooncake is None:
+        raise ConfigError(
+            "Mooncake is not installed; pip install mooncake-transfer-engine "
+            "(without a GPU: mooncake-transfer-engine-non-cuda)"
+        )
+    if not mooncake.success_means_landed:
+        raise ConfigError(
+            f"Mooncake {mooncake.version} speaks TCP protocol v1, whose success does not mean "
+            "that the bytes have landed; use Mooncake 0.3.12 or later without MC_TCP_PROTO=1"
+        )
+    if os.environ.get("SGLANG_DISAGG_STAGING_BUFFER", "").lower() in ("1", "true"):
+        raise ConfigError(
+            "SGLANG_DISAGG_STAGING_BUFFER: transfers through staging buffers are not protected "
+            "yet; unset it, or start with --plugin none"
+        )
+    refused = _REFUSED + (_REFUSED_ON_DECODE if mode == "decode" else ())
+    for field, fine, why in refused:
+        if (value := getattr(server_args, field, None)) not in fine:
+            _refuse(field, value, why)
+
+
+def check_in_force(scheduler: Any) -> None:
+    """After stock built its scheduler: what this role needs is really in its objects."""
+    mode = scheduler.disaggregation_mode.value
+    if mode == "decode":
+        manager = scheduler.disagg_decode_prealloc_queue.kv_manager
+        guard = DecodeGuard.current
+        if _is_mooncake(manager) and (guard is None or not guard.guards(manager)):
+            raise ConfigError("the decode allocators of this scheduler are not gated")
+    elif mode == "prefill":
+        manager = scheduler.disagg_prefill_bootstrap_queue.kv_manager
+        if not _is_mooncake(manager):
+            return
+        deadline = time.monotonic() + _TAP_WAIT
+        while not (PrefillGuard.current is not None and PrefillGuard.current.guards(manager)):
+            if time.monotonic() >= deadline:
+                raise ConfigError("the transfer queues of this scheduler are not accounted for")
+            time.sleep(0.01)
+
+
+def _is_mooncake(manager: Any) -> bool:
+    from sglang.srt.disaggregation.mooncake.conn import MooncakeKVManager
+
+    return isinstance(manager, MooncakeKVManager)
+
+
+def _refuse(field: str, value: object, why: str) -> None:
+    flag = "--" + field.replace("_", "-")
+    raise ConfigError(
+        f"{flag} {value}: not protected by safe-reclaim yet ({why}); "
+        "change it, or start with --plugin none"
+    )

@@ -1,0 +1,172 @@
+"""Stand-ins for stock objects that pass everything through and let the ledgers see it.
+
+Wrapping the object is what outlives upstream's refactorings: receive loops are
+closures and method bodies change, but a socket is still read with
+`recv_multipart`, a queue with `get`, and the transfer engine returns a status.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from typing import Any, Protocol
+
+from sglang_scaling_fixes.reclaim.ledger import Attempt
+
+
+class Passthrough:
+    """Everything not intercepted goes to the stock object."""
+
+    def __init__(self, stock: Any) -> None:
+        self._stock = stock
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stock, name)
+
+
+class ReceiveTap(Passthrough):
+    """A ZMQ socket whose incoming messages pass a filter before stock sees them.
+
+    `read(frames)` returns the frames for stock, or None when the message was
+    ours. `deferred()` returns a message kept back earlier whose time has come.
+    While something is kept back the socket is polled, so that its time is noticed.
+    """
+
+    POLL_MS = 10
+
+    def __init__(
+        self,
+        stock: Any,
+        read: Callable[[list[bytes]], list[bytes] | None],
+        deferred: Callable[[], list[bytes] | None] | None = None,
+        deferring: Callable[[], bool] | None = None,
+    ) -> None:
+        super().__init__(stock)
+        self._read = read
+        self._deferred = deferred or (lambda: None)
+        self._deferring = deferring or (lambda: False)
+
+    def recv_multipart(self, *args: Any, **kwargs: Any) -> list[bytes]:
+        while True:
+            if (ready := self._deferred()) is not None:
+                return ready
+            if self._deferring() and not self._stock.poll(self.POLL_MS):
+                continue
+            frames = self._read(self._stock.recv_multipart(*args, **kwargs))
+            if frames is not None:
+                return frames
+
+
+class ChunkLedger(Protocol):
+    """What the queue, executor and engine taps tell (see `reclaim.prefill`)."""
+
+    def put(self, chunk: Any) -> Attempt | None: ...
+    def take(self, attempt: Attempt) -> bool: ...
+    def opened(self, attempt: Attempt) -> None: ...
+    def done(self, attempt: Attempt) -> None: ...
+    def failed(self, attempt: Attempt, reason: str) -> None: ...
+
+
+class InHand(threading.local):
+    """The attempt the current thread is writing for, None outside a transfer."""
+
+    attempt: Attempt | None = None
+
+
+IN_HAND = InHand()
+
+
+class QueueTap(Passthrough):
+    """A transfer queue: a chunk is counted from `get` until the same worker's next `get`.
+
+    That holds in every release because a worker handles one chunk at a time. Chunks
+    of a closed attempt are dropped here, before the worker can write them.
+    """
+
+    def __init__(self, stock: Any, ledger: ChunkLedger) -> None:
+        super().__init__(stock)
+        self._ledger = ledger
+
+    def put(self, chunk: Any) -> None:
+        if chunk is None:  # stock's request to the worker to end
+            self._stock.put(None)
+        elif (attempt := self._ledger.put(chunk)) is not None:
+            self._stock.put((attempt, chunk))
+
+    def get(self) -> Any:
+        previous, IN_HAND.attempt = IN_HAND.attempt, None
+        if previous is not None:
+            self._ledger.done(previous)
+        while True:
+            item = self._stock.get()
+            if item is None:
+                return None
+            attempt, chunk = item
+            if self._ledger.take(attempt):
+                IN_HAND.attempt = attempt
+                return chunk
+
+
+class ExecutorTap(Passthrough):
+    """The worker's thread pool: a task may outlive the chunk that submitted it.
+
+    Releases up to 0.5.18 return at the first failed task while its siblings run.
+    """
+
+    def __init__(self, stock: Executor, ledger: ChunkLedger) -> None:
+        super().__init__(stock)
+        self._ledger = ledger
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        attempt = IN_HAND.attempt
+        if attempt is None:
+            return self._stock.submit(fn, *args, **kwargs)  # type: ignore[no-any-return]
+
+        def task() -> Any:
+            IN_HAND.attempt = attempt
+            try:
+                return fn(*args, **kwargs)
+            finally:
+                IN_HAND.attempt = None
+
+        self._ledger.opened(attempt)
+        try:
+            future: Future[Any] = self._stock.submit(task)
+        except BaseException:
+            self._ledger.done(attempt)
+            raise
+        future.add_done_callback(lambda _: self._ledger.done(attempt))
+        return future
+
+
+class EngineTap(Passthrough):
+    """Mooncake's transfer engine: a status other than 0 means a write may still run.
+
+    Its time-out and its failure path both return with tasks possibly alive
+    (`shared/design/upstream-pd.md`, holes 2 and 3), so either poisons the attempt.
+    """
+
+    WRITES = ("batch_transfer_sync", "transfer_sync")
+
+    def __init__(self, stock: Any, ledger: ChunkLedger) -> None:
+        super().__init__(stock)
+        self._ledger = ledger
+        for name in self.WRITES:
+            if hasattr(stock, name):
+                setattr(self, name, self._watched(getattr(stock, name), name))
+
+    def _watched(self, write: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            attempt = IN_HAND.attempt
+            try:
+                status = write(*args, **kwargs)
+            except BaseException as error:
+                if attempt is not None:
+                    self._ledger.failed(attempt, f"{name} raised {type(error).__name__}")
+                raise
+            if status != 0 and attempt is not None:
+                self._ledger.failed(attempt, f"{name} returned {status}")
+            return status
+
+        return watched

@@ -1,0 +1,73 @@
+"""Which SGLang and which Mooncake this environment has."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+MOONCAKE_DISTRIBUTIONS = (
+    "mooncake-transfer-engine",
+    "mooncake-transfer-engine-cuda13",
+    "mooncake-transfer-engine-non-cuda",
+    "mooncake-transfer-engine-npu",
+)
+ACKNOWLEDGED_TCP_SINCE = (0, 3, 12)
+"""First Mooncake whose TCP transport reports success after the receiver has the bytes
+(protocol v2). Before, or with MC_TCP_PROTO=1, success means "in the sender's socket"."""
+
+
+def version_tuple(text: str) -> tuple[int, ...]:
+    """Numeric parts of a version, `.postN` appended: `"0.5.12.post1"` -> `(0, 5, 12, 1)`."""
+    match = re.match(r"(\d+(?:\.\d+)*)(?:\.post(\d+))?", text)
+    if match is None:
+        return ()
+    numbers = tuple(int(part) for part in match.group(1).split("."))
+    return (*numbers, int(match.group(2))) if match.group(2) else numbers
+
+
+def sglang_version() -> str | None:
+    """The installed release of SGLang, None when there is none."""
+    try:
+        return metadata.version("sglang")
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@dataclass(frozen=True)
+class Mooncake:
+    """The installed Mooncake and the transport its environment selects."""
+
+    version: str
+    distribution: str
+    protocol: str
+    """`"rdma"`, `"tcp-v1"` (success unproven) or `"tcp-v2"` (acknowledged)."""
+
+    @property
+    def success_means_landed(self) -> bool:
+        return self.protocol != "tcp-v1"
+
+
+def mooncake() -> Mooncake | None:
+    """What is installed, None when there is no Mooncake."""
+    for name in MOONCAKE_DISTRIBUTIONS:
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+        return Mooncake(version, name, _protocol(version))
+    return None
+
+
+def _protocol(version: str) -> str:
+    tcp = bool(os.environ.get("MC_FORCE_TCP")) or (
+        os.environ.get("MOONCAKE_PROTOCOL", "rdma").lower() == "tcp"
+    )
+    # Without an RDMA device Mooncake falls back to TCP on its own.
+    devices = Path("/sys/class/infiniband")
+    if not tcp and devices.is_dir() and any(devices.iterdir()):
+        return "rdma"
+    old = version_tuple(version)[:3] < ACKNOWLEDGED_TCP_SINCE
+    return "tcp-v1" if old or os.environ.get("MC_TCP_PROTO") == "1" else "tcp-v2"

@@ -1,0 +1,36 @@
+"""Every place the plugin touches exists, as relied on, in every release it is for."""
+
+from __future__ import annotations
+
+import pytest
+from wheel_ast import Wheel
+from wheels import RELEASES, between
+
+from sglang_scaling_fixes.attach import (
+    ATTACH_POINTS,
+    FIRST_RELEASE,
+    LAST_RELEASE,
+    AttachPoint,
+)
+
+
+def test_the_releases_read_here_are_those_supported() -> None:
+    assert (RELEASES[0], RELEASES[-1]) == (FIRST_RELEASE, LAST_RELEASE)
+
+
+@pytest.mark.parametrize(
+    ("release", "point"),
+    [
+        pytest.param(
+            release,
+            point,
+            id=f"{release}-{point.target.rpartition(':')[2]}",
+            marks=pytest.mark.xdist_group(release),
+        )
+        for release in RELEASES
+        for point in ATTACH_POINTS
+        if release in between(point.first, point.last)
+    ],
+)
+def test_attach_point(wheel: Wheel, point: AttachPoint) -> None:
+    wheel.require(point.target, point.params, point.uses)

@@ -1,0 +1,110 @@
+"""Everything `make test` runs, in order, each step timed; the last line is the sum.
+
+    lint              ruff and mypy: seconds, and first to say what is wrong
+    stock wheels      download what the contract tests read, once
+    unit, contract    side by side, no server
+    lab               the release the end-to-end tests run
+    e2e               real servers, one test at a time
+
+A failed step does not stop the next: one run shows all there is to mend. The
+exit status is 0 only if every step passed.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+LAB_RELEASE = "0.5.12"
+NO_TESTS_COLLECTED = 5
+
+TOTALS: Counter[str] = Counter()
+STARTED = time.monotonic()
+
+
+def main() -> int:
+    for name, *command in (
+        ("ruff", BIN / "ruff", "check", "."),
+        ("ruff format", BIN / "ruff", "format", "--check", "--quiet", "."),
+        ("mypy", BIN / "mypy"),
+        ("stock wheels", sys.executable, "tests/contract/wheels.py"),
+    ):
+        step(name, *command)
+    pytest("unit and contract", ["tests/unit", "tests/contract"], "-n", "auto", "--dist=loadgroup")
+    step("lab", BIN / "sglang-scaling-fixes", "lab", "install", LAB_RELEASE)
+    pytest("e2e", ["tests/e2e"], "-n", "0", "-m", "e2e")
+    return finish()
+
+
+def step(name: str, *command: object) -> bool:
+    """Run a command that either passes or counts as one error."""
+    passed = run(name, *command) == 0
+    TOTALS["errors"] += not passed
+    return passed
+
+
+def pytest(name: str, folders: list[str], *options: str) -> None:
+    """Run the tests below `folders`, and count them."""
+    folders = [f for f in folders if any((ROOT / f).rglob("test_*.py"))]
+    if not folders:
+        say(f"{name}: there are no tests yet")
+        return
+    report = ROOT / ".cache" / f"tests-{name.replace(' ', '-')}.xml"
+    report.unlink(missing_ok=True)
+    status = run(name, sys.executable, "-m", "pytest", *folders, *options, f"--junit-xml={report}")
+    if status == NO_TESTS_COLLECTED:
+        say(f"{name}: files of tests, and pytest found none in them")
+    counted = count(report) if report.exists() else Counter[str]()
+    # A crash, a bad option, an empty selection: pytest failed without a failed test.
+    if status and not counted["failed"] + counted["errors"]:
+        counted["errors"] += 1
+    TOTALS.update(counted)
+
+
+def count(report: Path) -> Counter[str]:
+    """Results of a JUnit report, in pytest's words."""
+    found: Counter[str] = Counter()
+    for case in ET.parse(report).iter("testcase"):
+        results = {child.tag for child in case}
+        if "failure" in results:
+            found["failed"] += 1
+        elif "error" in results:
+            found["errors"] += 1
+        elif "skipped" in results:
+            found["skipped"] += 1
+        else:
+            found["passed"] += 1
+    return found
+
+
+def run(name: str, *command: object) -> int:
+    say(f"{name} ...")
+    began = time.monotonic()
+    done = subprocess.run(
+        [str(part) for part in command], cwd=ROOT, stdin=subprocess.DEVNULL, check=False
+    )
+    verdict = "ok" if done.returncode == 0 else f"FAILED (exit status {done.returncode})"
+    say(f"{name}: {verdict}, {time.monotonic() - began:.0f} s")
+    return done.returncode
+
+
+def say(text: str) -> None:
+    print(f"[test {time.monotonic() - STARTED:4.0f}s] {text}", flush=True)
+
+
+def finish() -> int:
+    order = ("failed", "passed", "skipped", "errors")
+    parts = [f"{TOTALS[word]} {word}" for word in order if TOTALS[word]] or ["no tests ran"]
+    text = f" {', '.join(parts)} in {time.monotonic() - STARTED:.2f}s "
+    print(text.center(80, "="), flush=True)
+    return 1 if TOTALS["failed"] or TOTALS["errors"] or not TOTALS["passed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
