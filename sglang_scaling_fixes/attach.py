@@ -55,13 +55,9 @@ _FIX = "safe-reclaim"
 
 ATTACH_POINTS: tuple[AttachPoint, ...] = (
     # -- every process: flags in, states out ---------------------------------
-    AttachPoint(
-        "plugin", "server", "sglang.srt.server_args:ServerArgs.add_cli_args", ("parser",)
-    ),
+    AttachPoint("plugin", "server", "sglang.srt.server_args:ServerArgs.add_cli_args", ("parser",)),
     AttachPoint("plugin", "server", "sglang.srt.server_args:ServerArgs.from_cli_args", ("args",)),
-    AttachPoint(
-        "plugin", "server", "sglang.srt.entrypoints.engine:Engine._launch_subprocesses"
-    ),
+    AttachPoint("plugin", "server", "sglang.srt.entrypoints.engine:Engine._launch_subprocesses"),
     AttachPoint("plugin", "both", f"{_SCHEDULER}:Scheduler.__init__", ("server_args",)),
     AttachPoint("plugin", "both", f"{_SCHEDULER}:Scheduler.get_init_info"),
     AttachPoint("plugin", "both", f"{_SCHEDULER}:Scheduler.get_internal_state", ("recv_req",)),
@@ -96,7 +92,9 @@ ATTACH_POINTS: tuple[AttachPoint, ...] = (
         f"{_MOONCAKE}:MooncakeKVReceiver._connect_to_bootstrap_server",
         ("bootstrap_info",),
     ),
-    AttachPoint(_FIX, "decode", f"{_UTILS}:ReqToMetadataIdxAllocator.free", ("free_index",), wrapped=False),
+    AttachPoint(
+        _FIX, "decode", f"{_UTILS}:ReqToMetadataIdxAllocator.free", ("free_index",), wrapped=False
+    ),
     AttachPoint(
         _FIX,
         "decode",
@@ -116,9 +114,7 @@ ATTACH_POINTS: tuple[AttachPoint, ...] = (
         f"{_MOONCAKE}:MooncakeKVManager.transfer_worker",
         ("queue", "executor"),
     ),
-    AttachPoint(
-        _FIX, "prefill", f"{_MOONCAKE}:MooncakeKVManager.init_engine", uses=("engine",)
-    ),
+    AttachPoint(_FIX, "prefill", f"{_MOONCAKE}:MooncakeKVManager.init_engine", uses=("engine",)),
     AttachPoint(_FIX, "prefill", f"{_MOONCAKE}:MooncakeKVSender.poll", uses=("bootstrap_room",)),
     AttachPoint(_FIX, "prefill", f"{_MOONCAKE}:MooncakeKVSender.clear"),
     AttachPoint(

@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sglang-scaling-fixes",
-        description="Keeps a stock SGLang's KV cache intact; shows what is in force, and proves it.",
+        description="What keeps a stock SGLang's KV cache intact here, and the proof.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

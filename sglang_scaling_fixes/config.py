@@ -52,9 +52,9 @@ class Setting:
 SETTINGS = (
     Setting(
         "--safe-reclaim-peer",
-        "What decode does with a prefill that runs without safe-reclaim (and prefill with "
-        "such a decode). hold: serve, and after an abort hold the KV slots until stock's "
-        "success message proves the write landed. require: refuse the request.",
+        "What decode does with a prefill that runs without safe-reclaim. hold: serve, and "
+        "after an abort hold the KV slots until stock's success message proves the write "
+        "landed. require: fail the request before any address is sent.",
         str,
         "hold",
         PEER_POLICIES,

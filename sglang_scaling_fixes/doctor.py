@@ -84,9 +84,9 @@ def _probe(names: tuple[str, ...]) -> tuple[list[dict[str, str]], bool]:
     env = {**os.environ, PLUGIN_ENV: ",".join(names) or "none"}
     standins = False
     if not has_gpu():
-        from sglang_scaling_fixes.lab import standins_environment
+        from sglang_scaling_fixes.lab.runtime import cpu_env
 
-        env.update(standins_environment(env))
+        env = cpu_env(env)
         standins = True
     done = subprocess.run(
         [sys.executable, "-c", _PROBE],

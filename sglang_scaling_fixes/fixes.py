@@ -144,4 +144,4 @@ def refusal(statuses: list[Status], config: Config) -> str | None:
     if not missing:
         return None
     reasons = "; ".join(f"{s.name}: {s.reason}" for s in missing)
-    return f"sglang-scaling-fixes: asked for and not in force, not starting: {reasons}"
+    return f"asked for and not in force, not starting: {reasons}"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from sglang_scaling_fixes import config as configuration
@@ -28,16 +29,24 @@ REPORT_KEY = "sglang_scaling_fixes"
 
 _SCHEDULER = "sglang.srt.managers.scheduler"
 _ENGINE = "sglang.srt.entrypoints.engine"
-_activated = False
-_statuses: list[fixes.Status] = []
+
+
+@dataclass
+class _Process:
+    """What happened in this process so far."""
+
+    activated: bool = False
+    statuses: list[fixes.Status] = field(default_factory=list)
+
+
+_process = _Process()
 
 
 def activate() -> None:
-    """Called by SGLang's plugin loader, once per process. Stops the process rather than fail open."""
-    global _activated
-    if _activated:
+    """Called by SGLang's plugin loader. Stops the process rather than fail open."""
+    if _process.activated:
         return
-    _activated = True
+    _process.activated = True
     try:
         config = Config.from_env()
         _wrap_command_line()
@@ -52,13 +61,12 @@ def activate() -> None:
 
 def stop(message: str) -> NoReturn:
     """End this process with one line on stderr, exit status 1."""
-    text = message if message.startswith("sglang-scaling-fixes") else f"sglang-scaling-fixes: {message}"
-    raise SystemExit(text)
+    raise SystemExit(f"sglang-scaling-fixes: {message}")
 
 
 def statuses() -> list[dict[str, str]]:
     """What is in force in this process."""
-    return [status.as_dict() for status in _statuses]
+    return [status.as_dict() for status in _process.statuses]
 
 
 # -- main process: flags ------------------------------------------------------------
@@ -77,9 +85,7 @@ def _wrap_command_line() -> None:
         except ScalingFixesError as error:
             stop(str(error))
         if config.fixes is None:
-            logger.info(
-                "sglang-scaling-fixes is installed and not armed; add --plugin to arm it"
-            )
+            logger.info("sglang-scaling-fixes is installed and not armed; add --plugin to arm it")
         server_args = stock(cls, args)
         if config.armed:
             _arm_process(config)
@@ -105,11 +111,10 @@ def _check_server_args(server_args: Any, config: Config) -> None:
 
 def _arm_process(config: Config) -> None:
     """Attach and prove the fixes, and hook the places where the states are reported."""
-    global _statuses
-    if _statuses:
+    if _process.statuses:
         return
-    _statuses = fixes.arm_all(config)
-    if (line := fixes.refusal(_statuses, config)) is not None:
+    _process.statuses = fixes.arm_all(config)
+    if (line := fixes.refusal(_process.statuses, config)) is not None:
         stop(line)
 
     def scheduler_init(
@@ -118,7 +123,7 @@ def _arm_process(config: Config) -> None:
         _check_server_args(server_args, config)
         result = stock(scheduler, server_args, *args, **kwargs)
         _check_scheduler(scheduler, config)
-        for status in _statuses:
+        for status in _process.statuses:
             if status.state is not fixes.State.OFF:
                 logger.info("sglang-scaling-fixes: %s %s (%s)", *status.as_dict().values())
         return result

@@ -36,7 +36,7 @@ def main() -> int:
         ("stock wheels", sys.executable, "tests/contract/wheels.py"),
     ):
         step(name, *command)
-    pytest("unit and contract", ["tests/unit", "tests/contract"], "-n", "auto", "--dist=loadgroup")
+    pytest("unit and contract", ["tests/unit", "tests/contract"], "-n", "auto", "--dist=worksteal")
     step("lab", BIN / "sglang-scaling-fixes", "lab", "install", LAB_RELEASE)
     pytest("e2e", ["tests/e2e"], "-n", "0", "-m", "e2e")
     return finish()

@@ -30,7 +30,13 @@ class _Connection(http.client.HTTPConnection):
 
 
 def call(
-    client: Place, host: str, port: int, path: str, payload: object = None, timeout_s: float = 10.0
+    client: Place,
+    host: str,
+    port: int,
+    path: str,
+    *,
+    payload: object = None,
+    timeout_s: float = 10.0,
 ) -> Answer:
     """GET `path`, or POST it with a JSON payload.  Never raises for a server's sake."""
     connection = _Connection(client, host, port, timeout_s)

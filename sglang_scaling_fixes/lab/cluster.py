@@ -1,7 +1,7 @@
 """Stock SGLang servers on this CPU: prefill servers and one decode server.
 
-    with link(48, run_dir) as way, Cluster(environment, model, way, run_dir) as cluster:
-        answer = cluster.send(cluster.fast, prompt, "r1", max_new_tokens=60).wait()
+>>> with link(48, run_dir) as way, Cluster(environment, model, way, run_dir) as cluster:
+...     answer = cluster.send(cluster.fast, prompt, "r1", max_new_tokens=60).wait()
 """
 
 from __future__ import annotations
@@ -22,14 +22,13 @@ from sglang_scaling_fixes.lab.errors import LabError
 from sglang_scaling_fixes.lab.install import Environment
 from sglang_scaling_fixes.lab.link import Link, Place
 from sglang_scaling_fixes.lab.process import Guarded
+from sglang_scaling_fixes.lab.runtime import OBSERVE, cpu_env
+from sglang_scaling_fixes.lab.standins import gpu
 
 Role = Literal["prefill", "decode"]
 
 READY_S = 300.0
 ANSWER_S = 180.0
-_SITE = Path(__file__).parent / "site"
-_STANDINS = "SGLANG_SCALING_FIXES_LAB"
-_OBSERVE = "SGLANG_SCALING_FIXES_LAB_OBSERVE"
 _MODEL_MODULES = ("llama", "registry", "utils")
 
 COMMON_FLAGS = (
@@ -54,10 +53,10 @@ class Server:
         model: Path,
         name: str,
         role: Role,
+        *,
         place: Place,
         client: Place,
         run_dir: Path,
-        *,
         flags: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
     ) -> None:
@@ -98,10 +97,12 @@ class Server:
             time.sleep(0.3)
 
     def get(self, path: str, timeout_s: float = 10.0) -> Answer:
-        return call(self.client, self.place.address, self.port, path, None, timeout_s)
+        return call(self.client, self.place.address, self.port, path, timeout_s=timeout_s)
 
     def post(self, path: str, payload: object, timeout_s: float = ANSWER_S) -> Answer:
-        return call(self.client, self.place.address, self.port, path, payload, timeout_s)
+        return call(
+            self.client, self.place.address, self.port, path, payload=payload, timeout_s=timeout_s
+        )
 
     def _obituary(self, what: str) -> str:
         return f"lab server {self.name} {what}; log {self.process.log}, its end:\n" + (
@@ -199,6 +200,9 @@ class Cluster:
         self.ready_s = 0.0
 
     def __enter__(self) -> Cluster:
+        found = gpu.present()
+        if found is not None:
+            raise LabError(f"the lab fakes a CPU-only SGLang and never runs beside a GPU ({found})")
         began = time.monotonic()
         self._run_dir.mkdir(parents=True, exist_ok=True)
         try:
@@ -227,7 +231,7 @@ class Cluster:
             "decode",
             near,
             [*capacity, "--num-reserved-decode-tokens", "16"],
-            {_OBSERVE: str(self.observations)},
+            {OBSERVE: str(self.observations)},
         )
         self.fast = self._server("prefill-fast", "prefill", near, capacity, {})
         if self._prefills == 1:
@@ -243,9 +247,9 @@ class Cluster:
             self._model,
             name,
             role,
-            place,
-            self._link.near,
-            self._run_dir,
+            place=place,
+            client=self._link.near,
+            run_dir=self._run_dir,
             flags=[*flags, *self._flags],
             env={**env, **self._env},
         )
@@ -289,26 +293,13 @@ def _release_flags(environment: Environment, role: Role) -> list[str]:
 def _server_env(
     environment: Environment, place: Place, scratch: str, extra: Mapping[str, str]
 ) -> dict[str, str]:
-    inherited = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.lower().endswith("_proxy") and name not in ("VIRTUAL_ENV", "PYTHONHOME")
-    }
-    path = [str(_SITE), *filter(None, [inherited.get("PYTHONPATH")])]
-    return {
-        **inherited,
-        **environment.env,
-        "PYTHONPATH": os.pathsep.join(path),
-        "TMPDIR": scratch,
-        _STANDINS: "1",
-        "SGLANG_USE_CPU_ENGINE": "1",
-        "SGLANG_HOST_IP": place.address,
-        "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "false",
-        "SGLANG_DISABLED_MODEL_ARCHS": ",".join(environment.models_other_than(_MODEL_MODULES)),
-        "MC_FORCE_TCP": "1",
-        "MOONCAKE_PROTOCOL": "tcp",
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        **extra,
-    }
+    return cpu_env(
+        {
+            **environment.env,
+            "TMPDIR": scratch,
+            "SGLANG_HOST_IP": place.address,
+            "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "false",
+            "SGLANG_DISABLED_MODEL_ARCHS": ",".join(environment.models_other_than(_MODEL_MODULES)),
+            **extra,
+        }
+    )

@@ -19,12 +19,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 
 CLONE_NEWNET = 0x40000000
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 POLL_S = 0.2
+TRACKERS_S = 5.0
+_SHM = "/dev/shm/"
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -66,15 +69,42 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
+def _shared_memory(pids: list[int]) -> set[str]:
+    """Files in /dev/shm that these processes have mapped."""
+    files = set()
+    for pid in pids:
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/maps", encoding="utf-8") as maps:
+            files |= {line[line.index(_SHM) :].rstrip() for line in maps if _SHM in line}
+    return files
+
+
+def _is_tracker(pid: int) -> bool:
+    """Whether this is Python's resource tracker, which removes semaphores and then ends."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return b"resource_tracker" in file.read()
+    except OSError:
+        return False
+
+
 def _kill_descendants() -> None:
+    """Kill them all, and remove the shared memory that a killed process leaves behind."""
+    leftovers: set[str] = set()
+    trackers_end = time.monotonic() + TRACKERS_S
     while pids := descendants(os.getpid()):
+        leftovers |= _shared_memory(pids)
         for pid in pids:
+            if time.monotonic() < trackers_end and _is_tracker(pid):
+                continue
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
         select.select([], [], [], 0.02)
+    for path in leftovers:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
 
 
 def _die_with_guard() -> Callable[[], None]:
@@ -93,7 +123,7 @@ def _supervise(command: list[str]) -> int:
         command,
         stdin=subprocess.DEVNULL,
         start_new_session=True,
-        preexec_fn=_die_with_guard(),
+        preexec_fn=_die_with_guard(),  # noqa: PLW1509 - the guard has one thread
     )
     while True:
         readable, _, _ = select.select([0], [], [], POLL_S)

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sglang_scaling_fixes.lab.errors import LabError
+from sglang_scaling_fixes.lab.runtime import cpu_env
 
 Progress = Callable[[str], None]
 
@@ -108,6 +109,7 @@ def install(release: str, progress: Progress = print) -> Environment:
         f"install sglang=={release}",
     )
     _install_ourselves(pip, python)
+    _compile(python, progress)
     (folder / _STAMP).write_text(json.dumps(stamp))
     progress(f"SGLang {release} is ready")
     return environment(release)
@@ -143,9 +145,7 @@ def _constraints(release: str) -> Path:
         if release in _NOT_WHOLE
         else ""
     )
-    raise LabError(
-        f"the lab cannot install SGLang {release}{why}; it can: {', '.join(releases())}"
-    )
+    raise LabError(f"the lab cannot install SGLang {release}{why}; it can: {', '.join(releases())}")
 
 
 def _sources(folder: Path) -> Path:
@@ -200,6 +200,21 @@ def _install_ourselves(pip: list[str], python: Path) -> None:
         copy = target / file
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(str(file.locate()), copy)
+
+
+def _compile(python: Path, progress: Progress) -> None:
+    """Import once what servers import, so that the first cluster does not compile it all."""
+    progress("compiling its modules")
+    subprocess.run(
+        [
+            str(python),
+            "-c",
+            "import sglang.srt.managers.scheduler, sglang.srt.entrypoints.http_server",
+        ],
+        env=cpu_env(_library_env()),
+        capture_output=True,
+        check=False,
+    )
 
 
 def _run(command: list[str], what: str) -> None:

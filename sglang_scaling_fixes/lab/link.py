@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import shutil
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,6 +34,7 @@ _FAR_ADDRESS = "10.99.0.2"
 _PREFIX_BITS = 24
 _DEVICE = "ssf0"
 _HOLDER_S = 10.0
+_PORTS = (20_000, 30_000)
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Place:
         if self.netns is None:
             yield
             return
-        home = f"/proc/self/task/{_thread_id()}/ns/net"
+        home = f"/proc/self/task/{threading.get_native_id()}/ns/net"
         descriptor = os.open(home, os.O_RDONLY)
         try:
             enter_netns(self.netns)
@@ -59,13 +62,19 @@ class Place:
             os.close(descriptor)
 
     def free_ports(self, count: int) -> list[int]:
-        """Distinct TCP ports nobody listens on here at the moment."""
+        """Distinct TCP ports nobody listens on here at the moment.
+
+        Below the ephemeral range, and with room above: SGLang derives further ports by
+        adding up to 10,000.
+        """
         with self.entered(), contextlib.ExitStack() as stack:
-            ports = []
-            for _ in range(count):
+            ports: list[int] = []
+            while len(ports) < count:
                 listener = stack.enter_context(socket.socket())
-                listener.bind((self.address, 0))
-                ports.append(int(listener.getsockname()[1]))
+                port = random.randrange(*_PORTS)
+                with contextlib.suppress(OSError):
+                    listener.bind((self.address, port))
+                    ports.append(port)
             return ports
 
 
@@ -95,9 +104,9 @@ class Link:
 
 
 @contextlib.contextmanager
-def link(rate_mbit: float, run_dir: Path) -> Iterator[Link]:
-    """A shaped link of `rate_mbit` megabits per second where possible, else a stalled one."""
-    missing = _missing_for_shaping()
+def link(rate_mbit: float, run_dir: Path, *, shaped: bool = True) -> Iterator[Link]:
+    """A link of `rate_mbit` megabits per second; a stalled one if not `shaped` or impossible."""
+    missing = _missing_for_shaping() if shaped else "asked for"
     if missing:
         yield Link(
             "stalled",
@@ -173,9 +182,3 @@ def _run(*command: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise LabError(f"`{' '.join(command)}` failed: {done.stderr.strip()}")
-
-
-def _thread_id() -> int:
-    import threading
-
-    return threading.get_native_id()

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -55,12 +52,6 @@ class Guarded:
         """The command's processes, the guard not among them."""
         return guard.descendants(self._guard.pid)
 
-    def signal(self, number: signal.Signals) -> None:
-        """Send a signal to every process of the command."""
-        for pid in self.pids():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
-
     def end(self) -> None:
         """Kill the command with all its descendants and wait until they are gone."""
         if self._guard.stdin is not None:
@@ -71,7 +62,7 @@ class Guarded:
             self._guard.terminate()
             self._guard.wait()
 
-    def tail(self, lines: int = 15) -> str:
+    def tail(self, lines: int = 8) -> str:
         """The last lines of the log."""
         with self.log.open("rb") as file:
             file.seek(max(0, self.log.stat().st_size - 16384))

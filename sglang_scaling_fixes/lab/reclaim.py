@@ -16,12 +16,14 @@ repeated, a bounded number of times.
 from __future__ import annotations
 
 import json
+import os
 import random
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,9 @@ POOL_TOKENS = 1500
 TRANSFER_BYTES = ABORTED_TOKENS * lab_model.KV_BYTES_PER_TOKEN
 IN_FLIGHT_SHARE = 0.75  # the abort must come before this share of the transfer is sent
 TRIES_PER_ROUND = 3
+RUNS_KEPT = 20
+STALL_S = 4.0  # below the two missed heartbeats (10 s) that fail a stopped prefill
+SETTLE_S = 0.05  # bytes already in socket buffers arrive within this
 _SAMPLE_S = 0.05
 _STALL_SAMPLE_S = 0.0005
 
@@ -80,6 +85,7 @@ class Round:
     wrong_ids: int  # generated ids that differ from the reference
     aborted: int
     clean_afterwards: bool  # the victim's prompt, run alone once more, is right
+    corrupted: str  # the corrupted positions of the prompt, as ranges
     problems: list[str] = field(default_factory=list)
 
 
@@ -92,8 +98,13 @@ def run(
     *,
     stock_only: bool = False,
     fixed_only: bool = False,
+    shaped: bool = True,
 ) -> dict[str, Any]:
-    """Race stock and fixed servers of `release` on the same schedule; counts per half."""
+    """Race stock and fixed servers of `release` on the same schedule; counts per half.
+
+    A half that was not asked for is None.  `shaped=False` takes the stalled link even
+    where a shaped one is possible.
+    """
     plan = SCENARIOS.get(scenario)
     if plan is None:
         raise LabError(f"unknown scenario {scenario!r}; there are: {', '.join(SCENARIOS)}")
@@ -104,9 +115,7 @@ def run(
     began = time.monotonic()
     environment = install(release, progress)
     checkpoint = lab_model.checkpoint(environment)
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    run_dir = lab_home() / "runs" / f"{stamp}-{release}-{plan.name}"
-    run_dir.mkdir(parents=True, exist_ok=True)
+    run_dir = _new_run_dir(release, plan)
     result: dict[str, Any] = {
         "release": release,
         "scenario": plan.name,
@@ -119,37 +128,47 @@ def run(
     for half, flags in (("stock", ()), ("fixed", ("--plugin",))):
         if (stock_only and half == "fixed") or (fixed_only and half == "stock"):
             continue
-        with link(plan.rate_mbit, _folder(run_dir, half)) as way:
+        tell = _prefixed(progress, half)
+        folder = run_dir / half
+        folder.mkdir()
+        with link(plan.rate_mbit, folder, shaped=shaped) as way:
             if way.mode == "stalled" and not plan.stallable:
                 raise LabError(
                     f"scenario {plan.name} needs a shaped link, and there is none: {way.reason}."
                     " Run as root with iproute2 installed, or take scenario abort"
                 )
             result["link"] = way.reason
-            progress(f"{half}: starting 2 prefill servers and 1 decode server ({way.reason})")
-            cluster = Cluster(
+            tell(f"starting 2 prefill servers and 1 decode server ({way.reason})")
+            with Cluster(
                 environment,
                 checkpoint,
                 way,
-                run_dir / half,
+                folder,
                 extra_flags=flags,
                 max_total_tokens=POOL_TOKENS,
-            )
-            with cluster:
-                progress(f"{half}: ready after {cluster.ready_s:.0f} s")
-                counts, details[half] = _half(
-                    Race(cluster, way, plan), seed, rounds, lambda line, h=half: progress(f"{h}: {line}")
-                )
+            ) as cluster:
+                tell(f"ready after {cluster.ready_s:.0f} s")
+                counts, details[half] = _half(Race(cluster, way, plan), seed, rounds, tell)
                 result[half] = {**counts, "ready_s": round(cluster.ready_s, 1)}
     result["rounds"] = details
     result["seconds"] = round(time.monotonic() - began, 1)
     return result
 
 
-def _folder(run_dir: Path, name: str) -> Path:
-    folder = run_dir / name
-    folder.mkdir(exist_ok=True)
-    return folder
+def _new_run_dir(release: str, plan: Scenario) -> Path:
+    """A fresh folder for logs; the oldest ones go."""
+    runs = lab_home() / "runs"
+    runs.mkdir(parents=True, exist_ok=True)
+    for old in sorted(runs.iterdir())[: -RUNS_KEPT + 1]:
+        shutil.rmtree(old, ignore_errors=True)
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{release}-{plan.name}-{os.getpid()}"
+    run_dir = runs / name
+    run_dir.mkdir()
+    return run_dir
+
+
+def _prefixed(progress: Progress, half: str) -> Progress:
+    return lambda line: progress(f"{half}: {line}")
 
 
 def _half(
@@ -164,6 +183,7 @@ def _half(
             except Invalid as reason:
                 progress(f"round {number} does not count: {reason}")
                 reasons.append(str(reason))
+                race.settle()
                 continue
             done.append(outcome)
             progress(
@@ -184,6 +204,18 @@ def _half(
         "wrong_outputs": sum(item.wrong_ids > 0 for item in done),
     }
     return counts, [asdict(item) for item in done]
+
+
+@dataclass(frozen=True)
+class Played:
+    """What was measured while a round was played."""
+
+    number: int
+    attempt: int
+    sent_at_abort: int
+    sending: float  # when the victim was sent, seconds since the epoch
+    traffic: Traffic
+    right: list[int]  # the reference's digests
 
 
 class Invalid(Exception):
@@ -207,17 +239,18 @@ class Race:
         reference = self._alone(f"{name}-reference-1", victim_prompt)
         again = self._alone(f"{name}-reference-2", victim_prompt)
         if reference.ids is None or reference.ids != again.ids:
-            raise Invalid(f"two runs of the same prompt alone differ ({reference.decode.body!s:.200})")
+            raise Invalid(f"two runs of a prompt alone differ: {reference.decode.body!s:.200}")
         right = self._digests(reference.rid)
         if right != self._digests(again.rid):
             raise Invalid("two runs of the same prompt alone left different KV")
 
+        hold = self._hold()
         with Traffic(self._link) as traffic:
             late = self.cluster.send(
                 self.cluster.slow, aborted_prompt, f"{name}-aborted", max_new_tokens=8
             )
             self._wait_in_flight(traffic, late)
-            with self._hold(traffic):
+            with hold:
                 sent_at_abort = traffic.sent()
                 if sent_at_abort > IN_FLIGHT_SHARE * TRANSFER_BYTES:
                     raise Invalid(f"{sent_at_abort} bytes were sent before the abort came")
@@ -229,7 +262,7 @@ class Race:
                     f"{name}-victim",
                     max_new_tokens=self.plan.victim_new_tokens,
                 )
-                self._wait_admitted(pending, stalled_s=2.0)
+                self._wait_admitted(pending)
             if not traffic.moved_since(sent_at_abort, within_s=5.0):
                 raise Invalid("nothing was sent after the abort")
             victim = pending.wait()
@@ -239,22 +272,20 @@ class Race:
             raise Invalid("the abort came too late: the request completed")
         after = self._alone(f"{name}-afterwards", victim_prompt)
         return self._judge(
-            number, attempt, sent_at_abort, sending, traffic, right, reference, victim,
-            late_outcome, after,
-        )  # fmt: skip
+            Played(number, attempt, sent_at_abort, sending, traffic, right),
+            reference=reference,
+            victim=victim,
+            late=late_outcome,
+            after=after,
+        )
+
+    def settle(self) -> None:
+        """After a round that was broken off: let what it left on the link drain."""
+        with suppress(Invalid), Traffic(self._link) as traffic:
+            self._wait_quiet(traffic)
 
     def _judge(
-        self,
-        number: int,
-        attempt: int,
-        sent_at_abort: int,
-        sending: float,
-        traffic: Traffic,
-        right: list[int],
-        reference: Outcome,
-        victim: Outcome,
-        late: Outcome,
-        after: Outcome,
+        self, played: Played, *, reference: Outcome, victim: Outcome, late: Outcome, after: Outcome
     ) -> Round:
         problems = []
         events = self._events(victim.rid)
@@ -264,7 +295,7 @@ class Race:
             if event is None or event["digests"] is None:
                 problems.append(f"the victim has no digests: {victim.decode.body!s:.200}")
                 continue
-            corrupted |= {i for i, d in enumerate(event["digests"]) if d != right[i]}
+            corrupted |= {i for i, d in enumerate(event["digests"]) if d != played.right[i]}
         ids, expected = victim.ids or [], reference.ids or []
         if victim.ids is None:
             problems.append(f"the victim was not answered: {victim.decode.body!s:.200}")
@@ -274,16 +305,17 @@ class Race:
         )
         owned = self._events(late.rid).get("final", {}).get("slots", [])
         return Round(
-            round=number,
-            tries=attempt,
-            sent_at_abort=sent_at_abort,
-            sent_after_admission=traffic.sent_after(admitted["time"]) if admitted else None,
-            victim_wait_s=round(admitted["time"] - sending, 2) if admitted else None,
+            round=played.number,
+            tries=played.attempt,
+            sent_at_abort=played.sent_at_abort,
+            sent_after_admission=played.traffic.sent_after(admitted["time"]) if admitted else None,
+            victim_wait_s=round(admitted["time"] - played.sending, 2) if admitted else None,
             slots_shared=len(set(owned) & set(admitted["slots"])) if admitted else 0,
             corrupted_pages=len(corrupted),
             wrong_ids=wrong,
             aborted=int(late.aborted),
             clean_afterwards=after.ids == reference.ids,
+            corrupted=_ranges(sorted(corrupted)),
             problems=problems,
         )
 
@@ -304,17 +336,17 @@ class Race:
                 raise Invalid(f"no transfer within {ANSWER_S:.0f} s")
             time.sleep(step)
 
-    def _hold(self, traffic: Traffic) -> AbstractContextManager[None]:
+    def _hold(self) -> AbstractContextManager[None]:
         """On a stalled link: the slow prefill's processes stand still inside."""
         if self._link.mode == "shaped":
             return nullcontext()
-        return _Stopped(self.cluster)
+        return _Stopped(self.cluster.slow.process.pids())
 
-    def _wait_admitted(self, victim: Pending, stalled_s: float) -> None:
+    def _wait_admitted(self, victim: Pending) -> None:
         """While stalled, wait until stock has let the victim in, or a while if it holds."""
         if self._link.mode == "shaped":
             return
-        deadline = time.monotonic() + stalled_s
+        deadline = time.monotonic() + STALL_S
         while time.monotonic() < deadline and "admitted" not in self._events(victim.rid):
             time.sleep(0.02)
 
@@ -349,14 +381,20 @@ class Race:
 class _Stopped:
     """SIGSTOP on entry, SIGCONT on the way out whatever happens."""
 
-    def __init__(self, cluster: Cluster) -> None:
-        self._process = cluster.slow.process
+    def __init__(self, pids: Sequence[int]) -> None:
+        self._pids = pids
 
     def __enter__(self) -> None:
-        self._process.signal(signal.SIGSTOP)
+        self._signal(signal.SIGSTOP)
+        time.sleep(SETTLE_S)
 
     def __exit__(self, *_error: object) -> None:
-        self._process.signal(signal.SIGCONT)
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        for pid in self._pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
 
 
 class Traffic:
@@ -410,3 +448,12 @@ def _prompt(draw: random.Random, length: int) -> list[int]:
     return [draw.randrange(3, lab_model.VOCAB) for _ in range(length)]
 
 
+def _ranges(positions: Sequence[int]) -> str:
+    """`0-3,7` for [0, 1, 2, 3, 7]."""
+    runs: list[list[int]] = []
+    for position in positions:
+        if runs and position == runs[-1][1] + 1:
+            runs[-1][1] = position
+        else:
+            runs.append([position, position])
+    return ",".join(f"{a}-{b}" if a != b else str(a) for a, b in runs)

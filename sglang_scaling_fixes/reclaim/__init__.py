@@ -18,7 +18,7 @@ def arm(config: Config) -> str:
 
     if not is_wrapped(probe.SENTINEL):
         decode.attach(config)
-        prefill.attach(config)
+        prefill.attach()
     for point in ATTACH_POINTS:
         if point.fix == "safe-reclaim" and point.wrapped and not is_wrapped(point.target):
             probe.fail(f"{point.target} is not wrapped")

@@ -44,6 +44,7 @@ WINDOW_STATES = frozenset({"swa", "block_scale_swa"})
 """State transfers into sliding-window slots, freed together with their full slots."""
 
 _MOONCAKE = "sglang.srt.disaggregation.mooncake.conn"
+_SCHEDULER = "sglang.srt.managers.scheduler"
 _SUCCESS = 4
 """KVPoll.Success in every supported release (contract-tested)."""
 
@@ -60,11 +61,11 @@ class DecodeGuard:
         self.ledger = DecodeLedger(new_incarnation(), first_wait=config.resend)
         self._reply_to = endpoint(manager.local_ip, manager.rank_port)
         self._inbox: deque[Callable[[], None]] = deque()
-        self._sockets: dict[str, tuple[Any, Any]] = {}
+        self._routes: dict[str, Callable[[], tuple[Any, Any]]] = {}
+        """Rank -> stock's own look-up of its socket and lock (stock may replace them)."""
         self._sending: Exposure | None = None
         self._stock_success: dict[int, set[bytes]] = {}
         self._next_say: dict[str, float] = {}
-        self._warned: set[str] = set()
         self._group: Any = None
         self._buffers: Any = None
         self.gate: Gate | None = None
@@ -116,9 +117,7 @@ class DecodeGuard:
     ) -> Any:
         """Stock sends the destinations of a request; from here on they are exposed."""
         assert self.gate is not None, "send_metadata before the allocators exist"
-        ranks = [
-            rank_of(info) for info in receiver.bootstrap_infos or () if not info["is_dummy"]
-        ]
+        ranks = [rank_of(info) for info in receiver.bootstrap_infos or () if not info["is_dummy"]]
         if self._config.peer == "require" and not self._all_speak(ranks):
             self._refuse(receiver, ranks)
             return None
@@ -138,9 +137,11 @@ class DecodeGuard:
         finally:
             self._sending = None
 
-    def outgoing(self, rank: str, frames: list[bytes], socket: Any, lock: Any) -> list[bytes]:
+    def outgoing(
+        self, rank: str, route: Callable[[], tuple[Any, Any]], frames: list[bytes]
+    ) -> list[bytes]:
         """Add our trailer to what stock sends to a prefill rank."""
-        self._sockets[rank] = (socket, lock)
+        self._routes[rank] = route
         if frames[0] == b"None":  # stock's registration of this decode's buffers
             return [*frames, messages.encode(messages.Hello(self._reply_to, rank))]
         exposure = self._sending
@@ -252,7 +253,7 @@ class DecodeGuard:
 
     def _send_asks(self) -> None:
         for ask in self.ledger.tick(time.monotonic()):
-            socket, lock = self._sockets[ask.rank]
+            socket, lock = self._routes[ask.rank]()
             message = messages.Ask(self._reply_to, ask.rank, ask.room, ask.gen)
             with lock:
                 send_now(socket, [messages.encode(message)])
@@ -278,9 +279,7 @@ class DecodeGuard:
         message = messages.decode(frames[0]) if len(frames) == 1 else None
         if isinstance(message, messages.Here):
             self._inbox.append(
-                functools.partial(
-                    self.ledger.here, message.rank, message.incarnation, message.gen
-                )
+                functools.partial(self.ledger.here, message.rank, message.incarnation, message.gen)
             )
             return None
         if isinstance(message, messages.Answer):
@@ -335,14 +334,16 @@ class DecodeGuard:
 class OutgoingTap(Passthrough):
     """The socket to one prefill rank: stock's messages leave with our trailer."""
 
-    def __init__(self, stock: Any, lock: Any, rank: str, guard: DecodeGuard) -> None:
+    def __init__(
+        self, stock: Any, rank: str, route: Callable[[], tuple[Any, Any]], guard: DecodeGuard
+    ) -> None:
         super().__init__(stock)
-        self._lock = lock
         self._rank = rank
+        self._route = route
         self._guard = guard
 
     def send_multipart(self, frames: list[bytes], *args: Any, **kwargs: Any) -> Any:
-        frames = self._guard.outgoing(self._rank, list(frames), self._stock, self._lock)
+        frames = self._guard.outgoing(self._rank, self._route, list(frames))
         return self._stock.send_multipart(frames, *args, **kwargs)
 
 
@@ -410,11 +411,12 @@ def attach(config: Config) -> None:
             DecodeGuard.current.install_gate(queue)
 
     def connect(stock: Callable[..., Any], cls: Any, bootstrap_info: dict[str, Any]) -> Any:
-        socket, lock = stock(cls, bootstrap_info)
+        route = functools.partial(stock, cls, bootstrap_info)
+        socket, lock = route()
         guard = DecodeGuard.current
         if guard is None:
             return socket, lock
-        return OutgoingTap(socket, lock, rank_of(bootstrap_info), guard), lock
+        return OutgoingTap(socket, rank_of(bootstrap_info), route, guard), lock
 
     def send_metadata(stock: Callable[..., Any], receiver: Any, *args: Any, **kwargs: Any) -> Any:
         guard = DecodeGuard.current
@@ -450,5 +452,5 @@ def attach(config: Config) -> None:
     wrap_method(f"{_MOONCAKE}:MooncakeKVReceiver.send_metadata", send_metadata)
     wrap_method(f"{_MOONCAKE}:MooncakeKVReceiver.clear", clear)
     wrap_method(f"{_MOONCAKE}:MooncakeKVReceiver.failure_exception", failure_exception)
-    wrap_method("sglang.srt.managers.scheduler:Scheduler.process_decode_queue", process_decode_queue)
-    wrap_method("sglang.srt.managers.scheduler:Scheduler.is_fully_idle", is_fully_idle)
+    wrap_method(f"{_SCHEDULER}:Scheduler.process_decode_queue", process_decode_queue)
+    wrap_method(f"{_SCHEDULER}:Scheduler.is_fully_idle", is_fully_idle)

@@ -215,7 +215,8 @@ class Gate:
             # before the replay.
             slots.kept.append(functools.partial(stock, indices.clone(), *args, **kwargs))
             slots.seen.update(touched.tolist())
-            slots.tokens += int(indices.numel()) * (1 if unit == self._page_size else self._page_size)
+            per_index = 1 if unit == self._page_size else self._page_size
+            slots.tokens += int(indices.numel()) * per_index
             return True
         return False
 

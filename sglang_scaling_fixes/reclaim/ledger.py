@@ -148,9 +148,7 @@ class DecodeLedger:
     the same writer; it doubles each time.
     """
 
-    def __init__(
-        self, incarnation: str, *, first_wait: float = 0.1, max_wait: float = 5.0
-    ) -> None:
+    def __init__(self, incarnation: str, *, first_wait: float = 0.1, max_wait: float = 5.0) -> None:
         self._incarnation = incarnation
         self._counter = itertools.count(1)
         self._first_wait = first_wait

@@ -17,7 +17,6 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang_scaling_fixes.attach import wrap_method
-from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.reclaim import messages
 from sglang_scaling_fixes.reclaim.ledger import (
     Action,
@@ -43,9 +42,8 @@ class PrefillGuard:
     current: PrefillGuard | None = None
     """The guard of this process: SGLang makes one KV manager per scheduler process."""
 
-    def __init__(self, manager: Any, config: Config) -> None:
+    def __init__(self, manager: Any) -> None:
         self._manager = manager
-        self._require = config.peer == "require"
         self._lock = threading.Lock()
         self._ledger = PrefillLedger(new_incarnation())
         self._replies = ReplySockets()
@@ -100,8 +98,10 @@ class PrefillGuard:
             return stock
         if isinstance(message, messages.Bind):
             return self._bind(stock, message)
+        if message is not None:
+            return None  # ours, and not for prefill
         if stock[0].isdigit():
-            return self._unprotected(stock)
+            self._warn_unprotected(stock)
         return stock
 
     def _bind(self, stock: list[bytes], bind: messages.Bind) -> list[bytes] | None:
@@ -124,23 +124,16 @@ class PrefillGuard:
                 return frames
         return None
 
-    def _unprotected(self, stock: list[bytes]) -> list[bytes] | None:
-        """Destinations from a decode that runs without safe-reclaim."""
+    def _warn_unprotected(self, stock: list[bytes]) -> None:
+        """Destinations from a decode that runs without safe-reclaim: say so, once each."""
         source = b":".join(stock[1:3])
-        remedy = "start it with --plugin"
         if source not in self._warned:
             self._warned.add(source)
             logger.warning(
                 "safe-reclaim: decode %s runs without safe-reclaim; its KV slots are not "
-                "protected; %s",
+                "protected; start it with --plugin",
                 source.decode(),
-                remedy,
             )
-        if not self._require:
-            return stock
-        room = int(stock[0])
-        self._fail(room, f"decode {source.decode()} runs without safe-reclaim; {remedy}")
-        return None
 
     def _here(self, reply_to: str, rank: str, gen: str | None = None) -> None:
         here = messages.Here(rank, self._ledger.incarnation, gen)
@@ -202,22 +195,27 @@ class PrefillGuard:
         self._replies.send(action.reply_to, messages.encode(answer))
 
     def _fail(self, room: int, reason: str) -> None:
-        """End the room in stock as stock ends its own failures, so that its request ends."""
-        self._manager.record_failure(room, reason)
-        self._manager.update_status(room, _FAILED)
+        """End the room in stock as stock ends its own failures, so that its request ends.
+
+        Only a room stock knows: a failure recorded for no request would be found by
+        the next one that uses the room.
+        """
+        if room in self._manager.request_status:
+            self._manager.record_failure(room, reason)
+            self._manager.update_status(room, _FAILED)
 
     def report(self) -> dict[str, Any]:
         """Counters for `/server_info` and the lab."""
         return dict(self.counters)
 
 
-def attach(config: Config) -> None:
+def attach() -> None:
     """Wrap the prefill-side attach points. They do nothing until a prefill manager starts."""
 
     def init_engine(stock: Callable[..., Any], manager: Any) -> Any:
         result = stock(manager)
         if manager.disaggregation_mode.value == "prefill":
-            PrefillGuard(manager, config)
+            PrefillGuard(manager)
         return result
 
     def start_prefill_thread(stock: Callable[..., Any], manager: Any) -> Any:

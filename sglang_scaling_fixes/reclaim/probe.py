@@ -24,8 +24,9 @@ from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.errors import AttachError
 from sglang_scaling_fixes.reclaim import messages
 from sglang_scaling_fixes.reclaim.decode import DecodeGuard
+from sglang_scaling_fixes.reclaim.ledger import Attempt
 from sglang_scaling_fixes.reclaim.prefill import PrefillGuard
-from sglang_scaling_fixes.reclaim.taps import ExecutorTap
+from sglang_scaling_fixes.reclaim.taps import IN_HAND, ExecutorTap
 
 SENTINEL = "sglang.srt.disaggregation.mooncake.conn:MooncakeKVManager.transfer_worker"
 """Wrapped first and last by `attach`: tells whether this process is attached already."""
@@ -247,12 +248,16 @@ def _prove_prefill() -> None:
 
     queue = _Queue()
     manager = _manager(engine=_Engine(), transfer_queues=[queue])
-    guard = PrefillGuard(manager, Config())
+    guard = PrefillGuard(manager)
     guard.tap_socket()
     answers: list[messages.Message | None] = []
-    guard._replies.send = (  # type: ignore[method-assign]
-        lambda _to, frame: answers.append(messages.decode(frame)) or True
-    )
+
+    def keep_answer(to: str, frame: bytes) -> bool:
+        del to
+        answers.append(messages.decode(frame))
+        return True
+
+    guard._replies.send = keep_answer  # type: ignore[method-assign]
     tap = guard.tap_queue(queue)
     check(guard.guards(manager), "a transfer queue is not tapped")
     read = manager.server_socket._read
@@ -270,10 +275,15 @@ def _prove_prefill() -> None:
     last = answers[-1]
     check(isinstance(last, messages.Answer) and last.verdict == "drained", "no drain answer")
     seen: list[int] = []
-    stock_take = guard.take
-    guard.take = (  # type: ignore[method-assign]
-        lambda attempt: stock_take(attempt) and (seen.append(attempt.room) or True)
-    )
+    real_take = guard.take
+
+    def take(attempt: Attempt) -> bool:
+        taken = real_take(attempt)
+        if taken:
+            seen.append(attempt.room)
+        return taken
+
+    guard.take = take  # type: ignore[method-assign]
     with ThreadPoolExecutor(1) as pool:
         with contextlib.suppress(_StopWorker):
             MooncakeKVManager.transfer_worker(manager, queue, pool)
@@ -282,8 +292,6 @@ def _prove_prefill() -> None:
         attempt = guard.put(_Chunk(_ROOM + 1))
         assert attempt is not None
         tapped = ExecutorTap(pool, guard)
-        from sglang_scaling_fixes.reclaim.taps import IN_HAND
-
         IN_HAND.attempt = attempt
         tapped.submit(manager.engine.batch_transfer_sync).result()
         IN_HAND.attempt = None

@@ -25,7 +25,6 @@ def test_the_releases_read_here_are_those_supported() -> None:
             release,
             point,
             id=f"{release}-{point.target.rpartition(':')[2]}",
-            marks=pytest.mark.xdist_group(release),
         )
         for release in RELEASES
         for point in ATTACH_POINTS

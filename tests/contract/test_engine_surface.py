@@ -26,9 +26,7 @@ MODULES = (
     "sglang.srt.disaggregation.common.staging_handler",
 )
 
-pytestmark = pytest.mark.parametrize(
-    "release", [pytest.param(r, marks=pytest.mark.xdist_group(r)) for r in RELEASES]
-)
+pytestmark = pytest.mark.parametrize("release", RELEASES)
 
 
 def is_engine(node: ast.AST) -> bool:
@@ -50,7 +48,7 @@ def engine_names(module: Module) -> Iterator[str]:
             and is_engine(node.args[0])
         ):
             name = node.args[1]
-            yield name.value if isinstance(name, ast.Constant) else ast.unparse(node)
+            yield str(name.value) if isinstance(name, ast.Constant) else ast.unparse(node)
 
 
 def test_engine_names_are_known(wheel: Wheel) -> None:

@@ -11,7 +11,6 @@ from wheels import RELEASES
 
 CONN = "sglang.srt.disaggregation.mooncake.conn"
 MANAGER = f"{CONN}:MooncakeKVManager"
-NEWEST = pytest.param(RELEASES[-1], marks=pytest.mark.xdist_group(RELEASES[-1]))
 
 
 @pytest.fixture
@@ -105,7 +104,7 @@ def test_refuses(
     assert says in str(caught.value)
 
 
-@pytest.mark.parametrize("release", [NEWEST])
+@pytest.mark.parametrize("release", RELEASES[-1:])
 @pytest.mark.parametrize(
     ("target", "params", "uses"),
     [
@@ -122,7 +121,7 @@ def test_refuses_in_a_stock_wheel(
         wheel.require(target, params, uses)
 
 
-@pytest.mark.parametrize("release", [NEWEST])
+@pytest.mark.parametrize("release", RELEASES[-1:])
 @pytest.mark.parametrize("method", ["transfer_worker", "update_status"])
 def test_notices_a_method_renamed_upstream(wheel: Wheel, tmp_path: Path, method: str) -> None:
     """One own method of the class, one inherited from another module."""

@@ -38,8 +38,12 @@ RELEASES = (
 )
 """Every stock release with a plugin loader, oldest first."""
 
-# One build for everyone, whatever this machine is: only the Python source is read.
-_BUILD = ("--python-version=3.11", "--implementation=cp", "--platform=manylinux_2_34_x86_64")
+_DOWNLOAD = (
+    *(sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--quiet"),
+    *("--disable-pip-version-check", "--only-binary=:all:"),
+    # One build for everyone, whatever this machine is: only the Python source is read.
+    *("--python-version=3.11", "--implementation=cp", "--platform=manylinux_2_34_x86_64"),
+)
 
 
 class WheelUnavailable(RuntimeError):
@@ -69,9 +73,7 @@ def _fetch(release: str, folder: Path) -> str | None:
             return None  # another process was faster
         with tempfile.TemporaryDirectory(dir=_cache()) as scratch:
             done = subprocess.run(
-                [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir"]
-                + ["--quiet", "--disable-pip-version-check", "--only-binary=:all:", *_BUILD]
-                + [f"--dest={scratch}", f"sglang=={release}"],
+                [*_DOWNLOAD, f"--dest={scratch}", f"sglang=={release}"],
                 capture_output=True,
                 text=True,
                 check=False,
@@ -86,9 +88,14 @@ def _fetch(release: str, folder: Path) -> str | None:
                 )
             unpacked = Path(scratch) / "src"
             with zipfile.ZipFile(found[0]) as wheel:
-                wheel.extractall(unpacked, [n for n in wheel.namelist() if n.endswith(".py")])
+                wheel.extractall(unpacked, [n for n in wheel.namelist() if _is_read(n)])
             unpacked.rename(folder)
     return None
+
+
+def _is_read(name: str) -> bool:
+    """Python source; not that of the diffusion server, which is half of it."""
+    return name.endswith(".py") and not name.startswith("sglang/multimodal_gen/")
 
 
 def _cache() -> Path:

@@ -1,0 +1,88 @@
+"""`launch_server --plugin` as a person types it: our flags, and one clear line for bad input."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from sglang_scaling_fixes.lab.install import Environment
+from sglang_scaling_fixes.lab.runtime import cpu_env
+
+
+def launch(environment: Environment, *argv: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(environment.python), "-m", "sglang.launch_server", *argv],
+        env=cpu_env({**environment.env, **env}),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def server(checkpoint: Path, *argv: str) -> list[str]:
+    return ["--model-path", str(checkpoint), "--device", "cpu", "--skip-tokenizer-init", *argv]
+
+
+def test_help_shows_our_flags(old: Environment) -> None:
+    shown = launch(old, "--plugin", "--help")
+    assert shown.returncode == 0
+    for flag in ("--plugin", "--safe-reclaim-peer", "--safe-reclaim-audit"):
+        assert flag in shown.stdout
+
+
+PD = ("--disaggregation-mode", "decode", "--disaggregation-transfer-backend")
+
+
+@pytest.mark.parametrize(
+    ("argv", "env", "words"),
+    [
+        (("--plugin", "safe-reclam"), {}, ["--plugin", "safe-reclam", "choose from"]),
+        (("--plugin", "spec-guard"), {}, ["spec-guard", "not in force", "not starting"]),
+        (("--plugin", "--safe-reclaim-peer", "x"), {}, ["--safe-reclaim-peer", "'x'", "require"]),
+        (
+            ("--plugin", *PD, "nixl"),
+            {},
+            ["--disaggregation-transfer-backend nixl", "--plugin none"],
+        ),
+        (("--plugin", *PD, "mooncake"), {"MC_TCP_PROTO": "1"}, ["TCP protocol v1", "0.3.12"]),
+        (("--plugin",), {"SGLANG_PLUGINS": "other"}, ["unrecognized arguments: --plugin"]),
+    ],
+    ids=["unknown-fix", "not-built", "bad-setting", "backend", "tcp-v1", "plugin-excluded"],
+)
+def test_bad_input_is_one_line_and_no_start(
+    old: Environment, checkpoint: Path, argv: tuple[str, ...], env: dict[str, str], words: list[str]
+) -> None:
+    done = launch(old, *server(checkpoint, *argv), **env)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    for word in words:
+        assert word in last
+
+
+@pytest.mark.parametrize("release", ["old", "new"])
+def test_doctor(release: str, request: pytest.FixtureRequest) -> None:
+    environment: Environment = request.getfixturevalue(release)
+    done = subprocess.run(
+        [str(environment.python), "-m", "sglang_scaling_fixes.cli", "doctor", "--json"],
+        env=cpu_env(environment.env),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    found = json.loads(done.stdout)
+    assert done.returncode == 0
+    assert found["sglang"] == environment.release
+    assert found["mooncake"]["protocol"] == "tcp-v2"
+    states = {fix["name"]: fix["state"] for fix in found["fixes"]}
+    assert states == {
+        "safe-reclaim": "armed",
+        "hicache-ordering": "unsupported",
+        "layer-split": "unsupported",
+        "spec-guard": "unsupported",
+    }

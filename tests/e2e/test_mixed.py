@@ -1,0 +1,78 @@
+"""The plugin on one role only: served, nothing freed without proof, and it says so."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sglang_scaling_fixes.lab.cluster import Cluster
+from sglang_scaling_fixes.lab.install import Environment
+from sglang_scaling_fixes.lab.link import link
+
+
+class Mixed(Cluster):
+    """Only the decode server is armed."""
+
+    def _server(self, name: str, role: Any, place: Any, flags: list[str], env: Any) -> Any:
+        armed = ["--plugin", "--safe-reclaim-audit"] if role == "decode" else []
+        return super()._server(name, role, place, [*flags, *armed], env)
+
+
+@pytest.fixture(scope="module")
+def cluster(old: Environment, checkpoint: Path, tmp_path_factory: Any) -> Iterator[Cluster]:
+    run_dir = tmp_path_factory.mktemp("mixed")
+    with (
+        link(0, run_dir, shaped=False) as way,
+        Mixed(old, checkpoint, way, run_dir, prefills=1) as cluster,
+    ):
+        yield cluster
+
+
+def report(cluster: Cluster) -> dict[str, Any]:
+    state = cluster.decode.get("/server_info").body["internal_states"][0]
+    result: dict[str, Any] = state["sglang_scaling_fixes"]["safe_reclaim_decode"]
+    return result
+
+
+def prompt(length: int) -> list[int]:
+    draw = random.Random(length)
+    return [draw.randrange(10, 900) for _ in range(length)]
+
+
+def test_a_stock_prefill_serves_an_armed_decode(cluster: Cluster) -> None:
+    outcome = cluster.send(cluster.fast, prompt(300), "plain", max_new_tokens=8).wait()
+    assert outcome.ids is not None and len(outcome.ids) == 8
+    assert report(cluster)["peers"] == 0
+
+
+def test_an_abort_is_held_until_stock_reports_success(cluster: Cluster) -> None:
+    """Stock 0.5.12 prefill never learns of the abort; its success message is the only proof."""
+    cluster.fast.process.signal(__import__("signal").SIGSTOP)
+    try:
+        pending = cluster.send(cluster.fast, prompt(1000), "late", max_new_tokens=8)
+        wait_for(lambda: report(cluster)["exposures"] >= 2, "destinations were never sent")
+        cluster.abort("late")
+        wait_for(lambda: report(cluster)["held_tokens"] == 1000, "the abort was not held")
+        time.sleep(1.0)
+        held = report(cluster)
+        assert held["held_tokens"] == 1000
+        assert "runs without safe-reclaim" in held["held"][0]["why"]
+    finally:
+        cluster.fast.process.signal(__import__("signal").SIGCONT)
+    pending.wait()
+    wait_for(lambda: report(cluster)["held_tokens"] == 0, "success did not give the slots back")
+    assert report(cluster)["frees_by_proof"]["P3"] == 1
+    outcome = cluster.send(cluster.fast, prompt(1200), "after", max_new_tokens=8).wait()
+    assert outcome.ids is not None
+
+
+def wait_for(holds: Any, otherwise: str, timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline, otherwise
+        time.sleep(0.1)

@@ -1,0 +1,41 @@
+"""The abort race on real servers: stock corrupts its next owner's KV, armed servers do not.
+
+The stock half is the negative control: the same schedule, the same release, no flag.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sglang_scaling_fixes.lab import reclaim
+
+from .conftest import OLD
+
+ROUNDS = 2
+
+
+@pytest.fixture(scope="module")
+def result() -> dict[str, Any]:
+    return reclaim.run(OLD, "abort", rounds=ROUNDS)
+
+
+def test_stock_corrupts(result: dict[str, Any]) -> None:
+    assert result["stock"]["aborted"] == ROUNDS
+    assert result["stock"]["corrupted_pages"] > 0
+
+
+def test_fixed_does_not(result: dict[str, Any]) -> None:
+    fixed = result["fixed"]
+    assert (fixed["aborted"], fixed["victims"]) == (ROUNDS, ROUNDS)
+    assert (fixed["corrupted_pages"], fixed["wrong_outputs"]) == (0, 0)
+
+
+def test_the_victims_waited_in_the_very_slots_of_the_aborted_requests(
+    result: dict[str, Any],
+) -> None:
+    """Otherwise nothing was raced for, and nothing corrupted proves nothing."""
+    for half in ("stock", "fixed"):
+        for one in result["rounds"][half]:
+            assert one["slots_shared"] > 0

@@ -1,0 +1,952 @@
+"""A deterministic little world around the real ledgers.
+
+Decode ranks (one `DecodeLedger` each), prefill ranks (one `PrefillLedger` each, or
+stock without the plugin), FIFO channels, decode slots and writes on the wire. It
+models of stock SGLang what the ledgers must survive:
+
+* prefill keys everything by room: `status`, and `infos`, whose destinations the
+  last delivered metadata of a decode rank replaces;
+* a worker reads the destinations when it posts, not when its chunk was queued;
+* a failed write may still land, and so may the writes of a dead process.
+
+An event is a line of text (`"deliver d0>p0"`); `enabled` lists what can happen next,
+`step` does it. What happens is logged in `said`. Nothing here knows a clock: every
+`tick` is later than any backoff.
+
+    names      r0 request   d0 decode rank   p0 prefill rank   d0-1 generation
+    channels   d0>p0  metadata with Bind, Ask, Hello     (one socket, one order)
+               p0>d0  Here, Answer                       (our reply socket)
+               p0*d0  stock's success status             (stock's socket)
+
+Exploring needs many worlds, so a clone shares everything with its origin. What an
+event changes is replaced, never changed in place; ranks are the exception, they hold
+real ledgers and are pickled by whoever is about to change them (`_decode`, `_prefill`).
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from sglang_scaling_fixes.reclaim.ledger import (
+    Action,
+    Attempt,
+    DecodeLedger,
+    Delivery,
+    Exposure,
+    FailRoom,
+    PrefillLedger,
+    State,
+)
+
+
+class Violation(AssertionError):
+    """The invariant does not hold. The text says what was reachable."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """What exists, how often things may go wrong, and which rule is switched off."""
+
+    rooms: tuple[int, ...] = (7,)
+    """One per request, in the order they may be exposed."""
+    chunks: int = 1
+    decodes: int = 1
+    prefills: int = 1
+    plugged: tuple[bool, ...] = (True, True)
+    """Which prefill ranks run safe reclaim."""
+    slots: int = 2
+    """Per decode rank; a request takes one of each."""
+    greeted: bool = True
+    """Decode knows who speaks safe reclaim before its first request."""
+    late_arrival: bool = False
+    """A request reaches prefill at a moment of its own, not when decode exposes it."""
+    split_take: bool = False
+    """A worker takes a chunk and reads its destinations at two moments."""
+    split_bind: bool = False
+    """Stock may lag behind the ledger's verdict on metadata (another thread runs)."""
+    split_clear: bool = False
+    """Stock's clear and the ledger's `retire` are two steps (another thread runs)."""
+    helpers: bool = False
+    """Writes are helper tasks; a chunk ends at the first failed one (up to 0.5.18)."""
+    failed_is_final: bool = True
+    """Stock never revives a failed room (0.5.13 and later)."""
+    late_success: bool = True
+    """Stock's success of an old attempt may be counted for a new one of its room."""
+    foreign: bool = False
+    """Also call it a violation when one request's KV lands in another's slots."""
+
+    lose: int = 0
+    dup: int = 0
+    swap: int = 0
+    tick: int = 0
+    fail: int = 0
+    crash: int = 0
+    fence: int = 0
+    restart: int = 0
+    abort: int = 0
+
+    gate: bool = True
+    generations: bool = True
+    poison: bool = True
+
+
+BUDGETED = ("lose", "dup", "swap", "tick", "fail", "crash", "fence", "restart", "abort")
+
+
+class Counter:
+    """`itertools.count`, but a clone of the world can have its own."""
+
+    def __init__(self) -> None:
+        self.n = 0
+
+    def __next__(self) -> int:
+        self.n += 1
+        return self.n
+
+
+class Unpoisoned(PrefillLedger):
+    """Negative control: a failed write counts as done, as in stock up to 0.5.21."""
+
+    def failed(self, attempt: Attempt, reason: str) -> None:
+        pass
+
+
+class Msg(NamedTuple):
+    """One message. Unused fields stay empty."""
+
+    kind: str
+    """hello, meta, ask, here, answer or success."""
+    gen: str = ""
+    room: int = -1
+    incarnation: str = ""
+    verdict: str = ""
+    slot: int = -1
+    epoch: int = 0
+    """Of the decode memory the address belongs to; a fence makes older ones unreachable."""
+
+    def __str__(self) -> str:
+        return f"{self.kind}({self.verdict or self.gen or self.room or ''})"
+
+
+class Write(NamedTuple):
+    """Bytes posted for a destination: still in flight, or already failed."""
+
+    decode: str
+    gen: str
+    slot: int
+    epoch: int
+    prefill: str
+    life: int
+    request: int
+    chunk: int
+    failed: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.prefill}{'abcd'[self.life]}/{self.gen}/r{self.request}.{self.chunk}"
+
+
+@dataclass
+class Chunk:
+    request: int
+    room: int
+    n: int
+    last: bool
+    attempt: Attempt | None
+    posted: bool = False
+    failed: bool = False
+
+
+@dataclass
+class Decode:
+    name: str
+    ledger: DecodeLedger
+    slots: list[str | None]
+    life: int = 0
+    receivers: dict[int, tuple[int, set[str]]] = field(default_factory=dict)
+    """room -> (request, prefill ranks that reported success): stock's tracker."""
+    exposures: dict[int, str] = field(default_factory=dict)
+    """request -> its generation, until its slots are free."""
+    late_reports: dict[int, set[str]] = field(default_factory=dict)
+    """room -> prefill ranks that reported success after the owner gave up."""
+    epochs: dict[str, int] = field(default_factory=dict)
+    seen: int = 0
+    """Short for `decode_key`, 0 when it is to be computed."""
+
+    def exposure(self, request: int) -> Exposure:
+        found = self.ledger._find(self.exposures[request])
+        assert found is not None
+        return found
+
+
+@dataclass
+class Prefill:
+    name: str
+    ledger: PrefillLedger | None
+    life: int = 0
+    status: dict[int, str] = field(default_factory=dict)
+    infos: dict[int, dict[str, Msg]] = field(default_factory=dict)
+    """room -> decode rank -> its destinations."""
+    senders: dict[int, int] = field(default_factory=dict)
+    """request -> chunks it has queued, while its sender lives."""
+    queue: list[Chunk] = field(default_factory=list)
+    hand: Chunk | None = None
+    deferred: list[tuple[str, Msg]] = field(default_factory=list)
+    handing: tuple[str, Msg] | None = None
+    """Metadata the ledger let through and stock has not stored yet."""
+    retiring: int | None = None
+    """Room stock cleared and the ledger has not retired yet."""
+    helpers: dict[str, Attempt] = field(default_factory=dict)
+    """write -> attempt, for writes that are helper tasks."""
+    dead: set[str] = field(default_factory=set)
+    """Decode ranks stock gave up on after a failed write."""
+    seen: int = 0
+
+    @property
+    def incarnation(self) -> str:
+        return f"{self.name}{'abcd'[self.life]}"
+
+
+ORDER = {"bootstrapping": 1, "waiting": 2, "success": 3}
+
+
+_SEEN: dict[Any, int] = {}
+"""Every rank state met so far, numbered: worlds compare by small integers."""
+
+
+class World:
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.now = 0.0
+        self.said: list[str] = []
+        self.left = {name: getattr(config, name) for name in BUDGETED}
+        self.request = ("new",) * len(config.rooms)
+        self.gens: dict[str, int] = {}
+        """generation -> request."""
+        self.back: frozenset[str] = frozenset()
+        """Generations whose slots are ordinary or free: nothing may write there."""
+        self.wire: tuple[Write, ...] = ()
+        self.arrived: frozenset[str] = frozenset()
+        """Requests a prefill rank has a sender for, or had."""
+        self.exposed_in: dict[tuple[str, str], tuple[int, int]] = {}
+        """(generation, prefill rank) -> epoch of the address, life of the process."""
+        self.decodes = {f"d{i}": self._new_decode(f"d{i}", 0) for i in range(config.decodes)}
+        self.prefills = {f"p{i}": self._new_prefill(f"p{i}", 0) for i in range(config.prefills)}
+        self.channels: dict[str, tuple[Msg, ...]] = {}
+        for d in self.decodes:
+            for p in self.prefills:
+                self.channels |= {f"{d}>{p}": (), f"{p}>{d}": (), f"{p}*{d}": ()}
+                if not config.greeted:
+                    self._send(d, p, Msg("hello"))
+                elif self.prefills[p].ledger is not None:
+                    self.decodes[d].ledger.here(p, self.prefills[p].incarnation)
+        self._own: set[str] = set()
+
+    def _new_decode(self, name: str, life: int) -> Decode:
+        ledger = DecodeLedger(name + ("", "a", "b", "c")[life], first_wait=1.0, max_wait=5.0)
+        ledger._counter = Counter()  # type: ignore[assignment]
+        return Decode(name, ledger, [None] * self.config.slots, life)
+
+    def _new_prefill(self, name: str, life: int) -> Prefill:
+        if not self.config.plugged[int(name[1:])]:
+            return Prefill(name, None, life)
+        kind = PrefillLedger if self.config.poison else Unpoisoned
+        return Prefill(name, kind(f"{name}{'abcd'[life]}"), life)
+
+    def _decode(self, name: str) -> Decode:
+        """The rank, to be changed by the event being done."""
+        if name not in self._own:
+            self._own.add(name)
+            self.decodes[name] = copied(self.decodes[name])
+        return self.decodes[name]
+
+    def _prefill(self, name: str) -> Prefill:
+        if name not in self._own:
+            self._own.add(name)
+            self.prefills[name] = copied(self.prefills[name])
+        return self.prefills[name]
+
+    # -- running ------------------------------------------------------------------
+
+    def step(self, event: str) -> list[str]:
+        """Do one event; the lines say what came of it. Raises `Violation`."""
+        self.said = []
+        self._own = set()
+        name, *args = event.split()
+        if name in self.left:
+            self.left = {**self.left, name: self.left[name] - 1}
+        getattr(self, f"do_{name}")(*args)
+        self._check()
+        return self.said
+
+    def clone(self) -> World:
+        twin = object.__new__(World)
+        twin.__dict__.update(self.__dict__)
+        twin.decodes, twin.prefills = dict(self.decodes), dict(self.prefills)
+        twin.channels = dict(self.channels)
+        return twin
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def _send(self, source: str, target: str, message: Msg, stock: bool = False) -> None:
+        channel = f"{source}{'*' if stock else '>'}{target}"
+        self.channels[channel] = (*self.channels[channel], message)
+
+    def _becomes(self, i: int, state: str) -> None:
+        self.request = (*self.request[:i], state, *self.request[i + 1 :])
+
+    def _check(self) -> None:
+        for write in self.wire:
+            if write.gen in self.back:
+                raise Violation(
+                    f"{write.name} can still land, but the slot of {write.gen} is "
+                    f"{'ordinary' if write.gen in self._owned() else 'free or reused'}"
+                )
+
+    def _owned(self) -> set[str]:
+        return {gen for d in self.decodes.values() for gen in d.slots if gen is not None}
+
+    # -- what can happen ------------------------------------------------------------
+
+    def enabled(self) -> list[str]:
+        return [*self.progress(), *self.mishaps()]
+
+    def progress(self) -> list[str]:  # noqa: PLR0912 - one line per kind of event
+        """Events of a world in which nothing goes wrong, and owners giving up."""
+        events = [f"deliver {name}" for name, queue in self.channels.items() if queue]
+        if any(p.handing for p in self.prefills.values()):
+            # The receive thread is busy with the message before.
+            events = [e for e in events if not self._receiver_busy(e)]
+        for i, state in enumerate(self.request):
+            if state == "new" and self._exposable(i):
+                events.append(f"expose r{i}")
+            elif state == "exposed":
+                events.append(f"give_up r{i}")
+                if self._all_success(i):
+                    events.append(f"accept r{i}")
+            elif state == "accepted":
+                events.append(f"free r{i}")
+            elif state == "held" and all(
+                d.exposure(i).state is State.PROVEN
+                for d in self.decodes.values()
+                if i in d.exposures
+            ):
+                events.append(f"return r{i}")
+        for p in self.prefills.values():
+            events += self._prefill_events(p)
+        events += [f"land {w.name}" for w in self.wire]
+        return events
+
+    def _receiver_busy(self, event: str) -> bool:
+        target = event.split(">")[-1]
+        return target in self.prefills and self.prefills[target].handing is not None
+
+    def _prefill_events(self, p: Prefill) -> list[str]:
+        events = []
+        for i, state in enumerate(self.request):
+            if self.config.late_arrival and i not in p.senders and self._arrivable(p, i, state):
+                events.append(f"arrive r{i} {p.name}")
+        for i, n in p.senders.items():
+            room = self.config.rooms[i]
+            status = p.status.get(room)
+            if p.retiring is not None:
+                continue  # the scheduler is inside clear
+            if n < self.config.chunks and status == "waiting" and room in p.infos:
+                events.append(f"put r{i} {p.name}")
+            if status == "success" or status is None:
+                events.append(f"clear r{i} {p.name}")
+            elif status == "failed" and not (p.ledger is not None and p.ledger.busy(room)):
+                events.append(f"clear r{i} {p.name}")
+        if p.hand is None:
+            if p.queue:
+                events.append(f"take {p.name}")
+        elif not p.hand.posted:
+            events.append(f"post {p.name}")
+        elif self._hand_over(p):
+            events.append(f"end {p.name}")
+        if not p.handing and any(self._ready(p, m) for _, m in p.deferred):
+            events.append(f"retry {p.name}")
+        if p.handing:
+            events.append(f"store {p.name}")
+        if p.retiring is not None:
+            events.append(f"retire {p.name}")
+        return events
+
+    def mishaps(self) -> list[str]:
+        events = []
+        for name, queue in self.channels.items():
+            if queue:
+                events += [f"{kind} {name}" for kind in ("lose", "dup") if self.left[kind]]
+                if len(queue) > 1 and queue[0] != queue[1] and self.left["swap"]:
+                    events.append(f"swap {name}")
+        if self.left["tick"] and any(d.ledger.holding for d in self.decodes.values()):
+            events.append("tick")
+        if self.left["fail"]:
+            events += [f"fail {w.name}" for w in self.wire if self._watched(w)]
+        for p in self.prefills.values():
+            if self.left["crash"]:
+                events.append(f"crash {p.name}")
+            if self.left["fence"]:
+                events += [f"fence {d} {p.name}" for d in self.decodes]
+            if self.left["abort"]:
+                events += [f"abort r{i} {p.name}" for i in p.senders]
+        if self.left["restart"]:
+            events += [f"restart {d}" for d in self.decodes]
+        return events
+
+    def _exposable(self, i: int) -> bool:
+        """Requests of a room follow one another; its receiver must be gone on decode."""
+        earlier = [self.request[j] for j in range(i) if self.config.rooms[j] == self.config.rooms[i]]
+        return all(s not in ("new", "exposed") for s in earlier) and all(
+            None in d.slots for d in self.decodes.values()
+        )
+
+    def _arrivable(self, p: Prefill, i: int, state: str) -> bool:
+        return f"r{i} {p.name}" not in self.arrived and state in ("new", "exposed")
+
+    def _all_success(self, i: int) -> bool:
+        room = self.config.rooms[i]
+        return all(
+            room in d.receivers and d.receivers[room][1] == set(self.prefills)
+            for d in self.decodes.values()
+        )
+
+    def _watched(self, w: Write) -> bool:
+        """Somebody at prefill still waits for this write's result."""
+        return not w.failed and w.life == self.prefills[w.prefill].life
+
+    def _hand_over(self, p: Prefill) -> bool:
+        assert p.hand is not None
+        mine = [w for w in self.wire if self._watched(w) and w.prefill == p.name]
+        return not mine or (self.config.helpers and p.hand.failed)
+
+    def _ready(self, p: Prefill, m: Msg) -> bool:
+        """Trying this deferred metadata again will not just defer it again."""
+        ledger = p.ledger
+        assert ledger is not None
+        return not ledger.busy(m.room) or m.gen in ledger._aborted_unseen
+
+    # -- decode -----------------------------------------------------------------------
+
+    def do_expose(self, r: str) -> None:
+        i = int(r[1:])
+        room = self.config.rooms[i]
+        self._becomes(i, "exposed")
+        for d in map(self._decode, self.decodes):
+            exposure = d.ledger.expose(room, list(self.prefills))
+            slot = d.slots.index(None)
+            d.slots[slot] = exposure.gen
+            d.exposures[i] = exposure.gen
+            d.receivers[room] = (i, set())
+            self.gens = {**self.gens, exposure.gen: i}
+            self.say(f"{d.name}: slot {slot} exposed as {exposure.gen}, room {room}")
+            for p in self.prefills:
+                d.ledger.sent(exposure, p)
+                epoch = d.epochs.get(p, 0)
+                life = self.prefills[p].life
+                self.exposed_in = {**self.exposed_in, (exposure.gen, p): (epoch, life)}
+                self._send(d.name, p, Msg("meta", exposure.gen, room, slot=slot, epoch=epoch))
+        if not self.config.late_arrival:
+            for p in self.prefills:
+                self._arrive(i, self._prefill(p))
+
+    def do_give_up(self, r: str) -> None:
+        i = int(r[1:])
+        room = self.config.rooms[i]
+        self._becomes(i, "held" if self.config.gate else "done")
+        for d in map(self._decode, self.decodes):
+            exposure = d.exposure(i)
+            reported = d.receivers.pop(room)[1]
+            d.ledger.give_up(exposure, self.now, success_seen=reported == set(self.prefills))
+            if not self.config.gate:
+                self._free(d, i)
+                continue
+            for p in self.prefills:
+                self._fence_stale(d, exposure, p)
+            self.say(f"{d.name}: {exposure.gen} {exposure.state.value}")
+        self._ask()
+
+    def do_accept(self, r: str) -> None:
+        i = int(r[1:])
+        self._becomes(i, "accepted")
+        for d in map(self._decode, self.decodes):
+            exposure = d.exposure(i)
+            d.receivers.pop(self.config.rooms[i])
+            d.ledger.landed(exposure)
+            self.back |= {exposure.gen}
+            self.say(f"{d.name}: {exposure.gen} landed")
+
+    def do_free(self, r: str) -> None:
+        self._becomes(int(r[1:]), "done")
+        for d in map(self._decode, self.decodes):
+            self._free(d, int(r[1:]))
+
+    def do_return(self, r: str) -> None:
+        i = int(r[1:])
+        self._becomes(i, "done")
+        for d in map(self._decode, self.decodes):
+            if i in d.exposures:
+                exposure = d.exposure(i)
+                d.ledger.returned(exposure)
+                d.late_reports.pop(exposure.room, None)
+                proofs = " ".join(f"{w.rank}:{w.proof}" for w in exposure.writers.values())
+                self.say(f"{d.name}: {exposure.gen} returned, proofs {proofs}")
+                self._free(d, i)
+
+    def _free(self, d: Decode, i: int) -> None:
+        gen = d.exposures.pop(i)
+        d.slots[d.slots.index(gen)] = None
+        self.back |= {gen}
+
+    def do_tick(self) -> None:
+        self.now += 10.0
+        self._ask()
+
+    def _ask(self) -> None:
+        for d in map(self._decode, self.decodes):
+            for ask in d.ledger.tick(self.now):
+                self._send(d.name, ask.rank, Msg("ask", ask.gen, ask.room))
+                self.say(f"{d.name}: asks {ask.rank} for {ask.gen}")
+
+    def do_restart(self, name: str) -> None:
+        """Decode dies and returns at its address with memory nothing can reach."""
+        old = self.decodes[name]
+        for i in old.exposures:
+            self._becomes(i, "done")
+        d = self.decodes[name] = self._new_decode(name, old.life + 1)
+        self.wire = tuple(w for w in self.wire if w.decode != name)
+        for p in self.prefills:
+            d.epochs[p] = old.epochs.get(p, 0) + 1
+            self.channels[f"{name}>{p}"] = ()
+            self._send(name, p, Msg("hello"))
+        self.say(f"{name}: restarted")
+
+    def do_fence(self, name: str, p: str) -> None:
+        """Every address `p` knows of `name` dies, and with it what is posted to it."""
+        d = self._decode(name)
+        d.epochs[p] = d.epochs.get(p, 0) + 1
+        for write in [w for w in self.wire if w.decode == name and w.prefill == p]:
+            if self._watched(write):
+                self._fails(write)
+            self.wire = tuple(w for w in self.wire if w.name != write.name)
+        for exposure in d.ledger.held:
+            self._fence_stale(d, exposure, p)
+        self.say(f"{name}: fenced {p}")
+
+    def _fence_stale(self, d: Decode, exposure: Exposure, p: str) -> None:
+        if self.exposed_in[exposure.gen, p][0] < d.epochs.get(p, 0):
+            d.ledger.fenced(exposure.gen, p)
+
+    # -- messages ---------------------------------------------------------------------
+
+    def do_lose(self, channel: str) -> None:
+        first, *rest = self.channels[channel]
+        self.channels[channel] = tuple(rest)
+        self.say(f"lost: {first}")
+
+    def do_dup(self, channel: str) -> None:
+        queue = self.channels[channel]
+        self.channels[channel] = (queue[0], *queue)
+        self.say(f"twice: {queue[0]}")
+
+    def do_swap(self, channel: str) -> None:
+        first, second, *rest = self.channels[channel]
+        self.channels[channel] = (second, first, *rest)
+        self.say(f"overtakes: {second} before {first}")
+
+    def do_deliver(self, channel: str) -> None:
+        message, *rest = self.channels[channel]
+        self.channels[channel] = tuple(rest)
+        source, target = channel.replace("*", ">").split(">")
+        self.say(f"{target}: {message} from {source}")
+        if target in self.prefills:
+            self._at_prefill(self._prefill(target), source, message)
+        else:
+            self._at_decode(self._decode(target), source, message)
+
+    def _at_decode(self, d: Decode, p: str, m: Msg) -> None:
+        if m.kind == "here":
+            d.ledger.here(p, m.incarnation, m.gen or None)
+        elif m.kind == "answer":
+            for gen in self._meant(d, m):
+                d.ledger.answer(p, m.incarnation, gen, m.verdict, "a write failed")
+                for e in d.ledger.held:
+                    if e.gen == gen:
+                        self.say(f"{d.name}: {gen} {e.state.value}")
+        elif m.room in d.receivers and (self.config.late_success or self._current(d, m)):
+            d.receivers[m.room][1].add(p)
+        # Stock's thread and ours both see a success (the adapter's `_success`).
+        if m.kind == "success" and any(e.room == m.room for e in d.ledger.held):
+            reports = d.late_reports.setdefault(m.room, set())
+            reports.add(p)
+            if d.ledger.success(m.room, len(reports)):
+                self.say(f"{d.name}: room {m.room} proven by stock's success")
+
+    def _current(self, d: Decode, m: Msg) -> bool:
+        return self.gens[m.gen] == d.receivers[m.room][0]
+
+    def _meant(self, d: Decode, m: Msg) -> list[str]:
+        if self.config.generations:
+            return [m.gen]
+        # Negative control: an answer names a room and no generation.
+        return [e.gen for e in d.ledger.held if e.room == m.room]
+
+    def _at_prefill(self, p: Prefill, d: str, m: Msg) -> None:
+        if p.ledger is None:
+            if m.kind == "ask":
+                raise Violation(f"{p.name} runs without the plugin: an Ask kills its thread")
+            if m.kind == "meta":
+                self._store(p, d, m)
+            return
+        if m.kind == "hello":
+            self._send(p.name, d, Msg("here", incarnation=p.incarnation))
+        elif m.kind == "ask":
+            self._act(p, p.ledger.ask(m.room, m.gen, d, p.name))
+        else:
+            self._bind(p, d, m)
+
+    def _bind(self, p: Prefill, d: str, m: Msg) -> None:
+        assert p.ledger is not None
+        delivery = p.ledger.bind(m.room, m.gen, d, p.name, self.config.decodes)
+        self.say(f"{p.name}: bind {m.gen}: {delivery.name.lower()}")
+        if delivery is Delivery.DEFER:
+            p.deferred.append((d, m))
+            return
+        self._send(p.name, d, Msg("here", m.gen, m.room, p.incarnation))
+        if delivery is Delivery.DELIVER:
+            p.handing = (d, m)
+            if not self.config.split_bind:
+                self.do_store(p.name)
+
+    def do_retry(self, name: str) -> None:
+        p = self._prefill(name)
+        for _ in range(len(p.deferred)):
+            self._bind(p, *p.deferred.pop(0))
+            if p.handing:
+                return
+
+    def do_store(self, name: str) -> None:
+        p = self._prefill(name)
+        assert p.handing is not None
+        d, m = p.handing
+        p.handing = None
+        self._store(p, d, m)
+
+    def _store(self, p: Prefill, d: str, m: Msg) -> None:
+        """Stock's receive thread keeps the destinations, by room and decode session."""
+        infos = p.infos.setdefault(m.room, {})
+        infos[d] = m
+        if len(infos) == self.config.decodes:
+            self._status(p, m.room, "waiting")
+
+    # -- prefill ------------------------------------------------------------------------
+
+    def _status(self, p: Prefill, room: int, status: str) -> None:
+        """Stock's `update_status`."""
+        current = p.status.get(room)
+        if current is None:
+            if status in ("bootstrapping", "waiting") or (
+                status == "success" and not self.config.failed_is_final
+            ):
+                p.status[room] = status
+        elif status == "failed":
+            p.status[room] = status
+        elif current != "failed" or not self.config.failed_is_final:
+            p.status[room] = max(current, status, key=lambda s: ORDER.get(s, 0))
+
+    def _act(self, p: Prefill, actions: Iterable[Action]) -> None:
+        for action in actions:
+            if isinstance(action, FailRoom):
+                self._status(p, action.room, "failed")
+                self.say(f"{p.name}: room {action.room} failed")
+            else:
+                room = self.config.rooms[self.gens[action.gen]]
+                self.say(f"{p.name}: answers {action.gen} {action.verdict}")
+                self._send(
+                    p.name,
+                    action.reply_to,
+                    Msg("answer", action.gen, room, p.incarnation, action.verdict),
+                )
+
+    def do_arrive(self, r: str, name: str) -> None:
+        self._arrive(int(r[1:]), self._prefill(name))
+
+    def _arrive(self, i: int, p: Prefill) -> None:
+        self.arrived |= {f"r{i} {p.name}"}
+        p.senders[i] = 0
+        self._status(p, self.config.rooms[i], "bootstrapping")
+
+    def do_put(self, r: str, name: str) -> None:
+        i, p = int(r[1:]), self._prefill(name)
+        room = self.config.rooms[i]
+        n = p.senders[i]
+        p.senders[i] = n + 1
+        attempt = p.ledger.put(room) if p.ledger is not None else None
+        if p.ledger is not None and attempt is None:
+            self.say(f"{name}: chunk {n} of r{i} dropped")
+            return
+        p.queue.append(Chunk(i, room, n, n + 1 == self.config.chunks, attempt))
+
+    def do_take(self, name: str) -> None:
+        p = self._prefill(name)
+        chunk = p.queue.pop(0)
+        if p.ledger is not None and chunk.attempt is not None and not p.ledger.take(chunk.attempt):
+            self.say(f"{name}: chunk {chunk.n} of r{chunk.request} dropped")
+            return
+        p.hand = chunk
+        if self.config.failed_is_final and p.status.get(chunk.room) in (None, "failed"):
+            chunk.posted = chunk.failed = True  # stock looks at the status here since 0.5.13
+        elif not self.config.split_take:
+            self.do_post(name)
+
+    def do_post(self, name: str) -> None:
+        p = self._prefill(name)
+        chunk = p.hand
+        assert chunk is not None
+        chunk.posted = True
+        for d, m in sorted(p.infos.get(chunk.room, {}).items()):
+            if d in p.dead:
+                chunk.failed = True
+                self._status(p, chunk.room, "failed")
+                return
+            write = Write(d, m.gen, m.slot, m.epoch, name, p.life, chunk.request, chunk.n)
+            self.wire = (*self.wire, write)
+            self.say(f"{name}: posts {write.name}")
+            if self.config.helpers and p.ledger is not None and chunk.attempt is not None:
+                p.ledger.opened(chunk.attempt)
+                p.helpers[write.name] = chunk.attempt
+            if m.epoch < self.decodes[d].epochs.get(name, 0):
+                self._fails(write)  # the address is dead, and nothing stays on the wire
+                self.wire = self.wire[:-1]
+
+    def _find(self, name: str) -> Write:
+        return next(w for w in self.wire if w.name == name)
+
+    def do_land(self, name: str) -> None:
+        write = self._find(name)
+        self.wire = tuple(w for w in self.wire if w is not write)
+        owner = self.decodes[write.decode].slots[write.slot]
+        if owner != write.gen:
+            raise Violation(f"{name} landed in the slot of {owner or 'nobody'}")
+        if self.config.foreign and self.gens[write.gen] != write.request:
+            raise Violation(f"KV of r{write.request} landed in the slot of {write.gen}")
+        self.say(f"{write.decode}: slot {write.slot} written for {write.gen}")
+        if self._watched(write):
+            self._helper_done(write)
+
+    def do_fail(self, name: str) -> None:
+        """The engine reports failure; the bytes stay on the wire."""
+        write = self._find(name)
+        self._fails(write)
+        self.wire = tuple(w._replace(failed=True) if w is write else w for w in self.wire)
+
+    def _fails(self, write: Write) -> None:
+        p = self._prefill(write.prefill)
+        attempt = p.helpers.get(write.name) or (p.hand.attempt if p.hand is not None else None)
+        if p.ledger is not None and attempt is not None:
+            p.ledger.failed(attempt, "write returned -1")
+        if p.hand is not None:
+            p.hand.failed = True
+            self._status(p, p.hand.room, "failed")
+        p.dead.add(write.decode)
+        self._helper_done(write)
+
+    def _helper_done(self, write: Write) -> None:
+        if write.name in self.prefills[write.prefill].helpers:
+            p = self._prefill(write.prefill)
+            assert p.ledger is not None
+            self._act(p, p.ledger.done(p.helpers.pop(write.name)))
+
+    def do_end(self, name: str) -> None:
+        p = self._prefill(name)
+        chunk, p.hand = p.hand, None
+        assert chunk is not None
+        infos = p.infos.get(chunk.room, {})
+        if chunk.last and not chunk.failed:
+            self._status(p, chunk.room, "success")
+            for d, m in sorted(infos.items()):
+                self._send(name, d, Msg("success", m.gen, chunk.room), stock=True)
+        if p.status.get(chunk.room) in (None, "success"):
+            p.infos.pop(chunk.room, None)
+        if p.ledger is not None and chunk.attempt is not None:
+            self._act(p, p.ledger.done(chunk.attempt))
+
+    def do_abort(self, r: str, name: str) -> None:
+        """A client's abort reaches prefill first: stock fails the room there."""
+        self._status(self._prefill(name), self.config.rooms[int(r[1:])], "failed")
+
+    def do_clear(self, r: str, name: str) -> None:
+        p = self._prefill(name)
+        i = int(r[1:])
+        room = self.config.rooms[i]
+        del p.senders[i]
+        p.status.pop(room, None)
+        p.infos.pop(room, None)
+        p.retiring = room
+        if not self.config.split_clear:
+            self.do_retire(name)
+
+    def do_retire(self, name: str) -> None:
+        p = self._prefill(name)
+        room, p.retiring = p.retiring, None
+        assert room is not None
+        if p.ledger is not None:
+            self._act(p, p.ledger.retire(room))
+
+    def do_crash(self, name: str) -> None:
+        """The process dies and comes back empty; what it posted stays on the wire."""
+        old = self.prefills[name]
+        self.prefills[name] = self._new_prefill(name, old.life + 1)
+        for d in self.decodes:
+            self._send(d, name, Msg("hello"))  # stock registers anew
+        self.say(f"{name}: restarted as {self.prefills[name].incarnation}")
+
+    # -- the end --------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Fair continuation: nothing more goes wrong and everything is delivered."""
+        ticks = 0
+        for _ in range(1000):
+            if event := next(filter(self._fair, self.progress()), None):
+                self.step(event)
+            elif ticks < 3 and any(d.ledger.holding for d in self.decodes.values()):
+                ticks += 1
+                self.do_tick()
+            else:
+                return
+        raise AssertionError("no rest after 1000 steps")
+
+    def _fair(self, event: str) -> bool:
+        """Owners decide nothing new, and a failed or orphaned write need not land."""
+        name, *args = event.split()
+        if name == "land":
+            return self._watched(self._find(args[0]))
+        return name not in ("expose", "give_up", "arrive")
+
+    def overdue(self) -> list[str]:
+        """After `settle`: holds that should have ended, and holds without a reason."""
+        late = []
+        for d in self.decodes.values():
+            for exposure in d.ledger.held:
+                why = d.ledger.why_held(exposure)
+                unproven = exposure.unproven
+                if not why or all(self._hopeless(exposure, w.rank) is None for w in unproven):
+                    others = [x.ledger.held for x in self.decodes.values() if x is not d]
+                    if not unproven and any(
+                        e.gen != exposure.gen and e.room == exposure.room and e.unproven
+                        for x in others
+                        for e in x
+                    ):
+                        continue  # proven here; another TP rank is not
+                    late.append(f"{exposure.gen} is held: {why or 'no reason given'}")
+        return late
+
+    def _hopeless(self, exposure: Exposure, rank: str) -> str | None:
+        """Why this writer will never prove anything without a fence."""
+        p = self.prefills[rank]
+        if p.ledger is None:
+            return "no plugin"
+        known = exposure.writers[rank].incarnation
+        if p.life != self.exposed_in[exposure.gen, rank][1] or known not in (None, p.incarnation):
+            return "replaced"
+        attempt = p.ledger._by_gen.get(exposure.gen)
+        return "poisoned" if attempt is not None and attempt.poisoned else None
+
+    def key(self) -> Any:
+        """Equal for worlds that behave alike. Times and counts of questions do not matter."""
+        return (
+            self.request,
+            *self.left.values(),
+            *self.channels.values(),
+            frozenset(self.wire),
+            *(seen(d, decode_key) for d in self.decodes.values()),
+            *(seen(p, prefill_key) for p in self.prefills.values()),
+            self.arrived,
+            frozenset(self.exposed_in.items()),
+        )
+
+
+def copied(rank: Any) -> Any:
+    twin = pickle.loads(pickle.dumps(rank, pickle.HIGHEST_PROTOCOL))
+    twin.seen = 0
+    return twin
+
+
+def seen(rank: Any, key: Any) -> int:
+    if not rank.seen:
+        rank.seen = _SEEN.setdefault(key(rank), len(_SEEN) + 1)
+    return rank.seen  # type: ignore[no-any-return]
+
+
+def exposure_key(e: Exposure) -> Any:
+    writers = tuple(
+        (w.rank, w.incarnation, w.bound_by, w.sent, w.proof, bool(w.stuck))
+        for w in e.writers.values()
+    )
+    return (e.gen, e.room, e.state, writers)
+
+
+def decode_key(d: Decode) -> Any:
+    return (
+        d.life,
+        tuple(d.slots),
+        tuple(sorted(d.ledger.peers.items())),
+        tuple(exposure_key(e) for e in d.ledger._exposed.values()),
+        tuple(exposure_key(e) for e in d.ledger._held.values()),
+        tuple(sorted((r, i, tuple(sorted(s))) for r, (i, s) in d.receivers.items())),
+        tuple(sorted((r, tuple(sorted(s))) for r, s in d.late_reports.items())),
+        tuple(sorted(d.epochs.items())),
+    )
+
+
+def attempt_key(a: Attempt) -> Any:
+    return (
+        a.room,
+        tuple(a.bindings.items()),
+        tuple(sorted(a.asked)),
+        a.active,
+        a.closed,
+        a.retired,
+        bool(a.poisoned),
+    )
+
+
+def prefill_key(p: Prefill) -> Any:
+    ids: dict[int, int] = {}
+
+    def ref(a: Attempt | None) -> int | None:
+        return None if a is None else ids.setdefault(id(a), len(ids))
+
+    ledger: Any = ()
+    if p.ledger is not None:
+        ledger = (
+            tuple((room, ref(a), attempt_key(a)) for room, a in sorted(p.ledger._rooms.items())),
+            tuple((g, ref(a), attempt_key(a)) for g, a in sorted(p.ledger._by_gen.items())),
+            tuple(ref(a) for a in p.ledger._finished),
+            tuple(p.ledger._aborted_unseen),
+        )
+
+    def chunk(c: Chunk | None) -> Any:
+        if c is None:
+            return None
+        attempt = None if c.attempt is None else (ref(c.attempt), attempt_key(c.attempt))
+        return (c.request, c.n, c.posted, c.failed, attempt)
+
+    return (
+        p.life,
+        ledger,
+        tuple(sorted(p.status.items())),
+        tuple((r, tuple(sorted(i.items(), key=lambda x: x[0]))) for r, i in sorted(p.infos.items())),
+        tuple(sorted(p.senders.items())),
+        tuple(chunk(c) for c in p.queue),
+        chunk(p.hand),
+        tuple(p.deferred),
+        p.handing,
+        p.retiring,
+        tuple((name, ref(a)) for name, a in sorted(p.helpers.items())),
+        tuple(sorted(p.dead)),
+    )

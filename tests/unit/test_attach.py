@@ -1,0 +1,74 @@
+"""Wrapping stock's methods: what a method was, it stays."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from sglang_scaling_fixes.attach import ATTACH_POINTS, is_wrapped, resolve, wrap_method
+from sglang_scaling_fixes.errors import AttachError
+
+SOURCE = """
+class Base:
+    def method(self, x): return ("method", x)
+    @classmethod
+    def build(cls, x): return (cls.__name__, x)
+    @staticmethod
+    def plain(x): return ("plain", x)
+class Child(Base): pass
+class Sibling(Base): pass
+"""
+
+
+@pytest.fixture
+def stock(monkeypatch: pytest.MonkeyPatch) -> Any:
+    module = ModuleType("stock_module")
+    exec(SOURCE, module.__dict__)
+    monkeypatch.setitem(sys.modules, "stock_module", module)
+    return module
+
+
+def loudly(original: Any, *args: Any) -> Any:
+    return ("ours", original(*args))
+
+
+def test_kinds_of_methods_are_kept(stock: Any) -> None:
+    for name in ("method", "build", "plain"):
+        wrap_method(f"stock_module:Base.{name}", loudly)
+    assert stock.Base().method(1) == ("ours", ("method", 1))
+    assert stock.Child.build(2) == ("ours", ("Child", 2))
+    assert stock.Base.plain(3) == ("ours", ("plain", 3))
+
+
+def test_an_inherited_method_is_wrapped_on_the_named_class_only(stock: Any) -> None:
+    wrap_method("stock_module:Child.method", loudly)
+    wrap_method("stock_module:Child.build", loudly)
+    assert stock.Child().method(1) == ("ours", ("method", 1))
+    assert stock.Child.build(1) == ("ours", ("Child", 1))
+    assert stock.Sibling().method(1) == ("method", 1)
+    assert stock.Sibling.build(1) == ("Sibling", 1)
+
+
+def test_wrapping_twice_is_refused(stock: Any) -> None:
+    assert not is_wrapped("stock_module:Base.method")
+    wrap_method("stock_module:Base.method", loudly)
+    assert is_wrapped("stock_module:Base.method")
+    with pytest.raises(AttachError, match="already"):
+        wrap_method("stock_module:Base.method", loudly)
+
+
+@pytest.mark.parametrize(
+    "target", ["stock_module:Base.moved", "stock_module:Gone.method", "no_such_module:A.b"]
+)
+def test_what_moved_is_named(stock: Any, target: str) -> None:
+    with pytest.raises(AttachError, match=target.partition(":")[0]):
+        resolve(target)
+    assert not is_wrapped(target)
+
+
+def test_targets_are_unique() -> None:
+    targets = [point.target for point in ATTACH_POINTS]
+    assert len(targets) == len(set(targets))

@@ -1,0 +1,77 @@
+"""Flags and environment: two spellings of one configuration, with errors a user can act on."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+
+from sglang_scaling_fixes import config
+from sglang_scaling_fixes.config import Config
+from sglang_scaling_fixes.errors import ConfigError
+
+
+def parse(*argv: str) -> Config:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model-path")
+    config.add_flags(parser)
+    env: dict[str, str] = {}
+    config.flags_to_env(parser.parse_args(argv), env)
+    return Config.from_env(env)
+
+
+def test_nothing_asked_is_not_the_same_as_none_asked() -> None:
+    assert parse().fixes is None
+    assert parse("--plugin", "none").fixes == ()
+    assert not parse().armed
+    assert not parse("--plugin", "none").armed
+
+
+def test_bare_plugin_arms_the_safe_defaults_and_leaves_the_next_flag_alone() -> None:
+    assert parse("--plugin", "--model-path", "x").fixes == config.DEFAULT_FIXES
+    assert parse("--plugin").fixes == config.DEFAULT_FIXES
+
+
+def test_named_fixes_keep_their_order_once() -> None:
+    assert parse("--plugin", "spec-guard,safe-reclaim,spec-guard").fixes == (
+        "spec-guard",
+        "safe-reclaim",
+    )
+
+
+@pytest.mark.parametrize("setting", config.SETTINGS, ids=lambda s: s.flag)
+def test_every_setting_has_both_spellings(setting: config.Setting) -> None:
+    value = {bool: "1", float: "0.5", str: setting.choices[-1] if setting.choices else ""}[
+        setting.kind
+    ]
+    argv = [setting.flag] if setting.kind is bool else [setting.flag, value]
+    assert setting.env.startswith(config.ENV_PREFIX)
+    assert parse(*argv) == Config.from_env({setting.env: value}) != Config()
+
+
+def test_a_flag_wins_over_a_variable() -> None:
+    parser = argparse.ArgumentParser()
+    config.add_flags(parser)
+    env = {config.PLUGIN_ENV: "none"}
+    config.flags_to_env(parser.parse_args(["--plugin", "safe-reclaim"]), env)
+    assert Config.from_env(env).fixes == ("safe-reclaim",)
+
+
+@pytest.mark.parametrize(
+    ("env", "names"),
+    [
+        ({config.PLUGIN_ENV: "safe-reclam"}, ["PLUGIN", "'safe-reclam'", "safe-reclaim"]),
+        ({config.PLUGIN_ENV: "none,safe-reclaim"}, ["'none'"]),
+        ({config.ENV_PREFIX + "SAFE_RECLAIM_PEER": "trust"}, ["--safe-reclaim-peer", "'trust'"]),
+        ({config.ENV_PREFIX + "SAFE_RECLAIM_AUDIT": "maybe"}, ["AUDIT", "'maybe'", "1 or 0"]),
+        ({config.ENV_PREFIX + "SAFE_RECLAIM_RESEND": "0"}, ["--safe-reclaim-resend", "'0'"]),
+        ({config.ENV_PREFIX + "SAFE_RECLAIM_RESEND": "nan"}, ["'nan'"]),
+        ({config.ENV_PREFIX + "SAFE_RECLAIM_RESEND": "soon"}, ["'soon'", "0.01 to 60"]),
+    ],
+)
+def test_bad_values_name_flag_value_and_remedy(env: dict[str, str], names: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Config.from_env(env)
+    assert "\n" not in str(caught.value)
+    for name in names:
+        assert name in str(caught.value)

@@ -1,0 +1,208 @@
+"""The taps: stock's objects behave as before, and the ledger sees every chunk and write."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sglang_scaling_fixes.reclaim.ledger import Attempt, PrefillLedger
+from sglang_scaling_fixes.reclaim.taps import (
+    IN_HAND,
+    EngineTap,
+    ExecutorTap,
+    QueueTap,
+    ReceiveTap,
+)
+
+REPLY, RANK = "tcp://127.0.0.1:1", "127.0.0.1:2"
+
+
+class Books:
+    """A prefill ledger as the taps see it."""
+
+    def __init__(self) -> None:
+        self.ledger = PrefillLedger("p")
+        self.answers: list[Any] = []
+
+    def put(self, chunk: Any) -> Attempt | None:
+        return self.ledger.put(chunk.room)
+
+    def take(self, attempt: Attempt) -> bool:
+        return self.ledger.take(attempt)
+
+    def opened(self, attempt: Attempt) -> None:
+        self.ledger.opened(attempt)
+
+    def done(self, attempt: Attempt) -> None:
+        self.answers += self.ledger.done(attempt)
+
+    def failed(self, attempt: Attempt, reason: str) -> None:
+        self.ledger.failed(attempt, reason)
+
+    def ask(self, room: int, gen: str) -> None:
+        self.answers += self.ledger.ask(room, gen, REPLY, RANK)
+
+
+class Queue(deque):  # type: ignore[type-arg]
+    put = deque.append
+
+    def get(self) -> Any:
+        return self.popleft()
+
+
+@pytest.fixture
+def books() -> Books:
+    IN_HAND.attempt = None
+    books = Books()
+    books.ledger.bind(1, "g1", REPLY, RANK, fan_in=1)
+    books.ledger.bind(2, "g2", REPLY, RANK, fan_in=1)
+    return books
+
+
+def chunk(room: int) -> Any:
+    return SimpleNamespace(room=room)
+
+
+def verdicts(books: Books) -> list[str]:
+    return [a.verdict for a in books.answers if hasattr(a, "verdict")]
+
+
+def test_a_chunk_in_hand_holds_the_answer_until_the_next_get(books: Books) -> None:
+    queue = QueueTap(Queue(), books)
+    queue.put(chunk(1))
+    queue.put(chunk(2))
+    assert queue.get().room == 1
+    books.ask(1, "g1")
+    assert verdicts(books) == []
+    assert queue.get().room == 2
+    assert verdicts(books) == ["drained"]
+
+
+def test_queued_chunks_of_an_aborted_room_never_reach_the_worker(books: Books) -> None:
+    queue = QueueTap(Queue(), books)
+    queue.put(chunk(1))
+    queue.put(chunk(2))
+    books.ask(1, "g1")
+    assert verdicts(books) == ["drained"]
+    assert queue.get().room == 2
+    queue.put(chunk(1))
+    assert not queue._stock
+
+
+def test_stocks_request_to_end_passes(books: Books) -> None:
+    queue = QueueTap(Queue(), books)
+    queue.put(chunk(1))
+    queue.put(None)
+    assert queue.get().room == 1
+    assert queue.get() is None
+    assert not books.ledger.busy(1)
+
+
+def test_a_task_that_outlives_its_chunk_holds_the_answer(books: Books) -> None:
+    release = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        queue, executor = QueueTap(Queue(), books), ExecutorTap(pool, books)
+        queue.put(chunk(1))
+        queue.put(chunk(2))
+        queue.get()
+        future = executor.submit(release.wait)
+        queue.get()  # the worker moved on, as stock does after a first failure
+        books.ask(1, "g1")
+        assert verdicts(books) == []
+        release.set()
+        future.result()
+    assert verdicts(books) == ["drained"]
+
+
+def test_a_cancelled_task_is_counted_as_ended(books: Books) -> None:
+    block = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(block.wait)
+        queue, executor = QueueTap(Queue(), books), ExecutorTap(pool, books)
+        queue.put(chunk(1))
+        queue.put(chunk(2))
+        queue.get()
+        assert executor.submit(print).cancel()
+        queue.get()
+        block.set()
+    assert not books.ledger.busy(1)
+
+
+@pytest.mark.parametrize("status", [-1, 1])
+def test_a_failed_write_poisons_the_room_in_hand(books: Books, status: int) -> None:
+    engine = EngineTap(
+        SimpleNamespace(batch_transfer_sync=lambda *_: status, get_session_id=lambda: "s"), books
+    )
+    queue = QueueTap(Queue(), books)
+    queue.put(chunk(1))
+    queue.put(chunk(2))
+    queue.get()
+    assert engine.batch_transfer_sync("s", [], [], []) == status
+    assert engine.get_session_id() == "s"
+    queue.get()
+    books.ask(1, "g1")
+    assert verdicts(books) == ["poisoned"]
+
+
+def test_a_write_in_a_pool_thread_is_charged_to_its_room(books: Books) -> None:
+    engine = EngineTap(SimpleNamespace(batch_transfer_sync=lambda *_: -1), books)
+    with ThreadPoolExecutor(1) as pool:
+        queue, executor = QueueTap(Queue(), books), ExecutorTap(pool, books)
+        queue.put(chunk(1))
+        queue.put(chunk(2))
+        queue.get()
+        executor.submit(engine.batch_transfer_sync).result()
+        queue.get()
+    books.ask(1, "g1")
+    assert verdicts(books) == ["poisoned"]
+
+
+def test_a_write_that_raises_poisons_and_raises(books: Books) -> None:
+    def broken(*_: Any) -> int:
+        raise OSError("gone")
+
+    engine = EngineTap(SimpleNamespace(batch_transfer_sync=broken), books)
+    queue = QueueTap(Queue(), books)
+    queue.put(chunk(1))
+    attempt_chunk = queue.get()
+    assert attempt_chunk.room == 1
+    with pytest.raises(OSError, match="gone"):
+        engine.batch_transfer_sync()
+    assert IN_HAND.attempt is not None
+    assert IN_HAND.attempt.poisoned == "batch_transfer_sync raised OSError"
+
+
+class Socket:
+    def __init__(self, *incoming: list[bytes]) -> None:
+        self.incoming = deque(incoming)
+
+    def recv_multipart(self) -> list[bytes]:
+        return self.incoming.popleft()
+
+    def poll(self, timeout: int) -> int:
+        return len(self.incoming)
+
+
+def test_ours_is_swallowed_and_stocks_is_returned() -> None:
+    tap = ReceiveTap(
+        Socket([b"ours"], [b"stock"]), lambda frames: None if frames == [b"ours"] else frames
+    )
+    assert tap.recv_multipart() == [b"stock"]
+
+
+def test_a_deferred_message_is_delivered_while_the_socket_is_silent() -> None:
+    waiting: list[list[bytes]] = [[b"later"]]
+    polls = 0
+
+    def deferred() -> list[bytes] | None:
+        nonlocal polls
+        polls += 1
+        return waiting.pop() if polls == 3 else None
+
+    tap = ReceiveTap(Socket(), lambda frames: frames, deferred, lambda: bool(waiting))
+    assert tap.recv_multipart() == [b"later"]
