@@ -7,7 +7,9 @@ old releases no longer work with today's dependencies.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -16,7 +18,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,7 +76,7 @@ def environment(release: str) -> Environment:
         return _running_environment(release)
     _constraints(release)
     folder = lab_home() / "envs" / release
-    if _read_stamp(folder) is None:
+    if "package" not in (_read_stamp(folder) or {}):
         raise LabError(
             f"SGLang {release} is not installed for the lab:"
             f" run `sglang-scaling-fixes lab install {release}`"
@@ -90,29 +92,42 @@ def install(release: str, progress: Progress = print) -> Environment:
     constraints = _constraints(release)
     _ensure_verbs(progress)
     folder = lab_home() / "envs" / release
-    stamp = {
-        "constraints": hashlib.sha256(constraints.read_bytes()).hexdigest(),
-        "package": str(_ROOT),
-        "version": _own_version(),
-    }
-    if _read_stamp(folder) == stamp:
-        return environment(release)
-    progress(f"installing SGLang {release} into {folder} (about 10 GB, a minute or more)")
-    shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(folder.with_name(f".{release}.lock")):
+        _bring_up_to_date(release, constraints, folder, progress)
+    return environment(release)
+
+
+def _bring_up_to_date(release: str, constraints: Path, folder: Path, progress: Progress) -> None:
+    digest = hashlib.sha256(constraints.read_bytes()).hexdigest()
+    stamp = {"constraints": digest, "package": str(_ROOT), "version": _own_version()}
+    found = _read_stamp(folder)
+    if found == stamp:
+        return
     uv = _uv(progress)
-    _run([*uv, "venv", "--quiet", "--python", _base_python(), str(folder)], "create the venv")
     python = folder / "bin" / "python"
     pip = [*uv, "pip", "install", "--quiet", "--python", str(python)]
-    _run(
-        [*pip, "--constraint", str(constraints), f"sglang=={release}", MOONCAKE],
-        f"install sglang=={release}",
-    )
+    if found is None or found.get("constraints") != digest:
+        progress(f"installing SGLang {release} into {folder} (about 10 GB, a minute or more)")
+        shutil.rmtree(folder, ignore_errors=True)
+        _run([*uv, "venv", "--quiet", "--python", _base_python(), str(folder)], "create the venv")
+        _run(
+            [*pip, "--constraint", str(constraints), f"sglang=={release}", MOONCAKE],
+            f"install sglang=={release}",
+        )
+        _compile(python, progress)
+    (folder / _STAMP).write_text(json.dumps({"constraints": digest}))
     _install_ourselves(pip, python)
-    _compile(python, progress)
     (folder / _STAMP).write_text(json.dumps(stamp))
     progress(f"SGLang {release} is ready")
-    return environment(release)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One lab process at a time inside; the lock ends with its holder."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _running_release() -> str | None:
@@ -155,11 +170,13 @@ def _sources(folder: Path) -> Path:
     return found[0]
 
 
-def _read_stamp(folder: Path) -> object:
+def _read_stamp(folder: Path) -> dict[str, str] | None:
+    """What the environment was made from; None if it was not finished."""
     try:
-        return json.loads((folder / _STAMP).read_text())
+        stamp: dict[str, str] = json.loads((folder / _STAMP).read_text())
     except (OSError, ValueError):
         return None
+    return stamp
 
 
 def _own_version() -> str:

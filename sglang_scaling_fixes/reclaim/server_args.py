@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from typing import Any
+
+import msgspec
 
 from sglang_scaling_fixes import release
 from sglang_scaling_fixes.errors import ConfigError
@@ -14,30 +17,18 @@ from sglang_scaling_fixes.reclaim.prefill import PrefillGuard
 _TAP_WAIT = 5.0
 """Seconds for stock's worker threads to reach their first line after construction."""
 
-_REFUSED: tuple[tuple[str, frozenset[Any], str], ...] = (
-    (
-        "enable_pd_role_switch",
-        frozenset({None, False}),
-        "a role switch tears the KV manager down under open transfers",
-    ),
-    ("enable_hisparse", frozenset({None, False}), "HiSparse transfers into host slots"),
-    (
-        "disaggregation_decode_host_receive_threshold",
-        frozenset({None, 0}),
-        "host receive transfers into host slots",
-    ),
-    (
-        "disaggregation_decode_allocation_policy",
-        frozenset({None, "early"}),
-        "allocation after prefill speaks a protocol of its own",
-    ),
-)
-"""(field, values that are fine, why others are not protected yet). Absent fields are fine."""
+_REFUSED = {
+    "enable_pd_role_switch": "a role switch tears the KV manager down under open transfers",
+    "enable_hisparse": "HiSparse transfers into host slots",
+    "disaggregation_decode_host_receive_threshold": "host receive transfers into host slots",
+    "disaggregation_decode_allocation_policy": "late allocation speaks a protocol of its own",
+}
+"""Field -> why any value but the release's own default (which is off) is not protected yet."""
 
-_REFUSED_ON_DECODE: tuple[tuple[str, frozenset[Any], str], ...] = (
-    ("pp_size", frozenset({None, 1}), "pipeline-parallel decode has a scheduler loop of its own"),
-    ("dcp_size", frozenset({None, 1}), "decode context parallelism relays pages out differently"),
-)
+_REFUSED_ON_DECODE = {
+    "pp_size": "pipeline-parallel decode has a scheduler loop of its own",
+    "dcp_size": "decode context parallelism lays pages out differently",
+}
 
 
 def check(server_args: Any) -> None:
@@ -68,10 +59,18 @@ def check(server_args: Any) -> None:
             "SGLANG_DISAGG_STAGING_BUFFER: transfers through staging buffers are not protected "
             "yet; unset it, or start with --plugin none"
         )
-    refused = _REFUSED + (_REFUSED_ON_DECODE if mode == "decode" else ())
-    for field, fine, why in refused:
-        if (value := getattr(server_args, field, None)) not in fine:
+    defaults = field_defaults(type(server_args))
+    for field, why in {**_REFUSED, **(_REFUSED_ON_DECODE if mode == "decode" else {})}.items():
+        value = getattr(server_args, field, None)
+        if value is not None and value != defaults.get(field):
             _refuse(field, value, why)
+
+
+def field_defaults(record: type) -> dict[str, Any]:
+    """Defaults of stock's ServerArgs: a dataclass up to 0.5.19, a msgspec struct since."""
+    if dataclasses.is_dataclass(record):
+        return {field.name: field.default for field in dataclasses.fields(record)}
+    return {field.name: field.default for field in msgspec.structs.fields(record)}
 
 
 def check_in_force(scheduler: Any) -> None:

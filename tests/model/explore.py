@@ -1,6 +1,6 @@
 """Every interleaving of a small world, breadth first, so that what is found is shortest.
 
-    python -m tests.model.explore [--big] [NAME ...]
+python -m tests.model.explore [--big] [NAME ...]
 """
 
 from __future__ import annotations

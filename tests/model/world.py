@@ -400,7 +400,9 @@ class World:
 
     def _exposable(self, i: int) -> bool:
         """Requests of a room follow one another; its receiver must be gone on decode."""
-        earlier = [self.request[j] for j in range(i) if self.config.rooms[j] == self.config.rooms[i]]
+        earlier = [
+            self.request[j] for j in range(i) if self.config.rooms[j] == self.config.rooms[i]
+        ]
         return all(s not in ("new", "exposed") for s in earlier) and all(
             None in d.slots for d in self.decodes.values()
         )
@@ -854,6 +856,8 @@ class World:
         if p.life != self.exposed_in[exposure.gen, rank][1] or known not in (None, p.incarnation):
             return "replaced"
         attempt = p.ledger._by_gen.get(exposure.gen)
+        if attempt is None and known is None:
+            return "nobody knows which process would have had them"
         return "poisoned" if attempt is not None and attempt.poisoned else None
 
     def key(self) -> Any:
@@ -940,7 +944,9 @@ def prefill_key(p: Prefill) -> Any:
         p.life,
         ledger,
         tuple(sorted(p.status.items())),
-        tuple((r, tuple(sorted(i.items(), key=lambda x: x[0]))) for r, i in sorted(p.infos.items())),
+        tuple(
+            (r, tuple(sorted(i.items(), key=lambda x: x[0]))) for r, i in sorted(p.infos.items())
+        ),
         tuple(sorted(p.senders.items())),
         tuple(chunk(c) for c in p.queue),
         chunk(p.hand),

@@ -1,0 +1,84 @@
+"""The command line: what it prints, and what its exit status means."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sglang_scaling_fixes import cli, doctor
+from sglang_scaling_fixes.lab import reclaim
+from sglang_scaling_fixes.lab.errors import LabError
+
+HALF = {"requests": 9, "aborted": 3, "victims": 3, "corrupted_pages": 0, "wrong_outputs": 0}
+
+
+def result(corrupted: int) -> dict[str, Any]:
+    stock = {**HALF, "corrupted_pages": 2700, "wrong_outputs": 3}
+    fixed = {**HALF, "corrupted_pages": corrupted}
+    return {"release": "0.5.12", "scenario": "abort", "stock": stock, "fixed": fixed}
+
+
+@pytest.mark.parametrize(("corrupted", "status"), [(0, 0), (1, 1)])
+def test_reclaim_prints_both_halves_and_fails_if_the_fix_did(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    corrupted: int,
+    status: int,
+) -> None:
+    monkeypatch.setattr(reclaim, "run", lambda *_, **__: result(corrupted))
+    written = tmp_path / "demo.json"
+    assert cli.main(["lab", "reclaim", "--release", "0.5.12", "--output", str(written)]) == status
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in table if line[:5] in ("stock", "fixed")] == [
+        "stock",
+        "fixed",
+    ]
+    assert "2700" in next(line for line in table if line.startswith("stock"))
+    assert json.loads(written.read_text()) == result(corrupted)
+
+
+def test_lab_errors_are_one_line_and_status_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*_: Any, **__: Any) -> None:
+        raise LabError("unknown scenario 'x'; there are: abort")
+
+    monkeypatch.setattr(reclaim, "run", run)
+    assert cli.main(["lab", "reclaim", "--release", "0.5.12", "--scenario", "x"]) == 2
+    assert capsys.readouterr().err == (
+        "sglang-scaling-fixes: unknown scenario 'x'; there are: abort\n"
+    )
+
+
+@pytest.mark.parametrize("rounds", ["0", "-1", "many", "1001"])
+def test_rounds_are_checked(rounds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["lab", "reclaim", "--release", "0.5.12", "--rounds", rounds])
+    assert ended.value.code == 2
+    assert "1 to 1000" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("state", "status"), [("armed", 0), ("native", 0), ("unsupported", 1)])
+def test_doctor_fails_unless_all_asked_for_is_in_force(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], state: str, status: int
+) -> None:
+    found = {
+        "sglang": "0.5.12",
+        "mooncake": None,
+        "asked": ["safe-reclaim"],
+        "standins": True,
+        "fixes": [
+            {"name": "safe-reclaim", "state": state, "reason": "because"},
+            {"name": "spec-guard", "state": "unsupported", "reason": "not yet"},
+        ],
+    }
+    monkeypatch.setattr(doctor, "report", lambda asked: found)
+    assert cli.main(["doctor"]) == status
+    text = capsys.readouterr().out
+    assert "* safe-reclaim" in text and "not installed" in text
+    assert cli.main(["doctor", "--json"]) == status
+    assert json.loads(capsys.readouterr().out) == found

@@ -1,0 +1,140 @@
+"""Servers that cannot be protected are refused before they start, with flag, value and remedy."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import msgspec
+import pytest
+
+from sglang_scaling_fixes import release
+from sglang_scaling_fixes.errors import ConfigError
+from sglang_scaling_fixes.reclaim.server_args import check
+
+
+@pytest.fixture(autouse=True)
+def good_mooncake(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = release.Mooncake("0.3.13.post1", "mooncake-transfer-engine", "rdma")
+    monkeypatch.setattr(release, "mooncake", lambda: found)
+    monkeypatch.delenv("SGLANG_DISAGG_STAGING_BUFFER", raising=False)
+
+
+@dataclasses.dataclass
+class Stock:
+    """The fields we look at, with stock's defaults: this release knows them all."""
+
+    disaggregation_mode: str
+    disaggregation_transfer_backend: str = "mooncake"
+    enable_hisparse: bool = False
+    enable_pd_role_switch: bool = False
+    disaggregation_decode_allocation_policy: str = "early"
+    disaggregation_decode_host_receive_threshold: float = 1.0
+    pp_size: int = 1
+    dcp_size: int = 1
+
+
+def args(mode: str = "decode", **fields: Any) -> Any:
+    return Stock(mode, **fields)
+
+
+@pytest.mark.parametrize("mode", ["null", "prefill", "decode"])
+def test_plain_servers_pass(mode: str) -> None:
+    check(args(mode))
+
+
+def test_a_server_without_disaggregation_exposes_nothing() -> None:
+    check(args("null", disaggregation_transfer_backend="nixl", enable_hisparse=True))
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"disaggregation_transfer_backend": "nixl"}, ["--disaggregation-transfer-backend nixl"]),
+        ({"enable_hisparse": True}, ["--enable-hisparse True"]),
+        ({"enable_pd_role_switch": True}, ["--enable-pd-role-switch"]),
+        ({"pp_size": 2}, ["--pp-size 2"]),
+        ({"dcp_size": 2}, ["--dcp-size 2"]),
+        (
+            {"disaggregation_decode_host_receive_threshold": 0.5},
+            ["--disaggregation-decode-host-receive-threshold 0.5"],
+        ),
+        (
+            {"disaggregation_decode_allocation_policy": "prefill_complete"},
+            ["--disaggregation-decode-allocation-policy prefill_complete"],
+        ),
+    ],
+)
+def test_refusals_name_flag_value_and_remedy(fields: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check(args(**fields))
+    for word in [*words, "--plugin none"]:
+        assert word in str(caught.value)
+
+
+def test_a_release_that_lacks_a_field_or_keeps_its_fields_in_a_struct() -> None:
+    record = msgspec.defstruct(
+        "ServerArgs",
+        [
+            ("disaggregation_mode", str),
+            ("disaggregation_transfer_backend", str, "mooncake"),
+            ("pp_size", int, 1),
+        ],
+    )
+    check(record("decode"))
+    with pytest.raises(ConfigError, match="--pp-size 2"):
+        check(record("decode", pp_size=2))
+
+
+def test_pipeline_parallel_prefill_is_fine() -> None:
+    check(args("prefill", pp_size=2))
+
+
+def test_missing_mooncake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(release, "mooncake", lambda: None)
+    with pytest.raises(ConfigError, match="pip install mooncake-transfer-engine"):
+        check(args())
+
+
+def test_staging_buffers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_DISAGG_STAGING_BUFFER", "1")
+    with pytest.raises(ConfigError, match="SGLANG_DISAGG_STAGING_BUFFER"):
+        check(args("prefill"))
+
+
+def test_success_that_does_not_mean_landed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = release.Mooncake("0.3.11", "mooncake-transfer-engine", "tcp-v1")
+    monkeypatch.setattr(release, "mooncake", lambda: old)
+    with pytest.raises(ConfigError, match=r"0\.3\.11.*0\.3\.12"):
+        check(args())
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("0.5.12", (0, 5, 12)),
+        ("0.5.12.post1", (0, 5, 12, 1)),
+        ("0.3.13.post1+cpu", (0, 3, 13, 1)),
+        ("unknown", ()),
+    ],
+)
+def test_versions(text: str, parts: tuple[int, ...]) -> None:
+    assert release.version_tuple(text) == parts
+
+
+@pytest.mark.parametrize(
+    ("version", "env", "protocol"),
+    [
+        ("0.3.13.post1", {"MC_FORCE_TCP": "1"}, "tcp-v2"),
+        ("0.3.11", {"MC_FORCE_TCP": "1"}, "tcp-v1"),
+        ("0.3.13.post1", {"MOONCAKE_PROTOCOL": "tcp", "MC_TCP_PROTO": "1"}, "tcp-v1"),
+    ],
+)
+def test_tcp_protocols(
+    monkeypatch: pytest.MonkeyPatch, version: str, env: dict[str, str], protocol: str
+) -> None:
+    for name in ("MC_FORCE_TCP", "MOONCAKE_PROTOCOL", "MC_TCP_PROTO"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert release._protocol(version) == protocol
