@@ -1,4 +1,4 @@
-# Everything runs in .venv, which `setup` makes. Python 3.11 to 3.13 with pip, and
+# Everything runs in .venv, which `setup` makes. Python 3.11 or 3.12 with pip, and
 # a C compiler for what the runtime compiles on the way; no root, no GPU.
 
 SHELL := bash

@@ -11,8 +11,10 @@ it. So everything that must stop a start leaves here as `SystemExit`.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+import multiprocessing
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -47,16 +49,23 @@ def activate() -> None:
     if _process.activated:
         return
     _process.activated = True
-    try:
+    with _stopping():
         config = Config.from_env()
         _wrap_command_line()
         if config.armed:
             _arm_process(config)
+
+
+@contextlib.contextmanager
+def _stopping(what: str = "") -> Iterator[None]:
+    """Turn any failure of ours into the end of this process, in one line."""
+    try:
+        yield
     except ScalingFixesError as error:
-        stop(str(error))
+        stop(f"{what}{error}")
     except Exception as error:
-        logger.exception("sglang-scaling-fixes could not activate")
-        stop(f"could not activate: {type(error).__name__}: {error}")
+        logger.exception("sglang-scaling-fixes failed where it must not")
+        stop(f"{what}{type(error).__name__}: {error}")
 
 
 def stop(message: str) -> NoReturn:
@@ -80,16 +89,15 @@ def _wrap_command_line() -> None:
 
     def from_cli_args(stock: Callable[..., Any], cls: Any, args: Any) -> Any:
         configuration.flags_to_env(args)
-        try:
+        with _stopping():
             config = Config.from_env()
-        except ScalingFixesError as error:
-            stop(str(error))
         if config.fixes is None:
             logger.info("sglang-scaling-fixes is installed and not armed; add --plugin to arm it")
         server_args = stock(cls, args)
         if config.armed:
-            _arm_process(config)
-            _check_server_args(server_args, config)
+            with _stopping():
+                _arm_process(config)
+                _check_server_args(server_args, config)
         return server_args
 
     wrap_method("sglang.srt.server_args:ServerArgs.add_cli_args", add_cli_args)
@@ -100,10 +108,8 @@ def _check_server_args(server_args: Any, config: Config) -> None:
     if "safe-reclaim" in (config.fixes or ()):
         from sglang_scaling_fixes.reclaim.server_args import check
 
-        try:
+        with _stopping("safe-reclaim: "):
             check(server_args)
-        except ScalingFixesError as error:
-            stop(f"safe-reclaim: {error}")
 
 
 # -- every process: fixes -------------------------------------------------------------
@@ -121,7 +127,10 @@ def _arm_process(config: Config) -> None:
         stock: Callable[..., Any], scheduler: Any, server_args: Any, *args: Any, **kwargs: Any
     ) -> Any:
         _check_server_args(server_args, config)
-        result = stock(scheduler, server_args, *args, **kwargs)
+        try:
+            result = stock(scheduler, server_args, *args, **kwargs)
+        except ScalingFixesError as error:  # a guard refused what stock was building
+            stop(f"safe-reclaim: {error}")
         _check_scheduler(scheduler, config)
         for status in _process.statuses:
             if status.state is not fixes.State.OFF:
@@ -140,6 +149,9 @@ def _arm_process(config: Config) -> None:
     wrap_method(f"{_SCHEDULER}:Scheduler.get_init_info", get_init_info)
     wrap_method(f"{_SCHEDULER}:Scheduler.get_internal_state", get_internal_state)
 
+    if multiprocessing.parent_process() is not None:
+        return  # a child launches nothing
+
     def launch_subprocesses(stock: Callable[..., Any], cls: Any, *args: Any, **kwargs: Any) -> Any:
         result = stock(cls, *args, **kwargs)
         _check_children(kwargs.get("server_args", args[0] if args else None), result)
@@ -153,10 +165,8 @@ def _check_scheduler(scheduler: Any, config: Config) -> None:
     if "safe-reclaim" in (config.fixes or ()):
         from sglang_scaling_fixes.reclaim.server_args import check_in_force
 
-        try:
+        with _stopping("safe-reclaim: "):
             check_in_force(scheduler)
-        except ScalingFixesError as error:
-            stop(f"safe-reclaim: {error}")
 
 
 def _check_children(server_args: Any, launched: Any) -> None:

@@ -13,14 +13,14 @@ build=constraints/build.txt
 say() { printf '[setup %3ds] %s\n' "$SECONDS" "$*"; }
 die() { printf 'setup: %s\n' "$*" >&2; exit 1; }
 
-# The first interpreter for which stock wheels exist; $PYTHON is the only choice if set.
+# The first interpreter all pinned versions have wheels for; $PYTHON is the only choice if set.
 find_python() {
     local name found
-    for name in ${PYTHON:-python3 python3.12 python3.11 python3.13}; do
-        found=$("$name" -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) and print(sys.executable)' 2>/dev/null) || continue
+    for name in ${PYTHON:-python3 python3.11 python3.12}; do
+        found=$("$name" -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 12) and print(sys.executable)' 2>/dev/null) || continue
         if [ -n "$found" ]; then echo "$found"; return; fi
     done
-    die "SGLang $release has wheels for CPython 3.11, 3.12 and 3.13 only, and ${PYTHON:-python3} is$(${PYTHON:-python3} -c 'import platform; print("", platform.python_version())' 2>/dev/null || echo ' not there'): install one of them, or name it with PYTHON=..."
+    die "SGLang $release can be installed for CPython 3.11 and 3.12 only, and ${PYTHON:-python3} is$(${PYTHON:-python3} -c 'import platform; print("", platform.python_version())' 2>/dev/null || echo ' not there'): install one of them, or name it with PYTHON=..."
 }
 
 # uv from the PATH; else from pip into .cache/uv. `--target` also works where the
@@ -44,8 +44,8 @@ flock 9 # one at a time: two `make` may run
 
 # Two keys: new versions need a new .venv, a new pyproject.toml only our package again.
 key() { { cat "$@"; echo "$release $python" && "$python" -V; } | sha256sum | cut -c1-16; }
-runtime_stamp=.venv/.runtime-$(key "$runtime" "$tools" tools/setup.sh)
-package_stamp=.venv/.package-$(key "$runtime" "$tools" tools/setup.sh "$build" pyproject.toml)
+runtime_stamp=.venv/.runtime-$(key "$runtime" "$tools")
+package_stamp=.venv/.package-$(key "$runtime" "$tools" "$build" pyproject.toml)
 if [ -f "$package_stamp" ]; then exit 0; fi
 
 uv=$(find_uv)

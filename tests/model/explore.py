@@ -11,7 +11,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
-from tests.model.world import Config, Violation, World
+from tests.model.world import Config, Met, Violation, World
 
 
 @dataclass
@@ -40,7 +40,8 @@ def explore(config: Config, *, limit: int = 10_000_000) -> Found:
     began = time.perf_counter()
     start = World(config)
     parents: list[tuple[int, str]] = [(-1, "")]
-    seen = {start.key()}
+    met: Met = {}
+    seen = {start.key(met)}
     queue: deque[tuple[int, World]] = deque([(0, start)])
 
     def stop(index: int, event: str, why: str) -> Found:
@@ -67,7 +68,7 @@ def explore(config: Config, *, limit: int = 10_000_000) -> Found:
                 following.step(event)
             except (Violation, AssertionError) as error:
                 return stop(index, event, f"{type(error).__name__}: {error}")
-            key = following.key()
+            key = following.key(met)
             if key not in seen:
                 if len(seen) >= limit:
                     found.complete = False

@@ -173,8 +173,8 @@ class Decode:
     late_reports: dict[int, set[str]] = field(default_factory=dict)
     """room -> prefill ranks that reported success after the owner gave up."""
     epochs: dict[str, int] = field(default_factory=dict)
-    seen: int = 0
-    """Short for `decode_key`, 0 when it is to be computed."""
+    number: int = 0
+    blob: bytes = b""
 
     def exposure(self, request: int) -> Exposure:
         found = self.ledger._find(self.exposures[request])
@@ -203,7 +203,8 @@ class Prefill:
     """write -> attempt, for writes that are helper tasks."""
     dead: set[str] = field(default_factory=set)
     """Decode ranks stock gave up on after a failed write."""
-    seen: int = 0
+    number: int = 0
+    blob: bytes = b""
 
     @property
     def incarnation(self) -> str:
@@ -213,14 +214,13 @@ class Prefill:
 ORDER = {"bootstrapping": 1, "waiting": 2, "success": 3}
 
 
-_SEEN: dict[Any, int] = {}
-"""Every rank state met so far, numbered: worlds compare by small integers."""
+LATER = 10.0
+"""A moment later than any backoff of a question asked at 0."""
 
 
 class World:
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.now = 0.0
         self.said: list[str] = []
         self.left = {name: getattr(config, name) for name in BUDGETED}
         self.request = ("new",) * len(config.rooms)
@@ -463,14 +463,14 @@ class World:
         for d in map(self._decode, self.decodes):
             exposure = d.exposure(i)
             reported = d.receivers.pop(room)[1]
-            d.ledger.give_up(exposure, self.now, success_seen=reported == set(self.prefills))
+            d.ledger.give_up(exposure, 0.0, success_seen=reported == set(self.prefills))
             if not self.config.gate:
                 self._free(d, i)
                 continue
             for p in self.prefills:
                 self._fence_stale(d, exposure, p)
             self.say(f"{d.name}: {exposure.gen} {exposure.state.value}")
-        self._ask()
+        self._ask(0.0)
 
     def do_accept(self, r: str) -> None:
         i = int(r[1:])
@@ -505,14 +505,16 @@ class World:
         self.back |= {gen}
 
     def do_tick(self) -> None:
-        self.now += 10.0
-        self._ask()
+        self._ask(LATER)
 
-    def _ask(self) -> None:
+    def _ask(self, now: float) -> None:
         for d in map(self._decode, self.decodes):
-            for ask in d.ledger.tick(self.now):
+            for ask in d.ledger.tick(now):
                 self._send(d.name, ask.rank, Msg("ask", ask.gen, ask.room))
                 self.say(f"{d.name}: asks {ask.rank} for {ask.gen}")
+                # Time stands still, so that worlds which differ in it alone are one.
+                writer = d.exposure(self.gens[ask.gen]).writers[ask.rank]
+                writer.asks, writer.next_ask = 1, LATER / 2
 
     def do_restart(self, name: str) -> None:
         """Decode dies and returns at its address with memory nothing can reach."""
@@ -860,30 +862,43 @@ class World:
             return "nobody knows which process would have had them"
         return "poisoned" if attempt is not None and attempt.poisoned else None
 
-    def key(self) -> Any:
-        """Equal for worlds that behave alike. Times and counts of questions do not matter."""
+    def key(self, met: Met) -> Any:
+        """Equal for worlds that behave alike. Counts of questions do not matter."""
+        for d in self.decodes:
+            self.decodes[d] = canonical(self.decodes[d], decode_key, met)
+        for p in self.prefills:
+            self.prefills[p] = canonical(self.prefills[p], prefill_key, met)
         return (
             self.request,
             *self.left.values(),
             *self.channels.values(),
             frozenset(self.wire),
-            *(seen(d, decode_key) for d in self.decodes.values()),
-            *(seen(p, prefill_key) for p in self.prefills.values()),
+            *(d.number for d in self.decodes.values()),
+            *(p.number for p in self.prefills.values()),
             self.arrived,
+            frozenset(self.gens.items()),
             frozenset(self.exposed_in.items()),
         )
 
 
+Met = dict[Any, Any]
+"""key -> the first rank met in that state. It stands in for all its equals, so that
+worlds compare by its `number` and it is pickled (to `blob`) only once."""
+
+
 def copied(rank: Any) -> Any:
-    twin = pickle.loads(pickle.dumps(rank, pickle.HIGHEST_PROTOCOL))
-    twin.seen = 0
+    rank.blob = rank.blob or pickle.dumps(rank, pickle.HIGHEST_PROTOCOL)
+    twin = pickle.loads(rank.blob)
+    twin.number = 0
     return twin
 
 
-def seen(rank: Any, key: Any) -> int:
-    if not rank.seen:
-        rank.seen = _SEEN.setdefault(key(rank), len(_SEEN) + 1)
-    return rank.seen  # type: ignore[no-any-return]
+def canonical(rank: Any, key: Any, met: Met) -> Any:
+    if rank.number:
+        return rank
+    first = met.setdefault(key(rank), rank)
+    first.number = first.number or len(met)
+    return first
 
 
 def exposure_key(e: Exposure) -> Any:
@@ -896,8 +911,11 @@ def exposure_key(e: Exposure) -> Any:
 
 def decode_key(d: Decode) -> Any:
     return (
+        d.name,
         d.life,
         tuple(d.slots),
+        tuple(sorted(d.exposures.items())),
+        d.ledger._counter.n,  # type: ignore[attr-defined]
         tuple(sorted(d.ledger.peers.items())),
         tuple(exposure_key(e) for e in d.ledger._exposed.values()),
         tuple(exposure_key(e) for e in d.ledger._held.values()),
@@ -941,6 +959,7 @@ def prefill_key(p: Prefill) -> Any:
         return (c.request, c.n, c.posted, c.failed, attempt)
 
     return (
+        p.name,
         p.life,
         ledger,
         tuple(sorted(p.status.items())),
