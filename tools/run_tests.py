@@ -2,7 +2,7 @@
 
     lint              ruff and mypy: seconds, and first to say what is wrong
     stock wheels      download what the contract tests read, once
-    unit, contract    side by side, no server
+    fast tests        unit, contract, ...: side by side, no server
     lab               the release the end-to-end tests run
     e2e               real servers, one test at a time
 
@@ -22,6 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 LAB_RELEASE = "0.5.12"
+SLOW = {"tests/e2e", "tests/gpu"}  # serial; and for machines with a GPU, by hand
 NO_TESTS_COLLECTED = 5
 
 TOTALS: Counter[str] = Counter()
@@ -36,7 +37,9 @@ def main() -> int:
         ("stock wheels", sys.executable, "tests/contract/wheels.py"),
     ):
         step(name, *command)
-    pytest("unit and contract", ["tests/unit", "tests/contract"], "-n", "auto", "--dist=worksteal")
+    # All but those below, so that a new folder is never left out.
+    fast = sorted({f"tests/{p.name}" for p in (ROOT / "tests").iterdir() if p.is_dir()} - SLOW)
+    pytest("fast tests", fast, "-n", "auto", "--dist=worksteal")
     step("lab", BIN / "sglang-scaling-fixes", "lab", "install", LAB_RELEASE)
     pytest("e2e", ["tests/e2e"], "-n", "0", "-m", "e2e")
     return finish()

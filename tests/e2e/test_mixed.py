@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from sglang_scaling_fixes.lab.cluster import Cluster
+from sglang_scaling_fixes.lab.cluster import Cluster, Server
 from sglang_scaling_fixes.lab.install import Environment
 from sglang_scaling_fixes.lab.link import link
 
@@ -52,8 +55,7 @@ def test_a_stock_prefill_serves_an_armed_decode(cluster: Cluster) -> None:
 
 def test_an_abort_is_held_until_stock_reports_success(cluster: Cluster) -> None:
     """Stock 0.5.12 prefill never learns of the abort; its success message is the only proof."""
-    cluster.fast.process.signal(__import__("signal").SIGSTOP)
-    try:
+    with stopped(cluster.fast):
         pending = cluster.send(cluster.fast, prompt(1000), "late", max_new_tokens=8)
         wait_for(lambda: report(cluster)["exposures"] >= 2, "destinations were never sent")
         cluster.abort("late")
@@ -62,13 +64,23 @@ def test_an_abort_is_held_until_stock_reports_success(cluster: Cluster) -> None:
         held = report(cluster)
         assert held["held_tokens"] == 1000
         assert "runs without safe-reclaim" in held["held"][0]["why"]
-    finally:
-        cluster.fast.process.signal(__import__("signal").SIGCONT)
     pending.wait()
     wait_for(lambda: report(cluster)["held_tokens"] == 0, "success did not give the slots back")
     assert report(cluster)["frees_by_proof"]["P3"] == 1
     outcome = cluster.send(cluster.fast, prompt(1200), "after", max_new_tokens=8).wait()
     assert outcome.ids is not None
+
+
+@contextlib.contextmanager
+def stopped(server: Server) -> Iterator[None]:
+    pids = server.process.pids()
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
 
 
 def wait_for(holds: Any, otherwise: str, timeout_s: float = 60.0) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import time
@@ -21,11 +22,6 @@ REQUESTS = 6
 def prompts() -> list[list[int]]:
     draw = random.Random(7)
     return [[draw.randrange(10, 900) for _ in range(n)] for n in (3, 40, 200, 199, 40, 600)]
-
-
-def state_of(cluster: Cluster, role: str) -> dict[str, Any]:
-    body = getattr(cluster, role).get("/server_info").body
-    return {**body["internal_states"][0]["sglang_scaling_fixes"], "top": body}
 
 
 def run_pair(
@@ -60,7 +56,7 @@ def crash_and_count(cluster: Cluster) -> list[int]:
     guarded = cluster.decode.process
     tree = [guarded.guard_pid, *guarded.pids()]
     assert len(tree) > 3
-    signal.pidfd_send_signal(__import__("os").pidfd_open(guarded.guard_pid), signal.SIGKILL)
+    os.kill(guarded.guard_pid, signal.SIGKILL)
     deadline = time.monotonic() + 20
     while (left := [pid for pid in tree if alive(pid)]) and time.monotonic() < deadline:
         time.sleep(0.2)

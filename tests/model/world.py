@@ -75,6 +75,8 @@ class Config:
     """Stock never revives a failed room (0.5.13 and later)."""
     late_success: bool = True
     """Stock's success of an old attempt may be counted for a new one of its room."""
+    late_proof: bool = True
+    """And one that arrives after the give-up may prove another generation than its own."""
     foreign: bool = False
     """Also call it a violation when one request's KV lands in another's slots."""
 
@@ -128,7 +130,7 @@ class Msg(NamedTuple):
     """Of the decode memory the address belongs to; a fence makes older ones unreachable."""
 
     def __str__(self) -> str:
-        return f"{self.kind}({self.verdict or self.gen or self.room or ''})"
+        return f"{self.kind}({' '.join(filter(None, (self.gen, self.verdict)))})"
 
 
 class Write(NamedTuple):
@@ -244,6 +246,8 @@ class World:
                 elif self.prefills[p].ledger is not None:
                     self.decodes[d].ledger.here(p, self.prefills[p].incarnation)
         self._own: set[str] = set()
+        self.private = False
+        """Never cloned: ranks may be changed in place."""
 
     def _new_decode(self, name: str, life: int) -> Decode:
         ledger = DecodeLedger(name + ("", "a", "b", "c")[life], first_wait=1.0, max_wait=5.0)
@@ -258,13 +262,13 @@ class World:
 
     def _decode(self, name: str) -> Decode:
         """The rank, to be changed by the event being done."""
-        if name not in self._own:
+        if name not in self._own and not self.private:
             self._own.add(name)
             self.decodes[name] = copied(self.decodes[name])
         return self.decodes[name]
 
     def _prefill(self, name: str) -> Prefill:
-        if name not in self._own:
+        if name not in self._own and not self.private:
             self._own.add(name)
             self.prefills[name] = copied(self.prefills[name])
         return self.prefills[name]
@@ -315,7 +319,7 @@ class World:
     def enabled(self) -> list[str]:
         return [*self.progress(), *self.mishaps()]
 
-    def progress(self) -> list[str]:  # noqa: PLR0912 - one line per kind of event
+    def progress(self) -> list[str]:
         """Events of a world in which nothing goes wrong, and owners giving up."""
         events = [f"deliver {name}" for name, queue in self.channels.items() if queue]
         if any(p.handing for p in self.prefills.values()):
@@ -337,30 +341,36 @@ class World:
             ):
                 events.append(f"return r{i}")
         for p in self.prefills.values():
-            events += self._prefill_events(p)
+            events += self._sender_events(p) + self._worker_events(p)
         events += [f"land {w.name}" for w in self.wire]
         return events
 
     def _receiver_busy(self, event: str) -> bool:
-        target = event.split(">")[-1]
+        target = event.rpartition(">")[2]
         return target in self.prefills and self.prefills[target].handing is not None
 
-    def _prefill_events(self, p: Prefill) -> list[str]:
+    def _sender_events(self, p: Prefill) -> list[str]:
+        """Prefill's scheduler: requests arrive, queue their chunks and are cleared."""
         events = []
-        for i, state in enumerate(self.request):
-            if self.config.late_arrival and i not in p.senders and self._arrivable(p, i, state):
-                events.append(f"arrive r{i} {p.name}")
+        if self.config.late_arrival:
+            for i, state in enumerate(self.request):
+                if f"r{i} {p.name}" not in self.arrived and state in ("new", "exposed"):
+                    events.append(f"arrive r{i} {p.name}")
+        if p.retiring is not None:
+            return [*events, f"retire {p.name}"]  # the scheduler is inside clear
         for i, n in p.senders.items():
             room = self.config.rooms[i]
             status = p.status.get(room)
-            if p.retiring is not None:
-                continue  # the scheduler is inside clear
             if n < self.config.chunks and status == "waiting" and room in p.infos:
                 events.append(f"put r{i} {p.name}")
-            if status == "success" or status is None:
+            reading = p.ledger is not None and p.ledger.busy(room)
+            if status in ("success", None) or (status == "failed" and not reading):
                 events.append(f"clear r{i} {p.name}")
-            elif status == "failed" and not (p.ledger is not None and p.ledger.busy(room)):
-                events.append(f"clear r{i} {p.name}")
+        return events
+
+    def _worker_events(self, p: Prefill) -> list[str]:
+        """Prefill's transfer worker and receive thread."""
+        events = []
         if p.hand is None:
             if p.queue:
                 events.append(f"take {p.name}")
@@ -372,8 +382,6 @@ class World:
             events.append(f"retry {p.name}")
         if p.handing:
             events.append(f"store {p.name}")
-        if p.retiring is not None:
-            events.append(f"retire {p.name}")
         return events
 
     def mishaps(self) -> list[str]:
@@ -394,7 +402,7 @@ class World:
                 events += [f"fence {d} {p.name}" for d in self.decodes]
             if self.left["abort"]:
                 events += [f"abort r{i} {p.name}" for i in p.senders]
-        if self.left["restart"]:
+        if self.left["restart"] and len(self.decodes) == 1:
             events += [f"restart {d}" for d in self.decodes]
         return events
 
@@ -406,9 +414,6 @@ class World:
         return all(s not in ("new", "exposed") for s in earlier) and all(
             None in d.slots for d in self.decodes.values()
         )
-
-    def _arrivable(self, p: Prefill, i: int, state: str) -> bool:
-        return f"r{i} {p.name}" not in self.arrived and state in ("new", "exposed")
 
     def _all_success(self, i: int) -> bool:
         room = self.config.rooms[i]
@@ -513,8 +518,9 @@ class World:
                 self._send(d.name, ask.rank, Msg("ask", ask.gen, ask.room))
                 self.say(f"{d.name}: asks {ask.rank} for {ask.gen}")
                 # Time stands still, so that worlds which differ in it alone are one.
-                writer = d.exposure(self.gens[ask.gen]).writers[ask.rank]
-                writer.asks, writer.next_ask = 1, LATER / 2
+                exposure = d.ledger._find(ask.gen)
+                assert exposure is not None
+                exposure.writers[ask.rank].next_ask = LATER / 2
 
     def do_restart(self, name: str) -> None:
         """Decode dies and returns at its address with memory nothing can reach."""
@@ -584,7 +590,8 @@ class World:
         elif m.room in d.receivers and (self.config.late_success or self._current(d, m)):
             d.receivers[m.room][1].add(p)
         # Stock's thread and ours both see a success (the adapter's `_success`).
-        if m.kind == "success" and any(e.room == m.room for e in d.ledger.held):
+        own = self.config.late_proof or any(e.gen == m.gen for e in d.ledger.held)
+        if m.kind == "success" and own and any(e.room == m.room for e in d.ledger.held):
             reports = d.late_reports.setdefault(m.room, set())
             reports.add(p)
             if d.ledger.success(m.room, len(reports)):

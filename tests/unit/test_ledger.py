@@ -1,0 +1,360 @@
+"""The ledgers' rules one by one. Interleavings are in test_races and test_explore."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from sglang_scaling_fixes.reclaim.ledger import (
+    TRANSITIONS,
+    DecodeLedger,
+    Delivery,
+    Exposure,
+    FailRoom,
+    LedgerError,
+    PrefillLedger,
+    Proof,
+    SendAnswer,
+    State,
+)
+from tests.model.diagram import DOC, diagram, in_doc
+
+EVENTS = sorted({event for _, event in TRANSITIONS})
+ILLEGAL = [pair for pair in itertools.product(State, EVENTS) if pair not in TRANSITIONS]
+
+
+def decode(*peers: str) -> DecodeLedger:
+    ledger = DecodeLedger("d", first_wait=0.1, max_wait=5.0)
+    for rank in peers:
+        ledger.here(rank, f"{rank}-process")
+    return ledger
+
+
+def exposed(ledger: DecodeLedger, room: int = 7, *ranks: str) -> Exposure:
+    exposure = ledger.expose(room, ranks or ("p0",))
+    for rank in exposure.writers:
+        ledger.sent(exposure, rank)
+    return exposure
+
+
+def held(ledger: DecodeLedger, room: int = 7, *ranks: str) -> Exposure:
+    exposure = exposed(ledger, room, *ranks)
+    ledger.give_up(exposure, now=0.0)
+    return exposure
+
+
+def answers(actions: list[object]) -> list[tuple[str, str]]:
+    return [(a.gen, a.verdict) for a in actions if isinstance(a, SendAnswer)]
+
+
+class TestTable:
+    @pytest.mark.parametrize(("state", "event"), ILLEGAL)
+    def test_what_is_not_in_the_table_raises(self, state: State, event: str) -> None:
+        exposure = Exposure("g", 7, {}, state)
+        with pytest.raises(LedgerError, match=event):
+            exposure.move(event)
+        assert exposure.state is state
+
+    @pytest.mark.parametrize(("state", "event"), TRANSITIONS)
+    def test_what_is_in_the_table_happens(self, state: State, event: str) -> None:
+        exposure = Exposure("g", 7, {}, state)
+        exposure.move(event)
+        assert exposure.state is TRANSITIONS[state, event]
+
+    def test_every_state_is_reachable_and_returned_and_landed_are_ends(self) -> None:
+        assert set(TRANSITIONS.values()) | {State.EXPOSED} == set(State)
+        assert {s for s, _ in TRANSITIONS}.isdisjoint({State.LANDED, State.RETURNED})
+
+    def test_an_adapter_that_ends_an_exposure_twice_is_told(self) -> None:
+        ledger = decode("p0")
+        landed = exposed(ledger)
+        ledger.landed(landed)
+        with pytest.raises(LedgerError):
+            ledger.landed(landed)
+        with pytest.raises(LedgerError):
+            ledger.give_up(landed, now=0.0)
+        unproven = held(ledger)
+        with pytest.raises(LedgerError):
+            ledger.returned(unproven)
+        with pytest.raises(LedgerError):
+            ledger.landed(unproven)
+
+    def test_the_documented_diagram_is_the_table(self) -> None:
+        assert in_doc(DOC.read_text()) == diagram(), "run python -m tests.model.diagram"
+
+
+class TestProofs:
+    def test_p1_a_rank_that_was_never_sent_to_proves_itself(self) -> None:
+        ledger = decode("p0", "p1")
+        exposure = ledger.expose(7, ["p0", "p1"])
+        ledger.sent(exposure, "p1")
+        ledger.give_up(exposure, now=0.0)
+        assert exposure.state is State.HELD
+        assert exposure.writers["p0"].proof is Proof.NEVER_SENT
+        assert [w.rank for w in exposure.unproven] == ["p1"]
+
+    def test_nothing_sent_at_all_still_waits_for_the_other_tp_ranks(self) -> None:
+        ledger = decode("p0")
+        exposure = ledger.expose(7, ["p0"])
+        ledger.give_up(exposure, now=0.0)
+        assert exposure.state is State.PROVEN
+        assert ledger.holding
+        assert "other TP ranks" in ledger.why_held(exposure)
+        ledger.returned(exposure)
+        assert not ledger.holding
+
+    def test_p2_needs_every_writer(self) -> None:
+        ledger = decode("p0", "p1")
+        exposure = held(ledger, 7, "p0", "p1")
+        ledger.answer("p0", "p0-process", exposure.gen, "drained")
+        assert [w.rank for w in exposure.unproven] == ["p1"]
+        ledger.answer("p1", "p1-process", exposure.gen, "drained")
+        assert exposure.state is State.PROVEN
+
+    @pytest.mark.parametrize(
+        ("verdict", "who", "bound_by", "proves"),
+        [
+            ("drained", "p0-process", None, True),
+            ("drained", "p0-process", "p0-process", True),
+            ("drained", "successor", "p0-process", False),
+            ("unknown", "p0-process", None, True),
+            ("unknown", "p0-process", "p0-process", True),
+            ("unknown", "successor", None, False),
+            ("unknown", "successor", "p0-process", False),
+            ("poisoned", "p0-process", None, False),
+            ("nonsense", "p0-process", None, False),
+        ],
+    )
+    def test_whose_word_counts(
+        self, verdict: str, who: str, bound_by: str | None, proves: bool
+    ) -> None:
+        ledger = decode("p0")
+        exposure = exposed(ledger)
+        if bound_by:
+            ledger.here("p0", bound_by, exposure.gen)
+        ledger.give_up(exposure, now=0.0)
+        ledger.answer("p0", who, exposure.gen, verdict)
+        assert (exposure.state is State.PROVEN) == proves
+        assert proves or ledger.why_held(exposure)
+
+    def test_foreign_repeated_and_early_answers_change_nothing(self) -> None:
+        ledger = decode("p0", "p1")
+        exposure = exposed(ledger)
+        ledger.answer("p0", "p0-process", exposure.gen, "drained")
+        assert exposure.unproven, "nobody asked"
+        ledger.give_up(exposure, now=0.0)
+        ledger.answer("p1", "p1-process", exposure.gen, "drained")
+        ledger.answer("p0", "p0-process", "other-gen", "drained")
+        assert exposure.unproven
+        ledger.answer("p0", "p0-process", exposure.gen, "drained")
+        ledger.answer("p0", "p0-process", exposure.gen, "poisoned")
+        assert exposure.state is State.PROVEN
+
+    def test_p3_success_before_the_failure(self) -> None:
+        ledger = decode("p0")
+        exposure = exposed(ledger)
+        ledger.give_up(exposure, now=0.0, success_seen=True)
+        assert exposure.state is State.PROVEN
+        assert exposure.writers["p0"].proof is Proof.LANDED
+
+    def test_p3_late_success_of_a_prefill_without_the_plugin(self) -> None:
+        ledger = decode()
+        exposure = held(ledger, 7, "p0", "p1")
+        assert not ledger.success(8, 2), "another room"
+        assert not ledger.success(7, 1), "one of two ranks"
+        assert ledger.success(7, 2)
+        assert exposure.state is State.PROVEN
+
+    def test_p3_late_success_proves_nothing_when_it_could_mean_another_generation(self) -> None:
+        ledger = decode()
+        held(ledger)
+        exposed(ledger)
+        assert not ledger.success(7, 1)
+
+    def test_p3_late_success_of_a_rank_that_can_be_asked_proves_nothing(self) -> None:
+        ledger = decode("p0")
+        held(ledger)
+        assert not ledger.success(7, 1)
+
+    def test_p4_a_fence_proves_a_poisoned_writer(self) -> None:
+        ledger = decode("p0")
+        exposure = held(ledger)
+        ledger.answer("p0", "p0-process", exposure.gen, "poisoned", "write returned -1")
+        assert "write returned -1" in ledger.why_held(exposure)
+        ledger.fenced(exposure.gen, "p0")
+        assert exposure.writers["p0"].proof is Proof.FENCED
+        assert exposure.state is State.PROVEN
+        ledger.fenced(exposure.gen, "p0")
+
+    def test_generations_are_never_reused(self) -> None:
+        ledger = decode("p0")
+        gens = set()
+        for _ in range(100):
+            exposure = exposed(ledger)
+            gens.add(exposure.gen)
+            ledger.landed(exposure)
+        assert len(gens) == 100
+        assert ledger.exposures() == []
+
+
+class TestAsking:
+    def test_backoff_doubles_up_to_the_longest_wait(self) -> None:
+        ledger = DecodeLedger("d", first_wait=1.0, max_wait=50.0)
+        ledger.here("p0", "p0-process")
+        held(ledger)
+        asked = [second for second in range(300) if ledger.tick(float(second))]
+        waits = [later - earlier for earlier, later in itertools.pairwise(asked)]
+        assert asked[0] == 0
+        assert waits == [1, 2, 4, 8, 16, 32, 50, 50, 50, 50]
+
+    def test_only_unproven_ranks_that_speak_the_protocol_are_asked(self) -> None:
+        ledger = decode("p0", "p1")
+        exposure = held(ledger, 7, "p0", "p1", "stock")
+        assert [a.rank for a in ledger.tick(0.0)] == ["p0", "p1"]
+        assert "stock: runs without safe-reclaim" in ledger.why_held(exposure)
+        ledger.answer("p0", "p0-process", exposure.gen, "drained")
+        assert [a.rank for a in ledger.tick(100.0)] == ["p1"]
+        assert "p1: asked 2 times" in ledger.why_held(exposure)
+
+    def test_a_rank_is_asked_as_soon_as_it_is_known(self) -> None:
+        ledger = decode()
+        exposure = held(ledger)
+        assert ledger.tick(100.0) == []
+        ledger.here("p0", "p0-process", exposure.gen)
+        assert [(a.rank, a.room, a.gen) for a in ledger.tick(100.0)] == [("p0", 7, exposure.gen)]
+
+    def test_the_exposed_and_the_landed_are_not_asked_about(self) -> None:
+        ledger = decode("p0")
+        exposed(ledger)
+        ledger.landed(exposed(ledger, 8))
+        assert ledger.tick(100.0) == []
+        assert not ledger.holding
+
+    def test_held_is_in_the_order_of_giving_up(self) -> None:
+        ledger = decode("p0")
+        first, second, third = (exposed(ledger, room) for room in (1, 2, 3))
+        for exposure in (second, third, first):
+            ledger.give_up(exposure, now=0.0)
+        assert ledger.held == [second, third, first]
+        ledger.answer("p0", "p0-process", third.gen, "drained")
+        ledger.returned(third)
+        assert ledger.held == [second, first]
+        assert {e.gen for e in ledger.exposures()} == {first.gen, second.gen}
+
+
+class TestPrefill:
+    def ledger(self, memory: int = 100) -> PrefillLedger:
+        return PrefillLedger("process", memory=memory)
+
+    def bound(self, ledger: PrefillLedger, gen: str = "g1", room: int = 7) -> Delivery:
+        return ledger.bind(room, gen, "d0", "p0", fan_in=1)
+
+    def test_an_answer_waits_for_the_chunk_in_hand_and_its_helpers(self) -> None:
+        ledger = self.ledger()
+        self.bound(ledger)
+        attempt = ledger.put(7)
+        assert attempt is not None and ledger.take(attempt)
+        ledger.opened(attempt)
+        assert ledger.busy(7)
+        assert ledger.ask(7, "g1", "d0", "p0") == [FailRoom(7, "aborted by the decode side")]
+        assert ledger.done(attempt) == []
+        assert answers([*ledger.done(attempt)]) == [("g1", "drained")]
+        assert not ledger.busy(7)
+
+    def test_a_closed_attempt_takes_nothing(self) -> None:
+        ledger = self.ledger()
+        self.bound(ledger)
+        queued = ledger.put(7)
+        ledger.ask(7, "g1", "d0", "p0")
+        assert queued is not None and not ledger.take(queued)
+        assert ledger.put(7) is None
+
+    def test_repeated_questions_are_answered_and_fail_the_room_once(self) -> None:
+        ledger = self.ledger()
+        self.bound(ledger)
+        first, second = ledger.ask(7, "g1", "d0", "p0"), ledger.ask(7, "g1", "d0", "p0")
+        assert [type(a) for a in first] == [FailRoom, SendAnswer]
+        assert [type(a) for a in second] == [SendAnswer]
+
+    def test_destinations_whose_question_came_first_are_dropped(self) -> None:
+        ledger = self.ledger()
+        assert answers([*ledger.ask(7, "g1", "d0", "p0")]) == [("g1", "unknown")]
+        assert self.bound(ledger) is Delivery.DROP
+
+    def test_a_duplicate_is_dropped(self) -> None:
+        ledger = self.ledger()
+        assert self.bound(ledger) is Delivery.DELIVER
+        assert self.bound(ledger) is Delivery.DROP
+
+    def test_a_reused_room_waits_until_its_predecessor_is_quiet(self) -> None:
+        ledger = self.ledger()
+        self.bound(ledger)
+        attempt = ledger.put(7)
+        assert attempt is not None and ledger.take(attempt)
+        assert self.bound(ledger, "g2") is Delivery.DEFER
+        ledger.ask(7, "g1", "d0", "p0")
+        ledger.done(attempt)
+        ledger.retire(7)
+        assert self.bound(ledger, "g2") is Delivery.DELIVER
+        assert not ledger.take(attempt)
+
+    def test_all_of_a_fan_in_are_answered_when_the_attempt_is_quiet(self) -> None:
+        ledger = self.ledger()
+        for rank in ("d0", "d1"):
+            assert ledger.bind(7, f"g-{rank}", rank, "p0", fan_in=2) is Delivery.DELIVER
+        attempt = ledger.put(7)
+        assert attempt is not None and ledger.take(attempt)
+        ledger.ask(7, "g-d1", "d1", "p0")
+        ledger.ask(7, "g-d0", "d0", "p0")
+        replies = ledger.done(attempt)
+        assert [a.reply_to for a in replies if isinstance(a, SendAnswer)] == ["d0", "d1"]
+
+    def test_poison_stays(self) -> None:
+        ledger = self.ledger(memory=1)
+        self.bound(ledger)
+        attempt = ledger.put(7)
+        assert attempt is not None and ledger.take(attempt)
+        ledger.failed(attempt, "write returned -1")
+        ledger.failed(attempt, "another reason")
+        ledger.done(attempt)
+        ledger.retire(7)
+        for room in range(100, 110):
+            self.bound(ledger, f"g{room}", room)
+            ledger.retire(room)
+        (answer,) = ledger.ask(7, "g1", "d0", "p0")
+        assert isinstance(answer, SendAnswer)
+        assert (answer.verdict, answer.reason) == ("poisoned", "write returned -1")
+        assert ledger.poisoned == 1
+
+    def test_more_ends_than_beginnings_raise(self) -> None:
+        ledger = self.ledger()
+        attempt = ledger.put(7)
+        assert attempt is not None
+        with pytest.raises(LedgerError, match="room 7"):
+            ledger.done(attempt)
+
+    def test_memory_of_finished_attempts_and_of_unseen_generations_is_bounded(self) -> None:
+        ledger = self.ledger(memory=10)
+        for i in range(100):
+            self.bound(ledger, f"g{i}", room=i)
+            ledger.retire(i)
+            ledger.ask(i, f"never-{i}", "d0", "p0")
+        assert len(ledger._finished) == len(ledger._by_gen) == len(ledger._aborted_unseen) == 10
+        assert not ledger._rooms
+        # The forgotten are answered truthfully, the remembered precisely.
+        assert answers([*ledger.ask(0, "g0", "d0", "p0")]) == [("g0", "unknown")]
+        assert answers([*ledger.ask(99, "g99", "d0", "p0")]) == [("g99", "drained")]
+
+    def test_a_room_of_a_decode_without_the_plugin_is_accounted_for(self) -> None:
+        ledger = self.ledger()
+        attempt = ledger.put(7)
+        assert attempt is not None and ledger.take(attempt)
+        assert ledger.busy(7)
+        assert ledger.retire(7) == []
+        assert ledger.busy(7)
+        ledger.done(attempt)
+        assert not ledger.busy(7) and not ledger._rooms
+
+    def test_retiring_an_unknown_room_is_nothing(self) -> None:
+        assert self.ledger().retire(7) == []
