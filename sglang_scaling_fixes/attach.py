@@ -115,6 +115,11 @@ ATTACH_POINTS: tuple[AttachPoint, ...] = (
         ("queue", "executor"),
     ),
     AttachPoint(_FIX, "prefill", f"{_MOONCAKE}:MooncakeKVManager.init_engine", uses=("engine",)),
+    AttachPoint(
+        _FIX, "prefill", f"{_MOONCAKE}:MooncakeKVManager._connect", ("endpoint", "is_ipv6")
+    ),
+    AttachPoint(_FIX, "prefill", f"{_MOONCAKE}:MooncakeKVSender.__init__"),
+    AttachPoint(_FIX, "prefill", f"{_MOONCAKE}:MooncakeKVSender.send", ("kv_indices",)),
     AttachPoint(_FIX, "prefill", f"{_MOONCAKE}:MooncakeKVSender.poll", uses=("bootstrap_room",)),
     AttachPoint(_FIX, "prefill", f"{_MOONCAKE}:MooncakeKVSender.clear"),
     AttachPoint(

@@ -55,7 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     reclaim.add_argument("--release", required=True, metavar="RELEASE")
     reclaim.add_argument("--scenario", default="abort", help="abort (default), abort-slow-link")
-    reclaim.add_argument("--rounds", type=_positive, default=None, help="rounds in each half")
+    reclaim.add_argument(
+        "--rounds", type=_positive, default=3, help="rounds in each half (default 3)"
+    )
     reclaim.add_argument("--seed", type=int, default=1, help="prompts of every round (default 1)")
     reclaim.add_argument("--json", action="store_true", help="print the result as JSON")
     reclaim.add_argument("--output", type=Path, metavar="FILE", help="also write the JSON to FILE")

@@ -63,7 +63,7 @@ def write(folder: Path, seed: int) -> None:
         return values * np.float32(gain / math.sqrt(columns))
 
     width = HEADS * HEAD_DIM
-    ones = np.ones(HIDDEN, dtype=np.float32)
+    ones: object = np.ones(HIDDEN, dtype=np.float32)
     tensors = {
         "model.embed_tokens.weight": random.standard_normal((VOCAB, HIDDEN), dtype=np.float32),
         "model.norm.weight": ones,

@@ -4,10 +4,13 @@ One `DecodeGuard` per scheduler process. It is created with the KV manager, lear
 of exposures from `send_metadata`, of endings from `clear`, of prefill's answers
 from the manager's own receive socket, and acts once per scheduler tick:
 
-    receive thread   ReceiveTap -> inbox
+    receive thread   ReceiveTap: Here, Answer -> ledger; a success of another
+                     generation never reaches stock
     scheduler        send_metadata -> expose     clear -> landed | give_up
-                     tick: inbox -> ledger; Asks out; proven exposures agreed
-                     among the TP ranks and given back
+                     tick: Asks out; proven exposures agreed among the TP ranks
+                     and given back
+
+The ledger is shared by the two threads, under one lock.
 """
 
 from __future__ import annotations
@@ -15,8 +18,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,7 +31,7 @@ from sglang_scaling_fixes.errors import AttachError
 from sglang_scaling_fixes.reclaim import messages
 from sglang_scaling_fixes.reclaim.gate import Gate
 from sglang_scaling_fixes.reclaim.ledger import DecodeLedger, Exposure
-from sglang_scaling_fixes.reclaim.taps import Passthrough, ReceiveTap
+from sglang_scaling_fixes.reclaim.taps import Passthrough, ReceiveTap, is_success
 from sglang_scaling_fixes.reclaim.transport import endpoint, new_incarnation, send_now
 
 logger = logging.getLogger(__name__)
@@ -50,7 +53,7 @@ _SUCCESS = 4
 
 
 class DecodeGuard:
-    """Safe reclaim of one decode rank. Everything but `_read` runs on the scheduler thread."""
+    """Safe reclaim of one decode rank. All but `_read` runs on the scheduler thread."""
 
     current: DecodeGuard | None = None
     """The guard of this process: SGLang makes one KV manager per scheduler process."""
@@ -60,7 +63,7 @@ class DecodeGuard:
         self._config = config
         self.ledger = DecodeLedger(new_incarnation(), first_wait=config.resend)
         self._reply_to = endpoint(manager.local_ip, manager.rank_port)
-        self._inbox: deque[Callable[[], None]] = deque()
+        self._lock = threading.Lock()
         self._routes: dict[str, Callable[[], tuple[Any, Any]]] = {}
         """Rank -> stock's own look-up of its socket and lock (stock may replace them)."""
         self._sending: Exposure | None = None
@@ -98,11 +101,29 @@ class DecodeGuard:
             allocator, queue.req_to_metadata_buffer_idx_allocator, audit=self._config.audit
         )
         self._group = queue.gloo_group
+        self.ledger.group = self._common_identity()
         self._buffers = queue.metadata_buffers
 
     def guards(self, manager: Any) -> bool:
         """True when `manager` and its allocators are behind this guard."""
         return self._manager is manager and self.gate is not None
+
+    def _common_identity(self) -> str:
+        """TP rank 0's incarnation, on every TP rank: what their epochs share."""
+        if self._alone():
+            return self.ledger.group
+        import torch.distributed as dist
+
+        identity = [self.ledger.group]
+        dist.broadcast_object_list(
+            identity, src=dist.get_global_rank(self._group, 0), group=self._group
+        )
+        return identity[0]
+
+    def _alone(self) -> bool:
+        import torch.distributed as dist
+
+        return self._group is None or dist.get_world_size(self._group) == 1
 
     # -- exposure ---------------------------------------------------------------
 
@@ -118,14 +139,15 @@ class DecodeGuard:
         """Stock sends the destinations of a request; from here on they are exposed."""
         assert self.gate is not None, "send_metadata before the allocators exist"
         ranks = [rank_of(info) for info in receiver.bootstrap_infos or () if not info["is_dummy"]]
-        if self._config.peer == "require" and not self._all_speak(ranks):
-            self._refuse(receiver, ranks)
-            return None
-        exposure = self.ledger.expose(receiver.bootstrap_room, ranks)
+        with self._lock:
+            exposure = self.ledger.expose(receiver.bootstrap_room, ranks)
         shared = page_states(self._manager.kv_args, state_indices)
         self.gate.exposed(exposure, kv_indices, shared, aux_index)
         self.counters["exposures"] += 1
         receiver.sglang_scaling_fixes_exposure = exposure
+        if self._config.peer == "require" and not self._all_speak(ranks):
+            self._refuse(receiver, ranks)
+            return None
         with self._sends(exposure):
             return stock(receiver, kv_indices, aux_index, state_indices, **kwargs)
 
@@ -147,8 +169,10 @@ class DecodeGuard:
         exposure = self._sending
         if exposure is None or rank not in exposure.writers:
             return frames
-        self.ledger.sent(exposure, rank)
-        return [*frames, messages.encode(messages.Bind(self._reply_to, rank, exposure.gen))]
+        with self._lock:
+            self.ledger.sent(exposure, rank)
+        bind = messages.Bind(self._reply_to, rank, exposure.gen, exposure.epoch)
+        return [*frames, messages.encode(bind)]
 
     def _all_speak(self, ranks: list[str]) -> bool:
         deadline = time.monotonic() + REQUIRE_WAIT
@@ -156,7 +180,6 @@ class DecodeGuard:
             if time.monotonic() >= deadline:
                 return False
             time.sleep(0.005)
-            self._drain_inbox()
         return True
 
     def _refuse(self, receiver: Any, ranks: list[str]) -> None:
@@ -183,11 +206,13 @@ class DecodeGuard:
         assert self.gate is not None
         success = self._manager.request_status.get(receiver.bootstrap_room) == _SUCCESS
         if success and not getattr(receiver, "sglang_scaling_fixes_failed", False):
-            self.ledger.landed(exposure)
+            with self._lock:
+                self.ledger.landed(exposure)
             self.gate.landed(exposure)
             self.counters["landed"] += 1
             return
-        self.ledger.give_up(exposure, time.monotonic(), success_seen=success)
+        with self._lock:
+            self.ledger.give_up(exposure, time.monotonic(), success_seen=success)
         self.gate.gave_up(exposure)
         self.counters["gave_up"] += 1
         self._send_asks()
@@ -195,16 +220,16 @@ class DecodeGuard:
     # -- once per scheduler tick ---------------------------------------------------
 
     def tick(self) -> None:
-        """Take in answers, ask again, give back what is proven on every TP rank."""
-        if self._inbox:
-            self._drain_inbox()
+        """Ask again, give back what is proven on every TP rank."""
         if not self.ledger.holding:
             return
         assert self.gate is not None
         self.gate.settle()
         self._send_asks()
-        held = self.ledger.held
-        for exposure, agreed in zip(held, self._agree([not e.unproven for e in held]), strict=True):
+        with self._lock:
+            held = self.ledger.held
+            proven = [not exposure.unproven for exposure in held]
+        for exposure, agreed in zip(held, self._agree(proven), strict=True):
             if agreed:
                 self._give_back(exposure)
         self.counters["held_tokens_max"] = max(
@@ -218,11 +243,10 @@ class DecodeGuard:
 
     def _agree(self, proven: list[bool]) -> list[bool]:
         """What every TP rank has proof of. All ranks hold the same list in the same order."""
-        import torch.distributed as dist
-
-        if self._group is None or dist.get_world_size(self._group) == 1:
+        if self._alone():
             return proven
         import torch
+        import torch.distributed as dist
 
         flags = torch.tensor(proven, dtype=torch.int32)
         dist.all_reduce(flags, op=dist.ReduceOp.MIN, group=self._group)
@@ -235,10 +259,11 @@ class DecodeGuard:
             # Stock clears a metadata slot when it frees it; a write may have
             # landed in it since.
             self._buffers.clear_slot(slots.aux)
-        self.ledger.returned(exposure)
+        with self._lock:
+            self.ledger.returned(exposure)
+            self._stock_success.pop(exposure.room, None)
         tokens = self.gate.give_back(exposure)
         self._next_say.pop(exposure.gen, None)
-        self._stock_success.pop(exposure.room, None)
         self.counters["returned"] += 1
         for writer in exposure.writers.values():
             if writer.proof is not None:
@@ -252,7 +277,9 @@ class DecodeGuard:
         )
 
     def _send_asks(self) -> None:
-        for ask in self.ledger.tick(time.monotonic()):
+        with self._lock:
+            asks = self.ledger.tick(time.monotonic())
+        for ask in asks:
             socket, lock = self._routes[ask.rank]()
             message = messages.Ask(self._reply_to, ask.rank, ask.room, ask.gen)
             with lock:
@@ -276,57 +303,52 @@ class DecodeGuard:
 
     def _read(self, frames: list[bytes]) -> list[bytes] | None:
         """Runs on stock's receive thread: sort out what is ours, leave the rest."""
-        message = messages.decode(frames[0]) if len(frames) == 1 else None
-        if isinstance(message, messages.Here):
-            self._inbox.append(
-                functools.partial(self.ledger.here, message.rank, message.incarnation, message.gen)
-            )
-            return None
-        if isinstance(message, messages.Answer):
-            self._inbox.append(
-                functools.partial(
-                    self.ledger.answer,
+        stock, message = messages.split(frames)
+        if is_success(stock):
+            gen = message.gen if isinstance(message, messages.Mark) else None
+            return stock if self._admits(int(stock[0]), gen, stock[2]) else None
+        with self._lock:
+            if isinstance(message, messages.Here):
+                self.ledger.here(message.rank, message.incarnation, message.gen)
+            elif isinstance(message, messages.Answer):
+                self.ledger.answer(
                     message.rank,
                     message.incarnation,
                     message.gen,
                     message.verdict,
                     message.reason,
                 )
-            )
+        if not stock:
             return None
-        if frames[0] == b"AUX_DATA":
-            room, aux = int(frames[1]), int(frames[3])
+        if stock[0] == b"AUX_DATA":
+            room, aux = int(stock[1]), int(stock[3])
             if self.gate is not None and not self.gate.owns_aux(aux, room):
                 return None  # a late copy into a slot that is no longer this room's
-        elif len(frames) >= 3 and frames[0].isdigit() and frames[1] == b"4":
-            self._inbox.append(functools.partial(self._success, int(frames[0]), frames[2]))
-        return frames
+        return stock
 
-    def _success(self, room: int, prefill_rank: bytes) -> None:
-        """A stock success; it matters only for a room whose owner already gave up."""
-        if not any(e.room == room for e in self.ledger.held):
-            return
-        reported = self._stock_success.setdefault(room, set())
-        reported.add(prefill_rank)
-        self.ledger.success(room, len(reported))
-
-    def _drain_inbox(self) -> None:
-        while self._inbox:
-            self._inbox.popleft()()
+    def _admits(self, room: int, gen: str | None, prefill_rank: bytes) -> bool:
+        """A success: stock learns of it only if it is the open generation's."""
+        with self._lock:
+            if gen is None and any(e.room == room for e in self.ledger.held):
+                reported = self._stock_success.setdefault(room, set())
+                reported.add(prefill_rank)
+                self.ledger.success(room, len(reported))
+            return self.ledger.admits_success(room, gen)
 
     # -- reporting --------------------------------------------------------------------
 
     def report(self) -> dict[str, Any]:
         """Counters and holds for `/server_info` and the lab."""
-        held = self.ledger.held
+        with self._lock:
+            held = [
+                {"room": e.room, "state": e.state.value, "why": self.ledger.why_held(e)}
+                for e in self.ledger.held
+            ]
         return {
             **self.counters,
             "frees_by_proof": dict(self.proofs),
             "held_tokens": self.gate.held_tokens if self.gate is not None else 0,
-            "held": [
-                {"room": e.room, "state": e.state.value, "why": self.ledger.why_held(e)}
-                for e in held
-            ],
+            "held": held,
             "peers": len(self.ledger.peers),
         }
 
@@ -372,6 +394,11 @@ def check_states(kv_args: Any) -> None:
 
 def check_allocator(allocator: Any) -> None:
     """Refuse an allocator whose transfer indices are not its own page numbers."""
+    if type(allocator).__name__.startswith(("Unified", "MultiEnded")):
+        raise AttachError(
+            f"{type(allocator).__name__} hands out virtual slots, which safe-reclaim cannot "
+            "match to pages yet; start without the unified pool, or with --plugin none"
+        )
     translate = getattr(type(allocator), "translate_kv_indices_for_transfer", None)
     if translate is None:
         return

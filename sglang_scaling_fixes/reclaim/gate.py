@@ -43,6 +43,19 @@ COMPOSED_FREES = ("free_segments", "free_full_segments", "free_group_begin", "fr
 
 
 @dataclass(eq=False)
+class Kept:
+    """A free stock asked for, and the exposures that must all be proven before it happens."""
+
+    call: Callable[[], None]
+    waits: set[str]
+
+    def release(self, gen: str) -> None:
+        self.waits.discard(gen)
+        if not self.waits:
+            self.call()
+
+
+@dataclass(eq=False)
 class Slots:
     """What one exposure made reachable, and the frees kept for it.
 
@@ -56,7 +69,7 @@ class Slots:
     pages: np.ndarray
     aux: int | None
     aux_back: bool = False
-    kept: list[Callable[[], None]] = field(default_factory=list)
+    kept: list[Kept] = field(default_factory=list)
     seen: set[int] = field(default_factory=set)
     tokens: int = 0
     """Token slots in kept frees, for reporting."""
@@ -97,7 +110,8 @@ class Gate:
 
     def landed(self, exposure: Exposure) -> None:
         """The slots are ordinary from now on."""
-        self._forget(exposure)
+        for kept in self._forget(exposure).kept:  # only the audit keeps any this early
+            kept.release(exposure.gen)
 
     def gave_up(self, exposure: Exposure) -> None:
         """From here until complete, every free is looked at."""
@@ -124,8 +138,8 @@ class Gate:
         slots = self._forget(exposure)
         if slots in self._watched:
             self._watched.remove(slots)
-        for call in slots.kept:
-            call()
+        for kept in slots.kept:
+            kept.release(exposure.gen)
         return slots.tokens
 
     def owns_aux(self, aux: int, room: int) -> bool:
@@ -198,27 +212,29 @@ class Gate:
     ) -> bool:
         """Keep this free if it touches a page some writer may still reach."""
         pages = np.unique(indices.detach().cpu().numpy().astype(np.int64) // unit)
-        for slots in list(self._open.values()) if self._audit else list(self._watched):
-            touched = pages[np.isin(pages, slots.pages)]
-            if not len(touched):
-                continue
+        candidates = list(self._open.values()) if self._audit else self._watched
+        touched = [(s, hit) for s in candidates if len(hit := pages[np.isin(pages, s.pages)])]
+        if not touched:
+            return False
+        # The indices may be a view of a request's row, which is reused long before
+        # the replay.
+        call = functools.partial(stock, indices.clone(), *args, **kwargs)
+        kept = Kept(call, {slots.exposure.gen for slots, _ in touched})
+        for slots, hit in touched:
             if not slots.given_up:
                 # Only the audit looks this far. Stock freed slots whose owner is
                 # still waiting for its KV: keep them until that is decided.
                 logger.error(
                     "safe-reclaim audit: %d pages of room %d were freed while its transfer "
                     "is open; they are kept",
-                    len(touched),
+                    len(hit),
                     slots.exposure.room,
                 )
-            # The indices may be a view of a request's row, which is reused long
-            # before the replay.
-            slots.kept.append(functools.partial(stock, indices.clone(), *args, **kwargs))
-            slots.seen.update(touched.tolist())
-            per_index = 1 if unit == self._page_size else self._page_size
-            slots.tokens += int(indices.numel()) * per_index
-            return True
-        return False
+            slots.kept.append(kept)
+            slots.seen.update(hit.tolist())
+        per_index = 1 if unit == self._page_size else self._page_size
+        touched[0][0].tokens += int(indices.numel()) * per_index
+        return True
 
     def _keep_aux(self, slots: Slots, call: Callable[[], None]) -> None:
         if not slots.given_up:
@@ -227,4 +243,4 @@ class Gate:
                 "its transfer is open and nobody gave it up"
             )
         slots.aux_back = True
-        slots.kept.append(call)
+        slots.kept.append(Kept(call, {slots.exposure.gen}))

@@ -39,10 +39,14 @@ backoff, until it answers. Only then do the slots go back.
     PROVEN -- every TP rank agrees --> RETURNED
 
 On prefill the unit is an *attempt*: all destinations of one room that belong
-together. It is `quiet` when no chunk of it is being processed and no helper task
-of such a chunk is still running. Closing an attempt and taking a chunk are both
-single calls, so a chunk is either taken before the close (and waited for) or
-never taken.
+together, and the one stock sender whose chunks go there. It is `quiet` when no
+chunk of it is being processed and no helper task of such a chunk is still running.
+Closing an attempt and taking a chunk are both single calls, so a chunk is either
+taken before the close (and waited for) or never taken. A room serves one attempt
+at a time; destinations of the next wait until the one before is `over`.
+
+Assumed of the transport: messages from one decode rank to one prefill rank arrive
+in order or not at all (one ZMQ PUSH socket each), and never twice.
 """
 
 from __future__ import annotations
@@ -50,7 +54,7 @@ from __future__ import annotations
 import enum
 import itertools
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 
 from sglang_scaling_fixes.reclaim.messages import Rank
@@ -98,6 +102,8 @@ class Writer:
     """The process that served the rank when the destinations were sent, when known."""
     bound_by: str | None = None
     """The process that confirmed it received them."""
+    disputed: bool = False
+    """Two processes say they received the same destinations: only a fence proves it."""
     sent: bool = False
     proof: Proof | None = None
     stuck: str = ""
@@ -111,6 +117,8 @@ class Exposure:
     """Destinations of one attempt, as decode sent them."""
 
     gen: str
+    epoch: str
+    """Common to all TP ranks of this decode for this attempt; `gen` is this rank's own."""
     room: int
     writers: dict[Rank, Writer]
     state: State = State.EXPOSED
@@ -148,8 +156,17 @@ class DecodeLedger:
     the same writer; it doubles each time.
     """
 
-    def __init__(self, incarnation: str, *, first_wait: float = 0.1, max_wait: float = 5.0) -> None:
+    def __init__(
+        self,
+        incarnation: str,
+        *,
+        first_wait: float = 0.1,
+        max_wait: float = 5.0,
+        memory: int = 65536,
+    ) -> None:
         self._incarnation = incarnation
+        self.group = incarnation
+        """An identity all TP ranks share, once they have agreed on one."""
         self._counter = itertools.count(1)
         self._first_wait = first_wait
         self._max_wait = max_wait
@@ -157,6 +174,10 @@ class DecodeLedger:
         """Ranks known to run safe reclaim, with the process that said so."""
         self._exposed: dict[str, Exposure] = {}
         self._held: OrderedDict[str, Exposure] = OrderedDict()
+        self._given_up_rooms: OrderedDict[int, str] = OrderedDict()
+        """Room -> the generation given up, empty when more than one was: the last
+        `memory` rooms. A room in here may still get a success of the old attempt."""
+        self._memory = memory
 
     # -- events ---------------------------------------------------------------
 
@@ -165,14 +186,18 @@ class DecodeLedger:
         self.peers[rank] = incarnation
         if gen is not None and (exposure := self._find(gen)) is not None:
             writer = exposure.writers.get(rank)
-            if writer is not None:
+            if writer is not None and writer.bound_by is None:
                 writer.bound_by = incarnation
+            elif writer is not None and writer.bound_by != incarnation:
+                writer.disputed = True
 
     def expose(self, room: int, ranks: Iterable[Rank]) -> Exposure:
         """Destinations are about to be sent to `ranks`. Call before the first send."""
-        gen = f"{self._incarnation}-{next(self._counter)}"
+        # TP ranks expose the same requests in the same order: the number is common.
+        number = next(self._counter)
+        gen, epoch = f"{self._incarnation}-{number}", f"{self.group}-{number}"
         writers = {rank: Writer(rank, self.peers.get(rank)) for rank in ranks}
-        exposure = Exposure(gen, room, writers)
+        exposure = Exposure(gen, epoch, room, writers)
         self._exposed[gen] = exposure
         return exposure
 
@@ -207,6 +232,10 @@ class DecodeLedger:
         )
         del self._exposed[exposure.gen]
         self._held[exposure.gen] = exposure
+        again = exposure.room in self._given_up_rooms
+        self._given_up_rooms[exposure.room] = "" if again else exposure.gen
+        if len(self._given_up_rooms) > self._memory:
+            self._given_up_rooms.popitem(last=False)
 
     def answer(
         self, rank: Rank, incarnation: str, gen: str, verdict: str, reason: str = ""
@@ -228,26 +257,44 @@ class DecodeLedger:
             credible = verdict == "unknown" and incarnation == (
                 writer.bound_by or writer.incarnation
             )
-        if credible:
+        if credible and not writer.disputed:
             self._prove(exposure, writer, Proof.DRAINED)
         else:
-            writer.stuck = "the prefill process that had the destinations was replaced"
+            writer.stuck = "it cannot vouch for the process that may have had the destinations"
+
+    def admits_success(self, room: int, gen: str | None) -> bool:
+        """May stock be told that a prefill rank reports success of `room`?
+
+        Stock's message names no generation, so a late one would be taken for the
+        next attempt's. Prefill ranks with safe reclaim mark theirs; without a mark
+        the message counts only where the room cannot be confused.
+        """
+        waiting = [e for e in self._exposed.values() if e.room == room]
+        if gen is not None:
+            return any(e.gen == gen for e in waiting)
+        if room in self._given_up_rooms:
+            return False
+        return not waiting or any(r not in self.peers for r in waiting[-1].writers)
 
     def success(self, room: int, ranks_reporting: int) -> bool:
-        """A room's success arrived after its owner gave up, from a rank without safe reclaim.
+        """An unmarked success of a room whose owner gave up: P3 from a rank without safe reclaim.
 
-        Stock prefill of old releases never learns of the abort and reports
-        success when its write has landed: P3. `ranks_reporting` counts distinct
-        prefill ranks so far; all writers must have reported. A room with more
-        than one open generation proves nothing: the message names no generation.
-        Returns True when it proved the exposure.
+        Stock prefill of old releases never learns of the abort and reports success
+        when its write has landed. `ranks_reporting` counts distinct prefill ranks
+        since the owner gave up; all writers must have reported. A room that was
+        given up before, or is exposed again, proves nothing: the message names no
+        generation. Returns True when it proved the exposure.
         """
         open_gens = [e for e in self.exposures() if e.room == room]
         if len(open_gens) != 1 or open_gens[0].state is not State.HELD:
             return False
         exposure = open_gens[0]
         unproven = exposure.unproven
-        if any(w.rank in self.peers for w in unproven) or ranks_reporting < len(exposure.writers):
+        if (
+            self._given_up_rooms.get(room) != exposure.gen
+            or any(w.rank in self.peers for w in unproven)
+            or ranks_reporting < len(exposure.writers)
+        ):
             return False
         for writer in unproven:
             self._prove(exposure, writer, Proof.LANDED)
@@ -335,39 +382,51 @@ class SendAnswer:
 
 @dataclass(frozen=True)
 class FailRoom:
-    """Action: mark the room failed in stock, so that its request ends and frees its KV."""
+    """Action: mark the room failed in stock (unless it succeeded), so that its request ends."""
 
     room: int
     reason: str
 
 
-Action = SendAnswer | FailRoom
+@dataclass(frozen=True)
+class ForgetRoom:
+    """Action: drop the destinations stock still has for this room, before new ones arrive."""
+
+    room: int
+
+
+Action = SendAnswer | FailRoom | ForgetRoom
+
+
+_STRANGER = "stranger"
+"""The epoch of every attempt by a decode without the plugin."""
 
 
 class Delivery(enum.Enum):
-    """What to do with a metadata message that carries a Bind."""
+    """What to do with a message that carries destinations."""
 
     DELIVER = "hand it to stock"
-    DEFER = "keep it until the attempt before it is quiet"
-    DROP = "its generation was aborted before it arrived"
+    DEFER = "keep it until the attempt before it is over"
+    DROP = "its attempt is over: stock must not see it"
 
 
 @dataclass(eq=False)
 class Attempt:
-    """All destinations of one room that belong together, and what is being done with them."""
+    """All destinations of one attempt at a room, and what is being done with them."""
 
     room: int
-    fan_in: int
-    """How many decode ranks send destinations for this attempt."""
+    epoch: str
+    """What the destinations of one attempt have in common, on all its decode ranks."""
     bindings: dict[str, tuple[str, Rank]] = field(default_factory=dict)
-    """gen -> (reply_to, rank). Empty for a decode without the plugin."""
+    """gen -> (reply_to, rank); of a decode without the plugin, its address twice."""
     asked: set[str] = field(default_factory=set)
+    sender: Hashable | None = None
+    """Stock's sender of this attempt; its chunks, and no others, are this attempt's."""
+    sender_gone: bool = False
     active: int = 0
     """Chunks being processed plus their helper tasks."""
     closed: bool = False
     """No chunk of it is accepted or taken any more."""
-    retired: bool = False
-    """Stock forgot the room; remembered only until quiet."""
     poisoned: str = ""
     """A write failed in a way that may still land. Never cleared."""
 
@@ -375,12 +434,19 @@ class Attempt:
     def quiet(self) -> bool:
         return self.active == 0
 
-    def serves(self, reply_to: str) -> bool:
-        return any(where == reply_to for where, _ in self.bindings.values())
+    @property
+    def over(self) -> bool:
+        """Nothing of it is being written, will be, or is still looked at by stock."""
+        return self.closed and self.quiet and (self.sender is None or self.sender_gone)
 
 
 class PrefillLedger:
     """The attempts of one prefill rank.
+
+    Stock keys everything by room; a room may be used again (a client's choice, and
+    stock's own after a retraction). So each attempt has its own sender, a room
+    serves one attempt at a time, and the next one's destinations wait until the one
+    before is over.
 
     `memory` bounds how many finished, quiet, unpoisoned attempts and how many
     never-seen aborted generations are remembered. Forgetting a finished one is
@@ -391,33 +457,50 @@ class PrefillLedger:
         self.incarnation = incarnation
         self._memory = memory
         self._rooms: dict[int, Attempt] = {}
+        """The attempt each room serves now."""
+        self._by_epoch: dict[tuple[int, str], Attempt] = {}
         self._by_gen: dict[str, Attempt] = {}
+        self._senders: dict[Hashable, Attempt] = {}
+        self._waiting: dict[int, deque[Hashable]] = {}
+        """Senders that came before the destinations of their attempt, by room."""
         self._finished: deque[Attempt] = deque()
+        self._unsent: OrderedDict[int, Attempt] = OrderedDict()
+        """Attempts aborted before their request reached prefill."""
         self._aborted_unseen: OrderedDict[str, None] = OrderedDict()
 
     # -- messages from decode ---------------------------------------------------
 
-    def bind(self, room: int, gen: str, reply_to: str, rank: Rank, fan_in: int) -> Delivery:
+    def bind(
+        self, room: int, epoch: str, gen: str, reply_to: str, rank: Rank
+    ) -> tuple[Delivery, list[Action]]:
         """Destinations of `gen` arrived. The verdict comes before stock sees them."""
-        if gen in self._aborted_unseen:
-            return Delivery.DROP
-        if gen in self._by_gen:
-            return Delivery.DROP  # a duplicate: stock has it already
-        attempt = self._rooms.get(room)
-        if attempt is not None and (
-            attempt.serves(reply_to) or len(attempt.bindings) >= attempt.fan_in
-        ):
-            # The room is being reused. Stock keys destinations by room alone, so
-            # a chunk of the old attempt would be written to the new destinations.
-            if not attempt.quiet:
-                return Delivery.DEFER
-            self._finish(attempt)
-            attempt = None
+        if gen in self._aborted_unseen or gen in self._by_gen:
+            return Delivery.DROP, []
+        delivery, actions = Delivery.DELIVER, list[Action]()
+        attempt = self._by_epoch.get((room, epoch))
         if attempt is None:
-            attempt = self._rooms[room] = Attempt(room, fan_in)
+            delivery, actions, attempt = self._next_attempt(room, epoch)
+        if attempt is None:
+            return delivery, actions
         attempt.bindings[gen] = (reply_to, rank)
         self._by_gen[gen] = attempt
-        return Delivery.DROP if attempt.closed else Delivery.DELIVER
+        return (Delivery.DROP if attempt.closed else delivery), actions
+
+    def bind_stranger(self, room: int, source: str) -> tuple[Delivery, list[Action]]:
+        """Destinations from a decode rank without the plugin. It is never asked for."""
+        attempt = self._rooms.get(room)
+        if (
+            attempt is not None
+            and attempt.epoch == _STRANGER
+            and not attempt.closed
+            and source not in attempt.bindings
+        ):
+            attempt.bindings[source] = (source, "")
+            return Delivery.DELIVER, []
+        delivery, actions, attempt = self._next_attempt(room, _STRANGER)
+        if attempt is not None:
+            attempt.bindings[source] = (source, "")
+        return delivery, actions
 
     def ask(self, room: int, gen: str, reply_to: str, rank: Rank) -> list[Action]:
         """The owner of `gen` gave up. Repeats are answered again: the answer may be lost."""
@@ -427,23 +510,27 @@ class PrefillLedger:
             if len(self._aborted_unseen) > self._memory:
                 self._aborted_unseen.popitem(last=False)
             return [SendAnswer(reply_to, rank, gen, "unknown")]
-        actions: list[Action] = []
-        if not attempt.closed:
-            attempt.closed = True
-            actions.append(FailRoom(room, "aborted by the decode side"))
         attempt.bindings[gen] = (reply_to, rank)
         attempt.asked.add(gen)
-        return [*actions, *self._answers(attempt)]
+        return [*self._close(attempt, "aborted by the decode side"), *self._answers(attempt)]
 
-    # -- chunks -----------------------------------------------------------------
+    # -- stock's senders and their chunks -----------------------------------------
 
-    def put(self, room: int) -> Attempt | None:
-        """A chunk of `room` is about to be queued. None: drop it, its attempt is closed."""
+    def sender_made(self, sender: Hashable, room: int) -> list[Action]:
+        """Stock began to serve a request: it belongs to the room's attempt that has none."""
         attempt = self._rooms.get(room)
-        if attempt is None:
-            # A decode without the plugin: nothing to gate, still accounted for.
-            attempt = self._rooms[room] = Attempt(room, fan_in=1)
-        return None if attempt.closed else attempt
+        if attempt is None or attempt.sender is not None:
+            self._waiting.setdefault(room, deque()).append(sender)
+            return []
+        self._adopt(attempt, sender)
+        if attempt.closed:
+            return [FailRoom(room, "aborted by the decode side before it began")]
+        return []
+
+    def put(self, sender: Hashable) -> Attempt | None:
+        """A chunk of `sender` is about to be queued. None: drop it, its attempt is over."""
+        attempt = self._senders.get(sender)
+        return None if attempt is None or attempt.closed else attempt
 
     def take(self, attempt: Attempt) -> bool:
         """A worker is about to process a chunk. False: drop it."""
@@ -461,37 +548,77 @@ class PrefillLedger:
         if attempt.active <= 0:
             raise LedgerError(f"room {attempt.room}: more ends than beginnings")
         attempt.active -= 1
-        if attempt.retired and attempt.quiet:
+        if attempt.sender_gone and attempt.over:
             self._finish(attempt)
         return self._answers(attempt)
 
-    def failed(self, attempt: Attempt, reason: str) -> None:
-        """A write reported failure: it may still be running. The attempt is poisoned."""
+    def failed(self, attempt: Attempt, reason: str) -> list[Action]:
+        """A write reported failure: it may still be running. Nothing more is written."""
         attempt.poisoned = attempt.poisoned or reason
+        return self._close(attempt, f"a write failed: {reason}")
 
-    def retire(self, room: int) -> list[Action]:
-        """Stock forgot the room (its sender was cleared): no chunk of it will come."""
-        attempt = self._rooms.get(room)
+    def retire(self, sender: Hashable, room: int) -> list[Action]:
+        """Stock is done with `sender` (it was cleared): no chunk of it will come."""
+        attempt = self._senders.pop(sender, None)
         if attempt is None:
+            waiting = self._waiting.get(room)
+            if waiting and sender in waiting:
+                waiting.remove(sender)
+                if not waiting:
+                    del self._waiting[room]
             return []
-        attempt.closed = attempt.retired = True
-        if attempt.quiet:
+        attempt.closed = attempt.sender_gone = True
+        if attempt.over:
             self._finish(attempt)
         return self._answers(attempt)
 
     # -- queries ----------------------------------------------------------------
 
-    def busy(self, room: int) -> bool:
-        """True while a chunk of the room's current attempt may be reading source pages."""
-        attempt = self._rooms.get(room)
+    def busy(self, sender: Hashable) -> bool:
+        """True while a chunk of `sender` may be reading its source pages."""
+        attempt = self._senders.get(sender)
         return attempt is not None and not attempt.quiet
 
-    @property
-    def poisoned(self) -> int:
-        """Generations whose writes can no longer be proven drained by this process."""
-        return sum(1 for a in self._by_gen.values() if a.poisoned)
+    def gen_for(self, attempt: Attempt, reply_to: str) -> str | None:
+        """The generation whose owner listens at `reply_to`, None without the plugin."""
+        if attempt.epoch == _STRANGER:
+            return None
+        return next((gen for gen, (to, _) in attempt.bindings.items() if to == reply_to), None)
 
     # -- internals ---------------------------------------------------------------
+
+    def _next_attempt(self, room: int, epoch: str) -> tuple[Delivery, list[Action], Attempt | None]:
+        before = self._rooms.get(room)
+        if before is not None and not before.over:
+            # A chunk of the attempt before would be written to the new destinations,
+            # and its end would end the new one.
+            return Delivery.DEFER, self._close(before, "its room is used again"), None
+        if before is not None:
+            self._finish(before)
+        return Delivery.DELIVER, [ForgetRoom(room)], self._open(room, epoch)
+
+    def _open(self, room: int, epoch: str) -> Attempt:
+        attempt = self._rooms[room] = self._by_epoch[room, epoch] = Attempt(room, epoch)
+        if waiting := self._waiting.get(room):
+            self._adopt(attempt, waiting.popleft())
+            if not waiting:
+                del self._waiting[room]
+        return attempt
+
+    def _adopt(self, attempt: Attempt, sender: Hashable) -> None:
+        attempt.sender = sender
+        self._senders[sender] = attempt
+        self._unsent.pop(id(attempt), None)
+
+    def _close(self, attempt: Attempt, reason: str) -> list[Action]:
+        if attempt.closed:
+            return []
+        attempt.closed = True
+        if attempt.sender is None:
+            self._unsent[id(attempt)] = attempt
+            if len(self._unsent) > self._memory:
+                self._finish(self._unsent.popitem(last=False)[1])
+        return [FailRoom(attempt.room, reason)]
 
     def _answers(self, attempt: Attempt) -> list[Action]:
         if not (attempt.closed and attempt.quiet):
@@ -505,13 +632,18 @@ class PrefillLedger:
         return answers
 
     def _finish(self, attempt: Attempt) -> None:
-        """Take the attempt off its room; remember it for late questions."""
-        attempt.closed = True
-        if self._rooms.get(attempt.room) is attempt:
-            del self._rooms[attempt.room]
+        """Take the attempt off its room; remember it for late questions and stragglers."""
+        self._unsent.pop(id(attempt), None)
+        if self._rooms.get(attempt.room) is not attempt:
+            return
+        del self._rooms[attempt.room]
         if attempt.poisoned:
             return  # kept for good: forgetting it would turn "poisoned" into "unknown"
         self._finished.append(attempt)
         if len(self._finished) > self._memory:
-            for gen in self._finished.popleft().bindings:
+            forgotten = self._finished.popleft()
+            key = forgotten.room, forgotten.epoch
+            if self._by_epoch.get(key) is forgotten:
+                del self._by_epoch[key]
+            for gen in forgotten.bindings:
                 self._by_gen.pop(gen, None)

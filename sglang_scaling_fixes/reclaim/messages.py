@@ -12,7 +12,7 @@ Stock peers must never see a message they cannot read: a stock prefill's receive
 thread dies of one. So the first words ride as one extra trailing frame on a
 message stock sends anyway (every supported release indexes its frames and
 ignores what follows), and `Ask`, which has no such carrier, goes only to a rank
-that has answered `Here`. `Here` and `Answer` go only to whoever spoke first.
+that has answered `Here`. `Here`, `Mark` and `Answer` go only to whoever spoke first.
 
 Wire format: one frame, `TAG` followed by a msgpack-encoded tagged struct. `Ask`,
 `Here` and `Answer` travel alone as a single-frame message.
@@ -41,11 +41,15 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
 
 
 class Bind(msgspec.Struct, frozen=True, tag="bind"):
-    """These destinations belong to generation `gen` of the room in this message."""
+    """These destinations belong to generation `gen` of the room in this message.
+
+    `epoch` is common to all decode ranks that send destinations for one attempt.
+    """
 
     reply_to: str
     rank: Rank
     gen: str
+    epoch: str
 
 
 class Ask(msgspec.Struct, frozen=True, tag="ask"):
@@ -69,6 +73,12 @@ class Here(msgspec.Struct, frozen=True, tag="here"):
     gen: str | None = None
 
 
+class Mark(msgspec.Struct, frozen=True, tag="mark"):
+    """This success is generation `gen`'s."""
+
+    gen: str
+
+
 class Answer(msgspec.Struct, frozen=True, tag="answer"):
     """What prefill can say of `gen`.
 
@@ -84,7 +94,7 @@ class Answer(msgspec.Struct, frozen=True, tag="answer"):
     reason: str = ""
 
 
-Message = Hello | Bind | Ask | Here | Answer
+Message = Hello | Bind | Ask | Here | Mark | Answer
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Message)

@@ -5,15 +5,17 @@ Three kinds of threads meet here, so every ledger call is made under one lock:
 
     receive thread   ReceiveTap: Bind (destinations arrive), Ask (an owner gave up)
     workers          QueueTap, ExecutorTap, EngineTap: chunks begin, end, fail
-    scheduler        QueueTap.put: a chunk is queued; sender.clear: a room is forgotten
+    scheduler        a sender is made, sends (QueueTap.put: a chunk is queued), is cleared
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from sglang_scaling_fixes.attach import wrap_method
@@ -23,16 +25,23 @@ from sglang_scaling_fixes.reclaim.ledger import (
     Attempt,
     Delivery,
     FailRoom,
+    ForgetRoom,
     PrefillLedger,
     SendAnswer,
 )
-from sglang_scaling_fixes.reclaim.taps import EngineTap, ExecutorTap, QueueTap, ReceiveTap
+from sglang_scaling_fixes.reclaim.taps import (
+    EngineTap,
+    ExecutorTap,
+    QueueTap,
+    ReceiveTap,
+    StatusTap,
+)
 from sglang_scaling_fixes.reclaim.transport import ReplySockets, new_incarnation
 
 logger = logging.getLogger(__name__)
 
 _MOONCAKE = "sglang.srt.disaggregation.mooncake.conn"
-_FAILED, _TRANSFERRING = 0, 3
+_FAILED, _TRANSFERRING, _SUCCESS = 0, 3, 4
 """KVPoll values in every supported release (contract-tested)."""
 
 
@@ -47,9 +56,10 @@ class PrefillGuard:
         self._lock = threading.Lock()
         self._ledger = PrefillLedger(new_incarnation())
         self._replies = ReplySockets()
-        self._deferred: deque[tuple[list[bytes], messages.Bind]] = deque()
+        self._deferred: deque[Callable[[], list[bytes] | None]] = deque()
         self._queues: dict[int, QueueTap] = {}
-        self._warned: set[bytes] = set()
+        self._sender: Any = None
+        self._warned: set[str] = set()
         self.counters = dict.fromkeys(
             ("bound", "asked", "drained", "poisoned", "unknown", "chunks_dropped", "failed_writes"),
             0,
@@ -100,50 +110,80 @@ class PrefillGuard:
             return self._bind(stock, message)
         if message is not None:
             return None  # ours, and not for prefill
-        if stock[0].isdigit():
-            self._warn_unprotected(stock)
-        return stock
+        return self._bind_stranger(stock) if stock[0].isdigit() else stock
 
     def _bind(self, stock: list[bytes], bind: messages.Bind) -> list[bytes] | None:
         with self._lock:
-            delivery = self._ledger.bind(
-                int(stock[0]), bind.gen, bind.reply_to, bind.rank, fan_in=int(stock[7])
+            delivery, actions = self._ledger.bind(
+                int(stock[0]), bind.epoch, bind.gen, bind.reply_to, bind.rank
             )
+        self._act(actions)
         if delivery is Delivery.DEFER:
-            self._deferred.append((stock, bind))
+            self._deferred.append(lambda: self._bind(stock, bind))
             return None
         self._here(bind.reply_to, bind.rank, bind.gen)
         self.counters["bound"] += 1
         return stock if delivery is Delivery.DELIVER else None
 
-    def _next_deferred(self) -> list[bytes] | None:
-        """Metadata kept back whose predecessor is quiet by now."""
-        for _ in range(len(self._deferred)):
-            stock, bind = self._deferred.popleft()
-            if (frames := self._bind(stock, bind)) is not None:
-                return frames
-        return None
-
-    def _warn_unprotected(self, stock: list[bytes]) -> None:
+    def _bind_stranger(self, stock: list[bytes]) -> list[bytes] | None:
         """Destinations from a decode that runs without safe-reclaim: say so, once each."""
-        source = b":".join(stock[1:3])
+        source = f"{stock[1].decode()}:{stock[2].decode()}"
         if source not in self._warned:
             self._warned.add(source)
             logger.warning(
                 "safe-reclaim: decode %s runs without safe-reclaim; its KV slots are not "
                 "protected; start it with --plugin",
-                source.decode(),
+                source,
             )
+        with self._lock:
+            delivery, actions = self._ledger.bind_stranger(int(stock[0]), source)
+        self._act(actions)
+        if delivery is Delivery.DEFER:
+            self._deferred.append(lambda: self._bind_stranger(stock))
+        return stock if delivery is Delivery.DELIVER else None
+
+    def _next_deferred(self) -> list[bytes] | None:
+        """Destinations kept back whose predecessor is over by now."""
+        for _ in range(len(self._deferred)):
+            if (frames := self._deferred.popleft()()) is not None:
+                return frames
+        return None
 
     def _here(self, reply_to: str, rank: str, gen: str | None = None) -> None:
         here = messages.Here(rank, self._ledger.incarnation, gen)
         self._replies.send(reply_to, messages.encode(here))
 
+    # -- stock's senders ---------------------------------------------------------------
+
+    def sender_made(self, sender: Any) -> None:
+        with self._lock:
+            actions = self._ledger.sender_made(sender, sender.bootstrap_room)
+        self._act(actions)
+
+    @contextlib.contextmanager
+    def sending(self, sender: Any) -> Iterator[None]:
+        """Chunks queued inside are this sender's."""
+        self._sender = sender
+        try:
+            yield
+        finally:
+            self._sender = None
+
+    def retire(self, sender: Any) -> None:
+        with self._lock:
+            actions = self._ledger.retire(sender, sender.bootstrap_room)
+        self._act(actions)
+
+    def busy(self, sender: Any) -> bool:
+        with self._lock:
+            return self._ledger.busy(sender)
+
     # -- chunks (see taps.ChunkLedger) ---------------------------------------------------
 
     def put(self, chunk: Any) -> Attempt | None:
+        del chunk  # its room does not say whose it is; the sender that queues it does
         with self._lock:
-            attempt = self._ledger.put(chunk.room)
+            attempt = self._ledger.put(self._sender)
         if attempt is None:
             self.counters["chunks_dropped"] += 1
         return attempt
@@ -166,17 +206,15 @@ class PrefillGuard:
 
     def failed(self, attempt: Attempt, reason: str) -> None:
         with self._lock:
-            self._ledger.failed(attempt, reason)
+            actions = self._ledger.failed(attempt, reason)
         self.counters["failed_writes"] += 1
-
-    def retire(self, room: int) -> None:
-        with self._lock:
-            actions = self._ledger.retire(room)
         self._act(actions)
 
-    def busy(self, room: int) -> bool:
+    def mark(self, to: str, attempt: Attempt) -> bytes | None:
+        """The trailer of a success that goes to decode endpoint `to`."""
         with self._lock:
-            return self._ledger.busy(room)
+            gen = self._ledger.gen_for(attempt, to)
+        return None if gen is None else messages.encode(messages.Mark(gen))
 
     # -- actions -------------------------------------------------------------------------
 
@@ -184,6 +222,8 @@ class PrefillGuard:
         for action in actions:
             if isinstance(action, FailRoom):
                 self._fail(action.room, action.reason)
+            elif isinstance(action, ForgetRoom):
+                self._manager.transfer_infos.pop(action.room, None)
             else:
                 self._answer(action)
 
@@ -198,9 +238,9 @@ class PrefillGuard:
         """End the room in stock as stock ends its own failures, so that its request ends.
 
         Only a room stock knows: a failure recorded for no request would be found by
-        the next one that uses the room.
+        the next one that uses the room. And not one that has succeeded.
         """
-        if room in self._manager.request_status:
+        if self._manager.request_status.get(room, _SUCCESS) != _SUCCESS:
             self._manager.record_failure(room, reason)
             self._manager.update_status(room, _FAILED)
 
@@ -230,6 +270,23 @@ def attach() -> None:
             queue, executor = guard.tap_queue(queue), ExecutorTap(executor, guard)
         return stock(manager, queue, executor, *args, **kw)
 
+    def connect(stock: Callable[..., Any], manager: Any, to: str, *args: Any, **kwargs: Any) -> Any:
+        socket = stock(manager, to, *args, **kwargs)
+        if (guard := PrefillGuard.current) is None:
+            return socket
+        return StatusTap(socket, functools.partial(guard.mark, to))
+
+    def sender_init(stock: Callable[..., Any], sender: Any, *args: Any, **kwargs: Any) -> None:
+        stock(sender, *args, **kwargs)
+        if (guard := PrefillGuard.current) is not None:
+            guard.sender_made(sender)
+
+    def send(stock: Callable[..., Any], sender: Any, *args: Any, **kwargs: Any) -> Any:
+        if (guard := PrefillGuard.current) is None:
+            return stock(sender, *args, **kwargs)
+        with guard.sending(sender):
+            return stock(sender, *args, **kwargs)
+
     def poll(stock: Callable[..., Any], sender: Any) -> Any:
         """Failed is not shown while a write of the room still reads its source pages.
 
@@ -238,18 +295,21 @@ def attach() -> None:
         """
         status = stock(sender)
         guard = PrefillGuard.current
-        if status == _FAILED and guard is not None and guard.busy(sender.bootstrap_room):
+        if status == _FAILED and guard is not None and guard.busy(sender):
             return type(status)(_TRANSFERRING)
         return status
 
     def clear(stock: Callable[..., Any], sender: Any) -> Any:
         result = stock(sender)
         if (guard := PrefillGuard.current) is not None:
-            guard.retire(sender.bootstrap_room)
+            guard.retire(sender)
         return result
 
     wrap_method(f"{_MOONCAKE}:MooncakeKVManager.init_engine", init_engine)
     wrap_method(f"{_MOONCAKE}:MooncakeKVManager.start_prefill_thread", start_prefill_thread)
     wrap_method(f"{_MOONCAKE}:MooncakeKVManager.transfer_worker", transfer_worker)
+    wrap_method(f"{_MOONCAKE}:MooncakeKVManager._connect", connect)
+    wrap_method(f"{_MOONCAKE}:MooncakeKVSender.__init__", sender_init)
+    wrap_method(f"{_MOONCAKE}:MooncakeKVSender.send", send)
     wrap_method(f"{_MOONCAKE}:MooncakeKVSender.poll", poll)
     wrap_method(f"{_MOONCAKE}:MooncakeKVSender.clear", clear)

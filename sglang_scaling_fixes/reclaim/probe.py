@@ -217,6 +217,11 @@ class _Chunk(_Lenient):
     __hash__ = object.__hash__
 
 
+class _Sender:
+    def __init__(self, room: int) -> None:
+        self.bootstrap_room = room
+
+
 class _Queue:
     """A transfer queue that ends the worker when it is empty."""
 
@@ -263,13 +268,16 @@ def _prove_prefill() -> None:
     read = manager.server_socket._read
 
     def metadata(room: int, gen: str) -> list[bytes]:
-        bind = messages.Bind("tcp://192.0.2.2:9", _RANK, gen)
+        bind = messages.Bind("tcp://192.0.2.2:9", _RANK, gen, gen)
         return [str(room).encode(), *[b""] * 6, b"1", messages.encode(bind)]
 
     check(read(metadata(_ROOM, "g1")) == metadata(_ROOM, "g1")[:-1], "metadata did not reach stock")
     read(metadata(_ROOM + 1, "g2"))
-    for room in (_ROOM, _ROOM + 1):
-        tap.put(_Chunk(room))
+    senders = {room: _Sender(room) for room in (_ROOM, _ROOM + 1)}
+    for room, sender in senders.items():
+        guard.sender_made(sender)
+        with guard.sending(sender):
+            tap.put(_Chunk(room))
     ask = messages.Ask("tcp://192.0.2.2:9", _RANK, _ROOM, "g1")
     check(read([messages.encode(ask)]) is None, "stock saw our message")
     last = answers[-1]
@@ -288,8 +296,10 @@ def _prove_prefill() -> None:
         with contextlib.suppress(_StopWorker):
             MooncakeKVManager.transfer_worker(manager, queue, pool)
         check(seen == [_ROOM + 1], "the worker did not skip the aborted room's chunk")
-        check(not guard.busy(_ROOM + 1), "a finished chunk still counts as being written")
-        attempt = guard.put(_Chunk(_ROOM + 1))
+        sender = senders[_ROOM + 1]
+        check(not guard.busy(sender), "a finished chunk still counts as being written")
+        with guard.sending(sender):
+            attempt = guard.put(_Chunk(_ROOM + 1))
         assert attempt is not None
         tapped = ExecutorTap(pool, guard)
         IN_HAND.attempt = attempt

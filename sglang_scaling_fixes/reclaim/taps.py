@@ -58,6 +58,35 @@ class ReceiveTap(Passthrough):
                 return frames
 
 
+class StatusTap(Passthrough):
+    """Prefill's socket to one decode rank: a success leaves with its generation.
+
+    Stock's message names only the room. Sent by the worker that wrote the last
+    chunk, so the attempt is the one in hand; if a write of it failed on the way
+    (stock ignores some), the success is not one and leaves as a failure.
+    """
+
+    SUCCESS, FAILED = b"4", b"0"
+
+    def __init__(self, stock: Any, mark: Callable[[Attempt], bytes | None]) -> None:
+        super().__init__(stock)
+        self._mark = mark
+
+    def send_multipart(self, frames: list[bytes], *args: Any, **kwargs: Any) -> Any:
+        attempt = IN_HAND.attempt
+        if attempt is not None and is_success(frames):
+            if attempt.poisoned:
+                frames = [frames[0], self.FAILED, *frames[2:]]
+            elif (trailer := self._mark(attempt)) is not None:
+                frames = [*frames, trailer]
+        return self._stock.send_multipart(frames, *args, **kwargs)
+
+
+def is_success(frames: list[bytes]) -> bool:
+    """Stock's `[room, status, prefill rank, ...]` with KVPoll.Success."""
+    return len(frames) >= 3 and frames[1] == StatusTap.SUCCESS and frames[0].isdigit()
+
+
 class ChunkLedger(Protocol):
     """What the queue, executor and engine taps tell (see `reclaim.prefill`)."""
 

@@ -139,6 +139,22 @@ def test_frees_inside_a_group_are_held_too() -> None:
     assert decode.free == (before[0] + 12, before[1] + 1)
 
 
+def test_one_free_of_two_aborted_requests_waits_for_both() -> None:
+    decode = Decode()
+    everything = decode.free
+    first, slots_a, slot_a = decode.expose(1)
+    second, slots_b, slot_b = decode.expose(2)
+    decode.give_up(first)
+    decode.give_up(second)
+    decode.tokens.free(torch.cat([slots_a, slots_b]))
+    decode.aux.free(slot_a)
+    decode.aux.free(slot_b)
+    decode.prove(first)
+    assert decode.free == (everything[0] - 16, everything[1] - 1)
+    decode.prove(second)
+    assert decode.free == everything
+
+
 def test_landed_slots_are_ordinary() -> None:
     decode = Decode()
     everything = decode.free

@@ -10,7 +10,8 @@ from sglang_scaling_fixes.reclaim import messages as m
 
 MESSAGES = [
     m.Hello("tcp://127.0.0.1:1", "127.0.0.1:2"),
-    m.Bind("tcp://127.0.0.1:1", "127.0.0.1:2", "g-1"),
+    m.Bind("tcp://127.0.0.1:1", "127.0.0.1:2", "g-1", "e-1"),
+    m.Mark("g-1"),
     m.Ask("tcp://127.0.0.1:1", "127.0.0.1:2", 2**63 - 1, "g-1"),
     m.Here("127.0.0.1:2", "inc"),
     m.Here("127.0.0.1:2", "inc", "g-1"),

@@ -17,6 +17,7 @@ from sglang_scaling_fixes.reclaim.taps import (
     ExecutorTap,
     QueueTap,
     ReceiveTap,
+    StatusTap,
 )
 
 REPLY, RANK = "tcp://127.0.0.1:1", "127.0.0.1:2"
@@ -28,9 +29,15 @@ class Books:
     def __init__(self) -> None:
         self.ledger = PrefillLedger("p")
         self.answers: list[Any] = []
+        for room in (1, 2):
+            self.ledger.bind(room, f"e{room}", f"g{room}", REPLY, RANK)
+            self.ledger.sender_made(f"sender {room}", room)
 
     def put(self, chunk: Any) -> Attempt | None:
-        return self.ledger.put(chunk.room)
+        return self.ledger.put(f"sender {chunk.room}")
+
+    def busy(self, room: int) -> bool:
+        return self.ledger.busy(f"sender {room}")
 
     def take(self, attempt: Attempt) -> bool:
         return self.ledger.take(attempt)
@@ -42,7 +49,7 @@ class Books:
         self.answers += self.ledger.done(attempt)
 
     def failed(self, attempt: Attempt, reason: str) -> None:
-        self.ledger.failed(attempt, reason)
+        self.answers += self.ledger.failed(attempt, reason)
 
     def ask(self, room: int, gen: str) -> None:
         self.answers += self.ledger.ask(room, gen, REPLY, RANK)
@@ -58,10 +65,7 @@ class Queue(deque):  # type: ignore[type-arg]
 @pytest.fixture
 def books() -> Books:
     IN_HAND.attempt = None
-    books = Books()
-    books.ledger.bind(1, "g1", REPLY, RANK, fan_in=1)
-    books.ledger.bind(2, "g2", REPLY, RANK, fan_in=1)
-    return books
+    return Books()
 
 
 def chunk(room: int) -> Any:
@@ -100,7 +104,7 @@ def test_stocks_request_to_end_passes(books: Books) -> None:
     queue.put(None)
     assert queue.get().room == 1
     assert queue.get() is None
-    assert not books.ledger.busy(1)
+    assert not books.busy(1)
 
 
 def test_a_task_that_outlives_its_chunk_holds_the_answer(books: Books) -> None:
@@ -130,7 +134,7 @@ def test_a_cancelled_task_is_counted_as_ended(books: Books) -> None:
         assert executor.submit(print).cancel()
         queue.get()
         block.set()
-    assert not books.ledger.busy(1)
+    assert not books.busy(1)
 
 
 @pytest.mark.parametrize("status", [-1, 1])
@@ -175,6 +179,37 @@ def test_a_write_that_raises_poisons_and_raises(books: Books) -> None:
         engine.batch_transfer_sync()
     assert IN_HAND.attempt is not None
     assert IN_HAND.attempt.poisoned == "batch_transfer_sync raised OSError"
+
+
+class Outgoing:
+    def __init__(self) -> None:
+        self.sent: list[list[bytes]] = []
+
+    def send_multipart(self, frames: list[bytes]) -> None:
+        self.sent.append(frames)
+
+
+SUCCESS, FAILURE = [b"1", b"4", b"0"], [b"1", b"0", b"0"]
+
+
+def test_a_success_leaves_with_the_generation_of_the_attempt_in_hand(books: Books) -> None:
+    stock = Outgoing()
+    socket = StatusTap(stock, lambda attempt: attempt.epoch.encode())
+    socket.send_multipart(SUCCESS)
+    IN_HAND.attempt = books.put(chunk(1))
+    for frames in (SUCCESS, FAILURE, [b"CHUNK_READY", b"4", b"0"]):
+        socket.send_multipart(frames)
+    assert stock.sent == [SUCCESS, [*SUCCESS, b"e1"], FAILURE, [b"CHUNK_READY", b"4", b"0"]]
+
+
+def test_a_success_after_a_failed_write_leaves_as_a_failure(books: Books) -> None:
+    """0.5.12 sends success although a state transfer of the room failed."""
+    stock = Outgoing()
+    attempt = IN_HAND.attempt = books.put(chunk(1))
+    assert attempt is not None
+    books.failed(attempt, "returned -1")
+    StatusTap(stock, lambda _: b"mark").send_multipart(SUCCESS)
+    assert stock.sent == [FAILURE]
 
 
 class Socket:
