@@ -1,6 +1,6 @@
 """The stock wheels the contract tests read: downloaded once, kept as source.
 
-A release is `<lab home>/wheels/src/<release>`, only its .py files. It appears
+A release is `<lab home>/wheels/read/<release>`, what `_is_read` names of it. It appears
 whole or not at all, so readers need no lock; only who downloads takes one.
 As a script: fetch every release, saying so.
 """
@@ -57,7 +57,7 @@ def between(first: str, last: str) -> tuple[str, ...]:
 
 def source(release: str) -> Path:
     """The folder with the `sglang` package of a release, fetched if need be."""
-    folder = _cache() / "src" / release
+    folder = _cache() / "read" / release
     if not folder.is_dir() and (problem := _fetch(release, folder)):
         raise WheelUnavailable(problem)
     return folder
@@ -94,8 +94,13 @@ def _fetch(release: str, folder: Path) -> str | None:
 
 
 def _is_read(name: str) -> bool:
-    """Python source; not that of the diffusion server, which is half of it."""
-    return name.endswith(".py") and not name.startswith("sglang/multimodal_gen/")
+    """Python source, and the kernel sources an import of SGLang looks for.
+
+    Not the diffusion server, which is half of it all.
+    """
+    if name.startswith("sglang/multimodal_gen/"):
+        return False
+    return name.endswith(".py") or name.startswith(("sglang/jit_kernel/", "sglang/kernels/"))
 
 
 def _cache() -> Path:
@@ -103,7 +108,7 @@ def _cache() -> Path:
 
 
 def main() -> int:
-    missing = [r for r in RELEASES if not (_cache() / "src" / r).is_dir()]
+    missing = [r for r in RELEASES if not (_cache() / "read" / r).is_dir()]
     if missing:
         print(f"downloading {len(missing)} stock wheels, about 25 MB each", flush=True)
     failed = 0

@@ -1,0 +1,65 @@
+"""Safe reclaim proves itself on the real classes of every stock release it loads in.
+
+Each wheel's own code is imported on the dependencies of the oldest lab release; no
+server is started. The end-to-end tests run two releases; this says the same probe
+that guards a server's start passes on all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sglang_scaling_fixes.config import PLUGIN_ENV
+from sglang_scaling_fixes.lab.install import Environment
+from sglang_scaling_fixes.lab.runtime import cpu_env
+from tests.contract import wheels
+
+NEWEST = "0.5.23"
+PROBE = """
+import json, sglang
+from sglang_scaling_fixes import fixes
+from sglang_scaling_fixes.config import Config
+print("probe:" + json.dumps([sglang.__file__, fixes.arm_all(Config.from_env())[0].as_dict()]))
+"""
+
+
+def probe(environment: Environment, source: Path) -> Any:
+    env = cpu_env({**environment.env, PLUGIN_ENV: "safe-reclaim"})
+    env["PYTHONPATH"] = f"{source}:{env['PYTHONPATH']}"
+    done = subprocess.run(
+        [str(environment.python), "-c", PROBE],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("probe:")]
+    assert lines, done.stderr[-2000:]
+    return json.loads(lines[0].removeprefix("probe:"))
+
+
+@pytest.fixture(scope="module")
+def found(old: Environment, new: Environment) -> dict[str, Any]:
+    """Two at a time: an import of SGLang takes one core for ten seconds or more."""
+    with ThreadPoolExecutor(2) as pool:
+        pending = {
+            release: pool.submit(
+                probe, new if release == NEWEST else old, wheels.source(release)
+            )
+            for release in wheels.RELEASES
+        }
+        return {release: future.result() for release, future in pending.items()}
+
+
+@pytest.mark.parametrize("release", wheels.RELEASES)
+def test_armed(found: dict[str, Any], release: str) -> None:
+    origin, status = found[release]
+    assert origin.startswith(str(wheels.source(release)))
+    assert (status["name"], status["state"]) == ("safe-reclaim", "armed"), status["reason"]
