@@ -40,6 +40,8 @@ SAY_HELD_AFTER = 5.0
 """Seconds an exposure is held before the log says why, then every minute."""
 REQUIRE_WAIT = 1.0
 """Seconds to wait for a prefill's first word under `--safe-reclaim-peer require`."""
+REQUIRE_RETRY = 30.0
+"""Seconds before a silent prefill is waited for again."""
 
 PAGE_STATES = frozenset({"nsa", "dsa", "block_scale", "minimax_index_k", "minimax_dense_kv"})
 """State transfers addressed by the KV pages themselves (index-K, scales)."""
@@ -69,6 +71,7 @@ class DecodeGuard:
         self._sending: Exposure | None = None
         self._stock_success: dict[int, set[bytes]] = {}
         self._next_say: dict[str, float] = {}
+        self._silent_until: dict[str, float] = {}
         self._group: Any = None
         self._buffers: Any = None
         self.gate: Gate | None = None
@@ -97,6 +100,7 @@ class DecodeGuard:
                 "window slots of a shared prefix are not held yet; drop the flag, or start "
                 "with --plugin none"
             )
+        rebind_captured(queue.tree_cache, allocator)
         self.gate = Gate(
             allocator, queue.req_to_metadata_buffer_idx_allocator, audit=self._config.audit
         )
@@ -165,19 +169,25 @@ class DecodeGuard:
         """Add our trailer to what stock sends to a prefill rank."""
         self._routes[rank] = route
         if frames[0] == b"None":  # stock's registration of this decode's buffers
-            return [*frames, messages.encode(messages.Hello(self._reply_to, rank))]
+            with self._lock:
+                self.ledger.forget(rank)  # it may be another process by now
+            return messages.ride(frames, messages.Hello(self._reply_to, rank))
         exposure = self._sending
         if exposure is None or rank not in exposure.writers:
             return frames
         with self._lock:
             self.ledger.sent(exposure, rank)
         bind = messages.Bind(self._reply_to, rank, exposure.gen, exposure.epoch)
-        return [*frames, messages.encode(bind)]
+        return messages.ride(frames, bind)
 
     def _all_speak(self, ranks: list[str]) -> bool:
-        deadline = time.monotonic() + REQUIRE_WAIT
-        while not all(rank in self.ledger.peers for rank in ranks):
-            if time.monotonic() >= deadline:
+        """Wait a moment for a first word, once in a while per rank: this is the scheduler."""
+        now = time.monotonic()
+        deadline = now + REQUIRE_WAIT
+        while silent := [rank for rank in ranks if rank not in self.ledger.peers]:
+            known_silent = all(self._silent_until.get(rank, 0.0) > now for rank in silent)
+            if known_silent or time.monotonic() >= deadline:
+                self._silent_until.update(dict.fromkeys(silent, now + REQUIRE_RETRY))
                 return False
             time.sleep(0.005)
         return True
@@ -204,15 +214,23 @@ class DecodeGuard:
             return
         receiver.sglang_scaling_fixes_exposure = None
         assert self.gate is not None
-        success = self._manager.request_status.get(receiver.bootstrap_room) == _SUCCESS
-        if success and not getattr(receiver, "sglang_scaling_fixes_failed", False):
+        # What the ranks agreed on when they polled; the room's own status may have
+        # been changed since, on this rank alone.
+        landed = receiver.conclude_state == _SUCCESS
+        if landed and not getattr(receiver, "sglang_scaling_fixes_failed", False):
             with self._lock:
                 self.ledger.landed(exposure)
             self.gate.landed(exposure)
             self.counters["landed"] += 1
             return
+        room = receiver.bootstrap_room
+        success = self._manager.request_status.get(room) == _SUCCESS
         with self._lock:
             self.ledger.give_up(exposure, time.monotonic(), success_seen=success)
+            # Ranks without safe-reclaim that reported before the owner gave up.
+            self._stock_success[room] = {
+                str(rank).encode() for rank in self._manager.prefill_response_tracker.get(room, ())
+            }
         self.gate.gave_up(exposure)
         self.counters["gave_up"] += 1
         self._send_asks()
@@ -305,8 +323,8 @@ class DecodeGuard:
         """Runs on stock's receive thread: sort out what is ours, leave the rest."""
         stock, message = messages.split(frames)
         if is_success(stock):
-            gen = message.gen if isinstance(message, messages.Mark) else None
-            return stock if self._admits(int(stock[0]), gen, stock[2]) else None
+            mark = message if isinstance(message, messages.Mark) else None
+            return stock if self._admits(int(stock[0]), mark, stock[2]) else None
         with self._lock:
             if isinstance(message, messages.Here):
                 self.ledger.here(message.rank, message.incarnation, message.gen)
@@ -326,14 +344,16 @@ class DecodeGuard:
                 return None  # a late copy into a slot that is no longer this room's
         return stock
 
-    def _admits(self, room: int, gen: str | None, prefill_rank: bytes) -> bool:
+    def _admits(self, room: int, mark: messages.Mark | None, prefill_rank: bytes) -> bool:
         """A success: stock learns of it only if it is the open generation's."""
         with self._lock:
-            if gen is None and any(e.room == room for e in self.ledger.held):
+            if mark is not None:
+                self.ledger.marked(mark.gen, mark.rank)
+            elif any(e.room == room for e in self.ledger.held):
                 reported = self._stock_success.setdefault(room, set())
                 reported.add(prefill_rank)
                 self.ledger.success(room, len(reported))
-            return self.ledger.admits_success(room, gen)
+            return self.ledger.admits_success(room, mark.gen if mark is not None else None)
 
     # -- reporting --------------------------------------------------------------------
 
@@ -410,6 +430,27 @@ def check_allocator(allocator: Any) -> None:
         )
 
 
+def rebind_captured(tree_cache: Any, allocator: Any) -> None:
+    """Make frees that stock captured before the gate look the method up again.
+
+    Releases 0.5.11 to 0.5.16: a component of the unified radix tree keeps
+    `allocator.free` from its construction.
+    """
+
+    def late(name: str) -> Callable[..., Any]:
+        def free(*args: Any, **kwargs: Any) -> Any:
+            return getattr(allocator, name)(*args, **kwargs)
+
+        return free
+
+    components = getattr(tree_cache, "components", None) or {}
+    for holder in (tree_cache, *(components.values() if isinstance(components, dict) else ())):
+        for attribute, value in list(getattr(holder, "__dict__", {}).items()):
+            name = getattr(value, "__name__", "")
+            if getattr(value, "__self__", None) is allocator and name.startswith("free"):
+                setattr(holder, attribute, late(name))
+
+
 def page_states(kv_args: Any, state_indices: list[Any] | None) -> list[np.ndarray]:
     """Page numbers that state transfers may write, in the allocator's page space."""
     if not state_indices:
@@ -461,10 +502,13 @@ def attach(config: Config) -> None:
             guard.failing(receiver)
         return stock(receiver)
 
-    def process_decode_queue(stock: Callable[..., Any], scheduler: Any) -> Any:
+    def process_input_requests(
+        stock: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        # Every iteration of every loop, on all TP ranks alike, paused or not.
         if (guard := DecodeGuard.current) is not None:
             guard.tick()
-        return stock(scheduler)
+        return stock(scheduler, *args, **kwargs)
 
     def is_fully_idle(
         stock: Callable[..., Any], scheduler: Any, for_health_check: bool = False, **kwargs: Any
@@ -479,5 +523,5 @@ def attach(config: Config) -> None:
     wrap_method(f"{_MOONCAKE}:MooncakeKVReceiver.send_metadata", send_metadata)
     wrap_method(f"{_MOONCAKE}:MooncakeKVReceiver.clear", clear)
     wrap_method(f"{_MOONCAKE}:MooncakeKVReceiver.failure_exception", failure_exception)
-    wrap_method(f"{_SCHEDULER}:Scheduler.process_decode_queue", process_decode_queue)
+    wrap_method(f"{_SCHEDULER}:Scheduler.process_input_requests", process_input_requests)
     wrap_method(f"{_SCHEDULER}:Scheduler.is_fully_idle", is_fully_idle)

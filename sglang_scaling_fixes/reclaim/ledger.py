@@ -191,6 +191,10 @@ class DecodeLedger:
             elif writer is not None and writer.bound_by != incarnation:
                 writer.disputed = True
 
+    def forget(self, rank: Rank) -> None:
+        """Decode registers with `rank` anew: who serves it now is not known until it says so."""
+        self.peers.pop(rank, None)
+
     def expose(self, room: int, ranks: Iterable[Rank]) -> Exposure:
         """Destinations are about to be sent to `ranks`. Call before the first send."""
         # TP ranks expose the same requests in the same order: the number is common.
@@ -234,6 +238,7 @@ class DecodeLedger:
         self._held[exposure.gen] = exposure
         again = exposure.room in self._given_up_rooms
         self._given_up_rooms[exposure.room] = "" if again else exposure.gen
+        self._given_up_rooms.move_to_end(exposure.room)
         if len(self._given_up_rooms) > self._memory:
             self._given_up_rooms.popitem(last=False)
 
@@ -275,6 +280,13 @@ class DecodeLedger:
         if room in self._given_up_rooms:
             return False
         return not waiting or any(r not in self.peers for r in waiting[-1].writers)
+
+    def marked(self, gen: str, rank: Rank) -> None:
+        """`rank` reports success of generation `gen`: P3 for it, if the owner gave up meanwhile."""
+        exposure = self._held.get(gen)
+        writer = exposure.writers.get(rank) if exposure is not None else None
+        if exposure is not None and writer is not None and writer.proof is None:
+            self._prove(exposure, writer, Proof.LANDED)
 
     def success(self, room: int, ranks_reporting: int) -> bool:
         """An unmarked success of a room whose owner gave up: P3 from a rank without safe reclaim.
@@ -467,6 +479,8 @@ class PrefillLedger:
         self._unsent: OrderedDict[int, Attempt] = OrderedDict()
         """Attempts aborted before their request reached prefill."""
         self._aborted_unseen: OrderedDict[str, None] = OrderedDict()
+        self._deferred: dict[str, bool] = {}
+        """Generations whose destinations wait, and whether their owner gave up meanwhile."""
 
     # -- messages from decode ---------------------------------------------------
 
@@ -474,13 +488,14 @@ class PrefillLedger:
         self, room: int, epoch: str, gen: str, reply_to: str, rank: Rank
     ) -> tuple[Delivery, list[Action]]:
         """Destinations of `gen` arrived. The verdict comes before stock sees them."""
-        if gen in self._aborted_unseen or gen in self._by_gen:
+        if self._deferred.pop(gen, False) or gen in self._aborted_unseen or gen in self._by_gen:
             return Delivery.DROP, []
         delivery, actions = Delivery.DELIVER, list[Action]()
         attempt = self._by_epoch.get((room, epoch))
         if attempt is None:
             delivery, actions, attempt = self._next_attempt(room, epoch)
         if attempt is None:
+            self._deferred[gen] = False
             return delivery, actions
         attempt.bindings[gen] = (reply_to, rank)
         self._by_gen[gen] = attempt
@@ -505,10 +520,13 @@ class PrefillLedger:
     def ask(self, room: int, gen: str, reply_to: str, rank: Rank) -> list[Action]:
         """The owner of `gen` gave up. Repeats are answered again: the answer may be lost."""
         attempt = self._by_gen.get(gen)
-        if attempt is None:
+        if gen in self._deferred:
+            self._deferred[gen] = True
+        elif attempt is None:
             self._aborted_unseen[gen] = None
             if len(self._aborted_unseen) > self._memory:
                 self._aborted_unseen.popitem(last=False)
+        if attempt is None:
             return [SendAnswer(reply_to, rank, gen, "unknown")]
         attempt.bindings[gen] = (reply_to, rank)
         attempt.asked.add(gen)
@@ -579,11 +597,12 @@ class PrefillLedger:
         attempt = self._senders.get(sender)
         return attempt is not None and not attempt.quiet
 
-    def gen_for(self, attempt: Attempt, reply_to: str) -> str | None:
-        """The generation whose owner listens at `reply_to`, None without the plugin."""
+    def bound_for(self, attempt: Attempt, reply_to: str) -> tuple[str, Rank] | None:
+        """Generation and rank of the owner at `reply_to`, None without the plugin."""
         if attempt.epoch == _STRANGER:
             return None
-        return next((gen for gen, (to, _) in attempt.bindings.items() if to == reply_to), None)
+        found = ((gen, rank) for gen, (to, rank) in attempt.bindings.items() if to == reply_to)
+        return next(found, None)
 
     # -- internals ---------------------------------------------------------------
 

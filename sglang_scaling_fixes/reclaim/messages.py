@@ -10,8 +10,8 @@
 
 Stock peers must never see a message they cannot read: a stock prefill's receive
 thread dies of one. So the first words ride as one extra trailing frame on a
-message stock sends anyway (every supported release indexes its frames and
-ignores what follows), and `Ask`, which has no such carrier, goes only to a rank
+message stock sends anyway, far behind every frame a release reads (`ride`), and
+`Ask`, which has no such carrier, goes only to a rank
 that has answered `Here`. `Here`, `Mark` and `Answer` go only to whoever spoke first.
 
 Wire format: one frame, `TAG` followed by a msgpack-encoded tagged struct. `Ask`,
@@ -29,15 +29,22 @@ TAG = b"\x00ssf1\x00"
 pointers; seven fixed bytes make an accidental match on a trailing frame negligible,
 and a frame that matches but does not decode is left to stock."""
 
+TRAILER_AT = 32
+"""Frame index of a trailer from decode: beyond any frame a stock prefill reads."""
+
 Rank = str
 """A prefill rank as decode addresses it: `"ip:port"` of its ZMQ endpoint."""
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
-    """Decode's first word to a prefill rank. `reply_to` is `"tcp://ip:port"`."""
+    """Decode's first word to a prefill rank. `reply_to` is `"tcp://ip:port"`.
+
+    `stock` counts the frames of the message that are stock's (see `ride`).
+    """
 
     reply_to: str
     rank: Rank
+    stock: int = 0
 
 
 class Bind(msgspec.Struct, frozen=True, tag="bind"):
@@ -50,6 +57,7 @@ class Bind(msgspec.Struct, frozen=True, tag="bind"):
     rank: Rank
     gen: str
     epoch: str
+    stock: int = 0
 
 
 class Ask(msgspec.Struct, frozen=True, tag="ask"):
@@ -74,9 +82,10 @@ class Here(msgspec.Struct, frozen=True, tag="here"):
 
 
 class Mark(msgspec.Struct, frozen=True, tag="mark"):
-    """This success is generation `gen`'s."""
+    """This success is of generation `gen`, by `rank`."""
 
     gen: str
+    rank: Rank
 
 
 class Answer(msgspec.Struct, frozen=True, tag="answer"):
@@ -116,6 +125,18 @@ def decode(frame: bytes) -> Message | None:
     return message
 
 
+def ride(frames: Sequence[bytes], message: Hello | Bind) -> list[bytes]:
+    """Stock's message with ours behind it, at a position no stock release reads.
+
+    A prefill of a newer release has more optional frames than a decode of an older
+    one sends; right behind them ours would be taken for one. Empty frames between
+    read as absent (contract-tested for every pair of releases).
+    """
+    padding = [b""] * (TRAILER_AT - len(frames))
+    trailer = msgspec.structs.replace(message, stock=len(frames))
+    return [*frames, *padding, encode(trailer)]
+
+
 def split(frames: Sequence[bytes]) -> tuple[list[bytes], Message | None]:
     """Separate a received multipart message into stock's frames and our part.
 
@@ -123,4 +144,8 @@ def split(frames: Sequence[bytes]) -> tuple[list[bytes], Message | None]:
     `(frames, None)`.
     """
     message = decode(frames[-1]) if frames else None
-    return (list(frames), None) if message is None else (list(frames[:-1]), message)
+    if message is None:
+        return list(frames), None
+    if isinstance(message, Hello | Bind):
+        return list(frames[: message.stock]), message
+    return list(frames[:-1]), message

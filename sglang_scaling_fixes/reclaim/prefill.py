@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -58,7 +60,9 @@ class PrefillGuard:
         self._replies = ReplySockets()
         self._deferred: deque[Callable[[], list[bytes] | None]] = deque()
         self._queues: dict[int, QueueTap] = {}
-        self._sender: Any = None
+        self._sender: int | None = None
+        self._keys = itertools.count(1)
+        self._dropped: deque[tuple[int, int]] = deque()
         self._warned: set[str] = set()
         self.counters = dict.fromkeys(
             ("bound", "asked", "drained", "poisoned", "unknown", "chunks_dropped", "failed_writes"),
@@ -126,9 +130,13 @@ class PrefillGuard:
         return stock if delivery is Delivery.DELIVER else None
 
     def _bind_stranger(self, stock: list[bytes]) -> list[bytes] | None:
-        """Destinations from a decode that runs without safe-reclaim: say so, once each."""
+        """Destinations without a generation.
+
+        From a decode that runs without safe-reclaim (say so, once each), or none at
+        all: the empty ones of a rank that only has to know of the request.
+        """
         source = f"{stock[1].decode()}:{stock[2].decode()}"
-        if source not in self._warned:
+        if stock[4] and source not in self._warned:
             self._warned.add(source)
             logger.warning(
                 "safe-reclaim: decode %s runs without safe-reclaim; its KV slots are not "
@@ -144,10 +152,13 @@ class PrefillGuard:
 
     def _next_deferred(self) -> list[bytes] | None:
         """Destinations kept back whose predecessor is over by now."""
-        for _ in range(len(self._deferred)):
-            if (frames := self._deferred.popleft()()) is not None:
-                return frames
-        return None
+        self._retire_dropped()
+        waiting, self._deferred = self._deferred, deque()
+        frames = None
+        while waiting and frames is None:
+            frames = waiting.popleft()()  # appends itself again if it still has to wait
+        self._deferred.extend(waiting)
+        return frames
 
     def _here(self, reply_to: str, rank: str, gen: str | None = None) -> None:
         here = messages.Here(rank, self._ledger.incarnation, gen)
@@ -156,14 +167,28 @@ class PrefillGuard:
     # -- stock's senders ---------------------------------------------------------------
 
     def sender_made(self, sender: Any) -> None:
+        """Stock made a sender. It may never clear it (several abort paths do not)."""
+        self._retire_dropped()
+        key, room = next(self._keys), sender.bootstrap_room
+        sender.sglang_scaling_fixes_key = key
+        weakref.finalize(sender, self._dropped.append, (key, room)).atexit = False
         with self._lock:
-            actions = self._ledger.sender_made(sender, sender.bootstrap_room)
+            actions = self._ledger.sender_made(key, room)
         self._act(actions)
+
+    def _retire_dropped(self) -> None:
+        """Retire senders the interpreter has dropped. A finalizer may run anywhere,
+        also under our lock, so it only leaves a note."""
+        while self._dropped:
+            key, room = self._dropped.popleft()
+            with self._lock:
+                actions = self._ledger.retire(key, room)
+            self._act(actions)
 
     @contextlib.contextmanager
     def sending(self, sender: Any) -> Iterator[None]:
         """Chunks queued inside are this sender's."""
-        self._sender = sender
+        self._sender = sender.sglang_scaling_fixes_key
         try:
             yield
         finally:
@@ -171,12 +196,12 @@ class PrefillGuard:
 
     def retire(self, sender: Any) -> None:
         with self._lock:
-            actions = self._ledger.retire(sender, sender.bootstrap_room)
+            actions = self._ledger.retire(sender.sglang_scaling_fixes_key, sender.bootstrap_room)
         self._act(actions)
 
     def busy(self, sender: Any) -> bool:
         with self._lock:
-            return self._ledger.busy(sender)
+            return self._ledger.busy(sender.sglang_scaling_fixes_key)
 
     # -- chunks (see taps.ChunkLedger) ---------------------------------------------------
 
@@ -213,8 +238,8 @@ class PrefillGuard:
     def mark(self, to: str, attempt: Attempt) -> bytes | None:
         """The trailer of a success that goes to decode endpoint `to`."""
         with self._lock:
-            gen = self._ledger.gen_for(attempt, to)
-        return None if gen is None else messages.encode(messages.Mark(gen))
+            bound = self._ledger.bound_for(attempt, to)
+        return None if bound is None else messages.encode(messages.Mark(*bound))
 
     # -- actions -------------------------------------------------------------------------
 

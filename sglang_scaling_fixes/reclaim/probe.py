@@ -137,6 +137,7 @@ def _prove_decode() -> None:
             req_to_metadata_buffer_idx_allocator=aux,
             gloo_group=None,
             metadata_buffers=None,
+            tree_cache=None,
         )
     )
     guard.ledger.here(_RANK, "prefill")
@@ -188,7 +189,7 @@ def _prove_decode() -> None:
     check(back == (before[0] + 4, before[1] + 1), "slots did not come back with proof")
 
     receiver, slots, slot = expose(_ROOM + 1)
-    manager.request_status[_ROOM + 1] = 4
+    manager.request_status[_ROOM + 1] = receiver.conclude_state = 4
     receiver.clear()  # success: ordinary slots from here on
     tokens.free(slots)
     aux.free(slot)
@@ -268,10 +269,10 @@ def _prove_prefill() -> None:
     read = manager.server_socket._read
 
     def metadata(room: int, gen: str) -> list[bytes]:
-        bind = messages.Bind("tcp://192.0.2.2:9", _RANK, gen, gen)
-        return [str(room).encode(), *[b""] * 6, b"1", messages.encode(bind)]
+        stock = [str(room).encode(), *[b""] * 6, b"1"]
+        return messages.ride(stock, messages.Bind("tcp://192.0.2.2:9", _RANK, gen, gen))
 
-    check(read(metadata(_ROOM, "g1")) == metadata(_ROOM, "g1")[:-1], "metadata did not reach stock")
+    check(read(metadata(_ROOM, "g1")) == metadata(_ROOM, "g1")[:8], "metadata did not reach stock")
     read(metadata(_ROOM + 1, "g2"))
     senders = {room: _Sender(room) for room in (_ROOM, _ROOM + 1)}
     for room, sender in senders.items():

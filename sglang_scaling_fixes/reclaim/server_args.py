@@ -18,6 +18,7 @@ _TAP_WAIT = 5.0
 """Seconds for stock's worker threads to reach their first line after construction."""
 
 _REFUSED = {
+    "use_ray": "Ray's scheduler actors do not load plugins",
     "enable_pd_role_switch": "a role switch tears the KV manager down under open transfers",
     "enable_hisparse": "HiSparse transfers into host slots",
     "disaggregation_decode_host_receive_threshold": "host receive transfers into host slots",

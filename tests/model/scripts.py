@@ -29,6 +29,8 @@ def config_of(line: str) -> Config:
         key, _, text = word.partition("=")
         if key == "rooms":
             values[key] = tuple(int(room) for room in text.split(","))
+        elif key == "bare":
+            values[key] = tuple(int(request) for request in text.split(","))
         elif key == "plugged":
             values[key] = tuple(part == "yes" for part in text.split(","))
         elif isinstance(types[key], bool):
@@ -59,9 +61,11 @@ def _prefill_state(p: Prefill) -> str:
         return f"{p.name} [stock]"
     rooms = []
     for room, a in sorted(p.ledger._rooms.items()):
-        words = [f"room {room}:", "closed" if a.closed else "open"]
+        owner = "" if a.sender is None else f" (r{a.sender}{' gone' if a.sender_gone else ''})"
+        words = [f"room {room}{owner}:", "closed" if a.closed else "open"]
         words += [f"{a.active} active"] * bool(a.active) + ["poisoned"] * bool(a.poisoned)
         rooms.append(" ".join(words))
+    rooms += [f"r{i} waits" for waiting in p.ledger._waiting.values() for i in waiting]
     rooms += [f"deferred {m.gen}" for _, m in p.deferred]
     return f"{p.incarnation} [{', '.join(rooms)}]"
 

@@ -4,8 +4,8 @@ Decode ranks (one `DecodeLedger` each), prefill ranks (one `PrefillLedger` each,
 stock without the plugin), FIFO channels, decode slots and writes on the wire. It
 models of stock SGLang what the ledgers must survive:
 
-* prefill keys everything by room: `status`, and `infos`, whose destinations the
-  last delivered metadata of a decode rank replaces;
+* prefill keys everything but its senders by room: `status`, and `infos`, whose
+  destinations the last delivered metadata of a decode rank replaces;
 * a worker reads the destinations when it posts, not when its chunk was queued;
 * a failed write may still land, and so may the writes of a dead process.
 
@@ -14,9 +14,10 @@ An event is a line of text (`"deliver d0>p0"`); `enabled` lists what can happen 
 `tick` is later than any backoff.
 
     names      r0 request   d0 decode rank   p0 prefill rank   d0-1 generation
+               x0 a decode without the plugin: its slots are its own affair
     channels   d0>p0  metadata with Bind, Ask, Hello     (one socket, one order)
                p0>d0  Here, Answer                       (our reply socket)
-               p0*d0  stock's success status             (stock's socket)
+               p0*d0  stock's success status, marked     (stock's socket)
 
 Exploring needs many worlds, so a clone shares everything with its origin. What an
 event changes is replaced, never changed in place; ranks are the exception, they hold
@@ -26,6 +27,7 @@ real ledgers and are pickled by whoever is about to change them (`_decode`, `_pr
 from __future__ import annotations
 
 import pickle
+from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -37,6 +39,7 @@ from sglang_scaling_fixes.reclaim.ledger import (
     Delivery,
     Exposure,
     FailRoom,
+    ForgetRoom,
     PrefillLedger,
     State,
 )
@@ -61,22 +64,32 @@ class Config:
     """Per decode rank; a request takes one of each."""
     greeted: bool = True
     """Decode knows who speaks safe reclaim before its first request."""
+    bare: tuple[int, ...] = ()
+    """Requests of a decode without the plugin (x0) at the same prefill ranks."""
+    memory: int = 65536
+    """Of both ledgers."""
     late_arrival: bool = False
     """A request reaches prefill at a moment of its own, not when decode exposes it."""
     split_take: bool = False
     """A worker takes a chunk and reads its destinations at two moments."""
+    split_end: bool = False
+    """And it reports success at another than it goes for its next chunk."""
     split_bind: bool = False
     """Stock may lag behind the ledger's verdict on metadata (another thread runs)."""
     split_clear: bool = False
     """Stock's clear and the ledger's `retire` are two steps (another thread runs)."""
+    split_made: bool = False
+    """Stock's sender and the ledger's `sender_made` are two steps, too."""
+    split_fail: bool = False
+    """Stock may hear late of a room the ledger fails (another thread runs)."""
+    split_admit: bool = False
+    """Decode's stock may lag behind the ledger's verdict on a success."""
     helpers: bool = False
     """Writes are helper tasks; a chunk ends at the first failed one (up to 0.5.18)."""
     failed_is_final: bool = True
     """Stock never revives a failed room (0.5.13 and later)."""
-    late_success: bool = True
-    """Stock's success of an old attempt may be counted for a new one of its room."""
-    late_proof: bool = True
-    """And one that arrives after the give-up may prove another generation than its own."""
+    shrugs: bool = False
+    """Stock takes no notice of a failed write (it does of most) and reports success."""
     foreign: bool = False
     """Also call it a violation when one request's KV lands in another's slots."""
 
@@ -93,6 +106,7 @@ class Config:
     gate: bool = True
     generations: bool = True
     poison: bool = True
+    marks: bool = True
 
 
 BUDGETED = ("lose", "dup", "swap", "tick", "fail", "crash", "fence", "restart", "abort")
@@ -112,8 +126,8 @@ class Counter:
 class Unpoisoned(PrefillLedger):
     """Negative control: a failed write counts as done, as in stock up to 0.5.21."""
 
-    def failed(self, attempt: Attempt, reason: str) -> None:
-        pass
+    def failed(self, attempt: Attempt, reason: str) -> list[Action]:
+        return []
 
 
 class Msg(NamedTuple):
@@ -128,6 +142,8 @@ class Msg(NamedTuple):
     slot: int = -1
     epoch: int = 0
     """Of the decode memory the address belongs to; a fence makes older ones unreachable."""
+    attempt: str = ""
+    """What the metadata of all decode ranks for one attempt share (`Exposure.epoch`)."""
 
     def __str__(self) -> str:
         return f"{self.kind}({' '.join(filter(None, (self.gen, self.verdict)))})"
@@ -160,6 +176,7 @@ class Chunk:
     attempt: Attempt | None
     posted: bool = False
     failed: bool = False
+    reported: bool = False
 
 
 @dataclass
@@ -174,6 +191,8 @@ class Decode:
     """request -> its generation, until its slots are free."""
     late_reports: dict[int, set[str]] = field(default_factory=dict)
     """room -> prefill ranks that reported success after the owner gave up."""
+    admitted: tuple[tuple[str, int], ...] = ()
+    """Successes (prefill rank, room) let through that stock has not counted yet."""
     epochs: dict[str, int] = field(default_factory=dict)
     number: int = 0
     blob: bytes = b""
@@ -197,10 +216,14 @@ class Prefill:
     queue: list[Chunk] = field(default_factory=list)
     hand: Chunk | None = None
     deferred: list[tuple[str, Msg]] = field(default_factory=list)
-    handing: tuple[str, Msg] | None = None
+    handing: tuple[str, Msg, list[Action]] | None = None
     """Metadata the ledger let through and stock has not stored yet."""
+    making: int | None = None
+    """Request whose sender stock made and the ledger has not seen yet."""
     retiring: int | None = None
-    """Room stock cleared and the ledger has not retired yet."""
+    """Request whose sender stock cleared and the ledger has not retired yet."""
+    failing: tuple[int, ...] = ()
+    """Rooms the ledger failed and stock has not heard of yet."""
     helpers: dict[str, Attempt] = field(default_factory=dict)
     """write -> attempt, for writes that are helper tasks."""
     dead: set[str] = field(default_factory=set)
@@ -215,6 +238,8 @@ class Prefill:
 
 ORDER = {"bootstrapping": 1, "waiting": 2, "success": 3}
 
+
+STRANGER = "x0"
 
 LATER = 10.0
 """A moment later than any backoff of a question asked at 0."""
@@ -245,12 +270,16 @@ class World:
                     self._send(d, p, Msg("hello"))
                 elif self.prefills[p].ledger is not None:
                     self.decodes[d].ledger.here(p, self.prefills[p].incarnation)
+        if config.bare:
+            self.channels |= {f"{STRANGER}>{p}": () for p in self.prefills}
         self._own: set[str] = set()
         self.private = False
         """Never cloned: ranks may be changed in place."""
 
     def _new_decode(self, name: str, life: int) -> Decode:
-        ledger = DecodeLedger(name + ("", "a", "b", "c")[life], first_wait=1.0, max_wait=5.0)
+        age = ("", "a", "b", "c")[life]
+        ledger = DecodeLedger(name + age, first_wait=1.0, max_wait=5.0, memory=self.config.memory)
+        ledger.group = "d0" + age
         ledger._counter = Counter()  # type: ignore[assignment]
         return Decode(name, ledger, [None] * self.config.slots, life)
 
@@ -258,7 +287,8 @@ class World:
         if not self.config.plugged[int(name[1:])]:
             return Prefill(name, None, life)
         kind = PrefillLedger if self.config.poison else Unpoisoned
-        return Prefill(name, kind(f"{name}{'abcd'[life]}"), life)
+        ledger = kind(f"{name}{'abcd'[life]}", memory=self.config.memory)
+        return Prefill(name, ledger, life)
 
     def _decode(self, name: str) -> Decode:
         """The rank, to be changed by the event being done."""
@@ -340,6 +370,7 @@ class World:
                 if i in d.exposures
             ):
                 events.append(f"return r{i}")
+        events += [f"count {d.name}" for d in self.decodes.values() if d.admitted]
         for p in self.prefills.values():
             events += self._sender_events(p) + self._worker_events(p)
         events += [f"land {w.name}" for w in self.wire]
@@ -352,18 +383,20 @@ class World:
     def _sender_events(self, p: Prefill) -> list[str]:
         """Prefill's scheduler: requests arrive, queue their chunks and are cleared."""
         events = []
-        if self.config.late_arrival:
-            for i, state in enumerate(self.request):
-                if f"r{i} {p.name}" not in self.arrived and state in ("new", "exposed"):
-                    events.append(f"arrive r{i} {p.name}")
         if p.retiring is not None:
-            return [*events, f"retire {p.name}"]  # the scheduler is inside clear
+            return [f"retire {p.name}"]  # the scheduler is inside clear
+        if p.making is not None:
+            return [f"made {p.name}"]
+        if self.config.late_arrival:
+            for i in range(len(self.request)):
+                if f"r{i} {p.name}" not in self.arrived:
+                    events.append(f"arrive r{i} {p.name}")
         for i, n in p.senders.items():
             room = self.config.rooms[i]
             status = p.status.get(room)
             if n < self.config.chunks and status == "waiting" and room in p.infos:
                 events.append(f"put r{i} {p.name}")
-            reading = p.ledger is not None and p.ledger.busy(room)
+            reading = p.ledger is not None and p.ledger.busy(i)
             if status in ("success", None) or (status == "failed" and not reading):
                 events.append(f"clear r{i} {p.name}")
         return events
@@ -376,12 +409,16 @@ class World:
                 events.append(f"take {p.name}")
         elif not p.hand.posted:
             events.append(f"post {p.name}")
-        elif self._hand_over(p):
+        elif p.hand.reported:
             events.append(f"end {p.name}")
-        if not p.handing and any(self._ready(p, m) for _, m in p.deferred):
+        elif self._hand_over(p):
+            events.append(f"{'report' if self.config.split_end else 'end'} {p.name}")
+        if not p.handing and any(self._ready(p, d, m) for d, m in p.deferred):
             events.append(f"retry {p.name}")
         if p.handing:
             events.append(f"store {p.name}")
+        if p.failing:
+            events.append(f"apply {p.name}")
         return events
 
     def mishaps(self) -> list[str]:
@@ -411,11 +448,13 @@ class World:
         earlier = [
             self.request[j] for j in range(i) if self.config.rooms[j] == self.config.rooms[i]
         ]
-        return all(s not in ("new", "exposed") for s in earlier) and all(
-            None in d.slots for d in self.decodes.values()
+        return all(s not in ("new", "exposed") for s in earlier) and (
+            i in self.config.bare or all(None in d.slots for d in self.decodes.values())
         )
 
     def _all_success(self, i: int) -> bool:
+        if i in self.config.bare:
+            return False  # what it does with it is its own affair
         room = self.config.rooms[i]
         return all(
             room in d.receivers and d.receivers[room][1] == set(self.prefills)
@@ -431,11 +470,16 @@ class World:
         mine = [w for w in self.wire if self._watched(w) and w.prefill == p.name]
         return not mine or (self.config.helpers and p.hand.failed)
 
-    def _ready(self, p: Prefill, m: Msg) -> bool:
+    def _ready(self, p: Prefill, d: str, m: Msg) -> bool:
         """Trying this deferred metadata again will not just defer it again."""
         ledger = p.ledger
         assert ledger is not None
-        return not ledger.busy(m.room) or m.gen in ledger._aborted_unseen
+        before = ledger._rooms.get(m.room)
+        if before is None or before.over:
+            return True
+        if d == STRANGER:
+            return False
+        return m.gen in ledger._aborted_unseen or (m.room, m.attempt) in ledger._by_epoch
 
     # -- decode -----------------------------------------------------------------------
 
@@ -443,7 +487,12 @@ class World:
         i = int(r[1:])
         room = self.config.rooms[i]
         self._becomes(i, "exposed")
-        for d in map(self._decode, self.decodes):
+        if i in self.config.bare:
+            gen = f"{STRANGER}-{i}"
+            self.gens = {**self.gens, gen: i}
+            for p in self.prefills:
+                self._send(STRANGER, p, Msg("meta", gen, room))
+        for d in map(self._decode, self.decodes if i not in self.config.bare else ()):
             exposure = d.ledger.expose(room, list(self.prefills))
             slot = d.slots.index(None)
             d.slots[slot] = exposure.gen
@@ -456,7 +505,10 @@ class World:
                 epoch = d.epochs.get(p, 0)
                 life = self.prefills[p].life
                 self.exposed_in = {**self.exposed_in, (exposure.gen, p): (epoch, life)}
-                self._send(d.name, p, Msg("meta", exposure.gen, room, slot=slot, epoch=epoch))
+                meta = Msg(
+                    "meta", exposure.gen, room, slot=slot, epoch=epoch, attempt=exposure.epoch
+                )
+                self._send(d.name, p, meta)
         if not self.config.late_arrival:
             for p in self.prefills:
                 self._arrive(i, self._prefill(p))
@@ -464,6 +516,9 @@ class World:
     def do_give_up(self, r: str) -> None:
         i = int(r[1:])
         room = self.config.rooms[i]
+        if i in self.config.bare:
+            self._becomes(i, "done")
+            return
         self._becomes(i, "held" if self.config.gate else "done")
         for d in map(self._decode, self.decodes):
             exposure = d.exposure(i)
@@ -587,18 +642,30 @@ class World:
                 for e in d.ledger.held:
                     if e.gen == gen:
                         self.say(f"{d.name}: {gen} {e.state.value}")
-        elif m.room in d.receivers and (self.config.late_success or self._current(d, m)):
-            d.receivers[m.room][1].add(p)
-        # Stock's thread and ours both see a success (the adapter's `_success`).
-        own = self.config.late_proof or any(e.gen == m.gen for e in d.ledger.held)
-        if m.kind == "success" and own and any(e.room == m.room for e in d.ledger.held):
+        else:
+            self._success(d, p, m)
+
+    def _success(self, d: Decode, p: str, m: Msg) -> None:
+        """The adapter's `_admits`, and what stock does with a success it sees."""
+        gen = m.gen or None
+        if gen is None and any(e.room == m.room for e in d.ledger.held):
             reports = d.late_reports.setdefault(m.room, set())
             reports.add(p)
             if d.ledger.success(m.room, len(reports)):
                 self.say(f"{d.name}: room {m.room} proven by stock's success")
+        if self.config.marks and not d.ledger.admits_success(m.room, gen):
+            self.say(f"{d.name}: kept from stock")
+            return
+        d.admitted += ((p, m.room),)
+        if not self.config.split_admit:
+            self.do_count(d.name)
 
-    def _current(self, d: Decode, m: Msg) -> bool:
-        return self.gens[m.gen] == d.receivers[m.room][0]
+    def do_count(self, name: str) -> None:
+        d = self._decode(name)
+        (p, room), *rest = d.admitted
+        d.admitted = tuple(rest)
+        if room in d.receivers:
+            d.receivers[room][1].add(p)
 
     def _meant(self, d: Decode, m: Msg) -> list[str]:
         if self.config.generations:
@@ -622,16 +689,25 @@ class World:
 
     def _bind(self, p: Prefill, d: str, m: Msg) -> None:
         assert p.ledger is not None
-        delivery = p.ledger.bind(m.room, m.gen, d, p.name, self.config.decodes)
+        if d == STRANGER:
+            delivery, actions = p.ledger.bind_stranger(m.room, d)
+        else:
+            delivery, actions = p.ledger.bind(m.room, m.attempt, m.gen, d, p.name)
         self.say(f"{p.name}: bind {m.gen}: {delivery.name.lower()}")
-        if delivery is Delivery.DEFER:
-            p.deferred.append((d, m))
-            return
-        self._send(p.name, d, Msg("here", m.gen, m.room, p.incarnation))
         if delivery is Delivery.DELIVER:
-            p.handing = (d, m)
+            p.handing = (d, m, actions)
             if not self.config.split_bind:
                 self.do_store(p.name)
+            return
+        self._act(p, actions)
+        if delivery is Delivery.DEFER:
+            p.deferred.append((d, m))
+        else:
+            self._here(p, d, m)
+
+    def _here(self, p: Prefill, d: str, m: Msg) -> None:
+        if d != STRANGER:
+            self._send(p.name, d, Msg("here", m.gen, m.room, p.incarnation))
 
     def do_retry(self, name: str) -> None:
         p = self._prefill(name)
@@ -643,8 +719,10 @@ class World:
     def do_store(self, name: str) -> None:
         p = self._prefill(name)
         assert p.handing is not None
-        d, m = p.handing
+        d, m, actions = p.handing
         p.handing = None
+        self._act(p, actions)
+        self._here(p, d, m)
         self._store(p, d, m)
 
     def _store(self, p: Prefill, d: str, m: Msg) -> None:
@@ -672,8 +750,12 @@ class World:
     def _act(self, p: Prefill, actions: Iterable[Action]) -> None:
         for action in actions:
             if isinstance(action, FailRoom):
-                self._status(p, action.room, "failed")
-                self.say(f"{p.name}: room {action.room} failed")
+                p.failing += (action.room,)
+                if not self.config.split_fail:
+                    self.do_apply(p.name)
+            elif isinstance(action, ForgetRoom):
+                if p.infos.pop(action.room, None):
+                    self.say(f"{p.name}: room {action.room}: old destinations forgotten")
             else:
                 room = self.config.rooms[self.gens[action.gen]]
                 self.say(f"{p.name}: answers {action.gen} {action.verdict}")
@@ -683,6 +765,15 @@ class World:
                     Msg("answer", action.gen, room, p.incarnation, action.verdict),
                 )
 
+    def do_apply(self, name: str) -> None:
+        """The adapter's `_fail`: not a room stock does not know, and not a success."""
+        p = self._prefill(name)
+        room, *rest = p.failing
+        p.failing = tuple(rest)
+        if p.status.get(room, "success") != "success":
+            self._status(p, room, "failed")
+            self.say(f"{p.name}: room {room} failed")
+
     def do_arrive(self, r: str, name: str) -> None:
         self._arrive(int(r[1:]), self._prefill(name))
 
@@ -690,13 +781,23 @@ class World:
         self.arrived |= {f"r{i} {p.name}"}
         p.senders[i] = 0
         self._status(p, self.config.rooms[i], "bootstrapping")
+        p.making = i
+        if not self.config.split_made:
+            self.do_made(p.name)
+
+    def do_made(self, name: str) -> None:
+        p = self._prefill(name)
+        i, p.making = p.making, None
+        assert i is not None
+        if p.ledger is not None:
+            self._act(p, p.ledger.sender_made(i, self.config.rooms[i]))
 
     def do_put(self, r: str, name: str) -> None:
         i, p = int(r[1:]), self._prefill(name)
         room = self.config.rooms[i]
         n = p.senders[i]
         p.senders[i] = n + 1
-        attempt = p.ledger.put(room) if p.ledger is not None else None
+        attempt = p.ledger.put(i) if p.ledger is not None else None
         if p.ledger is not None and attempt is None:
             self.say(f"{name}: chunk {n} of r{i} dropped")
             return
@@ -730,7 +831,7 @@ class World:
             if self.config.helpers and p.ledger is not None and chunk.attempt is not None:
                 p.ledger.opened(chunk.attempt)
                 p.helpers[write.name] = chunk.attempt
-            if m.epoch < self.decodes[d].epochs.get(name, 0):
+            if d in self.decodes and m.epoch < self.decodes[d].epochs.get(name, 0):
                 self._fails(write)  # the address is dead, and nothing stays on the wire
                 self.wire = self.wire[:-1]
 
@@ -740,12 +841,19 @@ class World:
     def do_land(self, name: str) -> None:
         write = self._find(name)
         self.wire = tuple(w for w in self.wire if w is not write)
-        owner = self.decodes[write.decode].slots[write.slot]
+        owner = write.gen
+        if write.decode != STRANGER:
+            owner = self.decodes[write.decode].slots[write.slot] or "nobody"
         if owner != write.gen:
-            raise Violation(f"{name} landed in the slot of {owner or 'nobody'}")
-        if self.config.foreign and self.gens[write.gen] != write.request:
+            raise Violation(f"{name} landed in the slot of {owner}")
+        if (
+            self.config.foreign
+            and write.decode != STRANGER
+            and self.gens[write.gen] != write.request
+        ):
             raise Violation(f"KV of r{write.request} landed in the slot of {write.gen}")
-        self.say(f"{write.decode}: slot {write.slot} written for {write.gen}")
+        slot = "its slot" if write.decode == STRANGER else f"slot {write.slot}"
+        self.say(f"{write.decode}: {slot} written for {write.gen}")
         if self._watched(write):
             self._helper_done(write)
 
@@ -759,11 +867,12 @@ class World:
         p = self._prefill(write.prefill)
         attempt = p.helpers.get(write.name) or (p.hand.attempt if p.hand is not None else None)
         if p.ledger is not None and attempt is not None:
-            p.ledger.failed(attempt, "write returned -1")
-        if p.hand is not None:
-            p.hand.failed = True
-            self._status(p, p.hand.room, "failed")
-        p.dead.add(write.decode)
+            self._act(p, p.ledger.failed(attempt, "write returned -1"))
+        if not self.config.shrugs:
+            if p.hand is not None:
+                p.hand.failed = True
+                self._status(p, p.hand.room, "failed")
+            p.dead.add(write.decode)
         self._helper_done(write)
 
     def _helper_done(self, write: Write) -> None:
@@ -772,15 +881,29 @@ class World:
             assert p.ledger is not None
             self._act(p, p.ledger.done(p.helpers.pop(write.name)))
 
+    def do_report(self, name: str) -> None:
+        p = self._prefill(name)
+        chunk = p.hand
+        assert chunk is not None
+        chunk.reported = True
+        if not chunk.last or chunk.failed:
+            return
+        self._status(p, chunk.room, "success")
+        for d in sorted(p.infos.get(chunk.room, {})):
+            if chunk.attempt is not None and chunk.attempt.poisoned:
+                self.say(f"{name}: success leaves as failed")  # `StatusTap`
+            elif d != STRANGER:
+                mark = None
+                if p.ledger is not None and chunk.attempt is not None:
+                    mark = p.ledger.gen_for(chunk.attempt, d)
+                self._send(name, d, Msg("success", mark or "", chunk.room), stock=True)
+
     def do_end(self, name: str) -> None:
         p = self._prefill(name)
+        assert p.hand is not None
+        if not p.hand.reported:
+            self.do_report(name)
         chunk, p.hand = p.hand, None
-        assert chunk is not None
-        infos = p.infos.get(chunk.room, {})
-        if chunk.last and not chunk.failed:
-            self._status(p, chunk.room, "success")
-            for d, m in sorted(infos.items()):
-                self._send(name, d, Msg("success", m.gen, chunk.room), stock=True)
         if p.status.get(chunk.room) in (None, "success"):
             p.infos.pop(chunk.room, None)
         if p.ledger is not None and chunk.attempt is not None:
@@ -797,16 +920,16 @@ class World:
         del p.senders[i]
         p.status.pop(room, None)
         p.infos.pop(room, None)
-        p.retiring = room
+        p.retiring = i
         if not self.config.split_clear:
             self.do_retire(name)
 
     def do_retire(self, name: str) -> None:
         p = self._prefill(name)
-        room, p.retiring = p.retiring, None
-        assert room is not None
+        i, p.retiring = p.retiring, None
+        assert i is not None
         if p.ledger is not None:
-            self._act(p, p.ledger.retire(room))
+            self._act(p, p.ledger.retire(i, self.config.rooms[i]))
 
     def do_crash(self, name: str) -> None:
         """The process dies and comes back empty; what it posted stays on the wire."""
@@ -845,7 +968,7 @@ class World:
             for exposure in d.ledger.held:
                 why = d.ledger.why_held(exposure)
                 unproven = exposure.unproven
-                if not why or all(self._hopeless(exposure, w.rank) is None for w in unproven):
+                if not why or all(self._hopeless(d, exposure, w.rank) is None for w in unproven):
                     others = [x.ledger.held for x in self.decodes.values() if x is not d]
                     if not unproven and any(
                         e.gen != exposure.gen and e.room == exposure.room and e.unproven
@@ -856,11 +979,15 @@ class World:
                     late.append(f"{exposure.gen} is held: {why or 'no reason given'}")
         return late
 
-    def _hopeless(self, exposure: Exposure, rank: str) -> str | None:
+    def _hopeless(self, d: Decode, exposure: Exposure, rank: str) -> str | None:
         """Why this writer will never prove anything without a fence."""
         p = self.prefills[rank]
         if p.ledger is None:
             return "no plugin"
+        if rank not in d.ledger.peers and self.left["lose"] < self.config.lose:
+            return "its words were lost; the next exposure heals it"
+        if exposure.writers[rank].disputed:
+            return "two processes have them"
         known = exposure.writers[rank].incarnation
         if p.life != self.exposed_in[exposure.gen, rank][1] or known not in (None, p.incarnation):
             return "replaced"
@@ -897,6 +1024,9 @@ def copied(rank: Any) -> Any:
     rank.blob = rank.blob or pickle.dumps(rank, pickle.HIGHEST_PROTOCOL)
     twin = pickle.loads(rank.blob)
     twin.number = 0
+    if isinstance(twin, Prefill) and twin.ledger is not None:
+        unsent = twin.ledger._unsent.values()
+        twin.ledger._unsent = OrderedDict((id(attempt), attempt) for attempt in unsent)
     return twin
 
 
@@ -910,10 +1040,10 @@ def canonical(rank: Any, key: Any, met: Met) -> Any:
 
 def exposure_key(e: Exposure) -> Any:
     writers = tuple(
-        (w.rank, w.incarnation, w.bound_by, w.sent, w.proof, bool(w.stuck))
+        (w.rank, w.incarnation, w.bound_by, w.disputed, w.sent, w.proof, bool(w.stuck))
         for w in e.writers.values()
     )
-    return (e.gen, e.room, e.state, writers)
+    return (e.gen, e.epoch, e.room, e.state, writers)
 
 
 def decode_key(d: Decode) -> Any:
@@ -926,6 +1056,8 @@ def decode_key(d: Decode) -> Any:
         tuple(sorted(d.ledger.peers.items())),
         tuple(exposure_key(e) for e in d.ledger._exposed.values()),
         tuple(exposure_key(e) for e in d.ledger._held.values()),
+        tuple(d.ledger._given_up_rooms.items()),
+        d.admitted,
         tuple(sorted((r, i, tuple(sorted(s))) for r, (i, s) in d.receivers.items())),
         tuple(sorted((r, tuple(sorted(s))) for r, s in d.late_reports.items())),
         tuple(sorted(d.epochs.items())),
@@ -935,11 +1067,13 @@ def decode_key(d: Decode) -> Any:
 def attempt_key(a: Attempt) -> Any:
     return (
         a.room,
+        a.epoch,
         tuple(a.bindings.items()),
         tuple(sorted(a.asked)),
+        a.sender,
+        a.sender_gone,
         a.active,
         a.closed,
-        a.retired,
         bool(a.poisoned),
     )
 
@@ -955,6 +1089,10 @@ def prefill_key(p: Prefill) -> Any:
         ledger = (
             tuple((room, ref(a), attempt_key(a)) for room, a in sorted(p.ledger._rooms.items())),
             tuple((g, ref(a), attempt_key(a)) for g, a in sorted(p.ledger._by_gen.items())),
+            tuple((e, ref(a), attempt_key(a)) for e, a in sorted(p.ledger._by_epoch.items())),
+            tuple((i, ref(a), attempt_key(a)) for i, a in sorted(p.ledger._senders.items())),
+            tuple((room, *waiting) for room, waiting in sorted(p.ledger._waiting.items())),
+            tuple(ref(a) for a in p.ledger._unsent.values()),
             tuple(ref(a) for a in p.ledger._finished),
             tuple(p.ledger._aborted_unseen),
         )
@@ -963,7 +1101,7 @@ def prefill_key(p: Prefill) -> Any:
         if c is None:
             return None
         attempt = None if c.attempt is None else (ref(c.attempt), attempt_key(c.attempt))
-        return (c.request, c.n, c.posted, c.failed, attempt)
+        return (c.request, c.n, c.posted, c.failed, c.reported, attempt)
 
     return (
         p.name,
@@ -977,8 +1115,10 @@ def prefill_key(p: Prefill) -> Any:
         tuple(chunk(c) for c in p.queue),
         chunk(p.hand),
         tuple(p.deferred),
-        p.handing,
+        p.handing and (*p.handing[:2], tuple(p.handing[2])),
+        p.making,
         p.retiring,
+        p.failing,
         tuple((name, ref(a)) for name, a in sorted(p.helpers.items())),
         tuple(sorted(p.dead)),
     )

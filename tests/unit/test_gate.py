@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from sglang_scaling_fixes.errors import AttachError
+from sglang_scaling_fixes.reclaim.decode import rebind_captured
 from sglang_scaling_fixes.reclaim.gate import Gate
 from sglang_scaling_fixes.reclaim.ledger import DecodeLedger, Exposure
 
@@ -204,6 +207,16 @@ def test_clearing_the_pool_under_an_open_transfer_is_refused() -> None:
     decode.expose(1)
     with pytest.raises(RuntimeError, match="may still write"):
         decode.tokens.clear()
+
+
+def test_a_free_captured_before_the_gate_finds_it() -> None:
+    """0.5.11 to 0.5.16: a component of the unified radix tree keeps `allocator.free`."""
+    tokens = allocators.TokenToKVPoolAllocator(16, torch.float32, "cpu", None, False)
+    component = SimpleNamespace(_free_full=tokens.free, other=print)
+    rebind_captured(SimpleNamespace(components={"full": component}), tokens)
+    tokens.free = lambda index: "gated"
+    assert component._free_full(torch.tensor([1])) == "gated"
+    assert component.other is print
 
 
 def test_an_allocator_with_unknown_ways_to_free_is_refused() -> None:

@@ -8,10 +8,13 @@ import pytest
 
 from sglang_scaling_fixes.reclaim.ledger import (
     TRANSITIONS,
+    Action,
+    Attempt,
     DecodeLedger,
     Delivery,
     Exposure,
     FailRoom,
+    ForgetRoom,
     LedgerError,
     PrefillLedger,
     Proof,
@@ -44,21 +47,21 @@ def held(ledger: DecodeLedger, room: int = 7, *ranks: str) -> Exposure:
     return exposure
 
 
-def answers(actions: list[object]) -> list[tuple[str, str]]:
+def answers(actions: list[Action]) -> list[tuple[str, str]]:
     return [(a.gen, a.verdict) for a in actions if isinstance(a, SendAnswer)]
 
 
 class TestTable:
     @pytest.mark.parametrize(("state", "event"), ILLEGAL)
     def test_what_is_not_in_the_table_raises(self, state: State, event: str) -> None:
-        exposure = Exposure("g", 7, {}, state)
+        exposure = Exposure("g", "e", 7, {}, state)
         with pytest.raises(LedgerError, match=event):
             exposure.move(event)
         assert exposure.state is state
 
     @pytest.mark.parametrize(("state", "event"), TRANSITIONS)
     def test_what_is_in_the_table_happens(self, state: State, event: str) -> None:
-        exposure = Exposure("g", 7, {}, state)
+        exposure = Exposure("g", "e", 7, {}, state)
         exposure.move(event)
         assert exposure.state is TRANSITIONS[state, event]
 
@@ -177,6 +180,25 @@ class TestProofs:
         held(ledger)
         assert not ledger.success(7, 1)
 
+    def test_p3_late_success_proves_nothing_of_a_room_given_up_before(self) -> None:
+        ledger = decode()
+        first = held(ledger)
+        ledger.fenced(first.gen, "p0")
+        ledger.returned(first)
+        held(ledger)
+        assert not ledger.success(7, 1), "it may be the first one's"
+
+    def test_two_processes_that_claim_one_generation_are_not_believed(self) -> None:
+        ledger = decode("p0")
+        exposure = exposed(ledger)
+        ledger.here("p0", "p0-process", exposure.gen)
+        ledger.here("p0", "successor", exposure.gen)
+        ledger.give_up(exposure, now=0.0)
+        for who in ("p0-process", "successor"):
+            ledger.answer("p0", who, exposure.gen, "drained")
+        assert exposure.state is State.HELD
+        assert "cannot vouch" in ledger.why_held(exposure)
+
     def test_p4_a_fence_proves_a_poisoned_writer(self) -> None:
         ledger = decode("p0")
         exposure = held(ledger)
@@ -196,6 +218,51 @@ class TestProofs:
             ledger.landed(exposure)
         assert len(gens) == 100
         assert ledger.exposures() == []
+
+    def test_tp_ranks_share_the_epoch_and_not_the_generation(self) -> None:
+        first, second = DecodeLedger("d0"), DecodeLedger("d1")
+        first.group = second.group = "d"
+        for _ in range(3):
+            ours, theirs = exposed(first), exposed(second)
+            assert ours.epoch == theirs.epoch
+            assert ours.gen != theirs.gen
+
+
+class TestWhatStockMaySee:
+    """A success names a room; the next request of the room must not be credited with it."""
+
+    def test_a_marked_success_is_its_generations(self) -> None:
+        ledger = decode("p0")
+        first = held(ledger)
+        second = exposed(ledger)
+        assert not ledger.admits_success(7, first.gen)
+        assert ledger.admits_success(7, second.gen)
+        assert not ledger.admits_success(8, second.gen + "0")
+        ledger.landed(second)
+        assert not ledger.admits_success(7, second.gen)
+
+    def test_an_unmarked_one_counts_unless_the_room_was_given_up(self) -> None:
+        ledger = decode()
+        assert ledger.admits_success(7, None), "no exposure: stock knows the room or not"
+        exposed(ledger)
+        assert ledger.admits_success(7, None)
+        held(ledger, 8)
+        exposed(ledger, 8)
+        assert not ledger.admits_success(8, None)
+
+    def test_an_unmarked_one_counts_for_nothing_where_every_writer_marks(self) -> None:
+        ledger = decode("p0")
+        exposed(ledger)
+        assert not ledger.admits_success(7, None)
+        exposed(ledger, 8, "p0", "stock")
+        assert ledger.admits_success(8, None)
+
+    def test_given_up_rooms_are_remembered_within_bounds(self) -> None:
+        ledger = DecodeLedger("d", memory=10)
+        for room in range(100):
+            held(ledger, room)
+        assert len(ledger._given_up_rooms) == 10
+        assert not ledger.admits_success(99, None)
 
 
 class TestAsking:
@@ -243,118 +310,223 @@ class TestAsking:
         assert {e.gen for e in ledger.exposures()} == {first.gen, second.gen}
 
 
+def prefill(memory: int = 100) -> PrefillLedger:
+    return PrefillLedger("process", memory=memory)
+
+
+def bind(ledger: PrefillLedger, n: int = 1, room: int = 7) -> tuple[Delivery, list[Action]]:
+    return ledger.bind(room, f"e{n}", f"g{n}", "d0", "p0")
+
+
+def bound(ledger: PrefillLedger, n: int = 1, room: int = 7) -> str:
+    """A delivered attempt with its sender; the sender's name."""
+    assert bind(ledger, n, room)[0] is Delivery.DELIVER
+    assert ledger.sender_made(f"s{n}", room) == []
+    return f"s{n}"
+
+
+def taken(ledger: PrefillLedger, n: int = 1, room: int = 7) -> Attempt:
+    """The same with a chunk in hand."""
+    attempt = ledger.put(bound(ledger, n, room))
+    assert attempt is not None and ledger.take(attempt)
+    return attempt
+
+
 class TestPrefill:
-    def ledger(self, memory: int = 100) -> PrefillLedger:
-        return PrefillLedger("process", memory=memory)
-
-    def bound(self, ledger: PrefillLedger, gen: str = "g1", room: int = 7) -> Delivery:
-        return ledger.bind(room, gen, "d0", "p0", fan_in=1)
-
     def test_an_answer_waits_for_the_chunk_in_hand_and_its_helpers(self) -> None:
-        ledger = self.ledger()
-        self.bound(ledger)
-        attempt = ledger.put(7)
-        assert attempt is not None and ledger.take(attempt)
+        ledger = prefill()
+        attempt = taken(ledger)
         ledger.opened(attempt)
-        assert ledger.busy(7)
+        assert ledger.busy("s1")
         assert ledger.ask(7, "g1", "d0", "p0") == [FailRoom(7, "aborted by the decode side")]
         assert ledger.done(attempt) == []
-        assert answers([*ledger.done(attempt)]) == [("g1", "drained")]
-        assert not ledger.busy(7)
+        assert answers(ledger.done(attempt)) == [("g1", "drained")]
+        assert not ledger.busy("s1")
 
     def test_a_closed_attempt_takes_nothing(self) -> None:
-        ledger = self.ledger()
-        self.bound(ledger)
-        queued = ledger.put(7)
+        ledger = prefill()
+        sender = bound(ledger)
+        queued = ledger.put(sender)
         ledger.ask(7, "g1", "d0", "p0")
         assert queued is not None and not ledger.take(queued)
-        assert ledger.put(7) is None
+        assert ledger.put(sender) is None
 
     def test_repeated_questions_are_answered_and_fail_the_room_once(self) -> None:
-        ledger = self.ledger()
-        self.bound(ledger)
+        ledger = prefill()
+        bound(ledger)
         first, second = ledger.ask(7, "g1", "d0", "p0"), ledger.ask(7, "g1", "d0", "p0")
         assert [type(a) for a in first] == [FailRoom, SendAnswer]
         assert [type(a) for a in second] == [SendAnswer]
 
     def test_destinations_whose_question_came_first_are_dropped(self) -> None:
-        ledger = self.ledger()
-        assert answers([*ledger.ask(7, "g1", "d0", "p0")]) == [("g1", "unknown")]
-        assert self.bound(ledger) is Delivery.DROP
+        ledger = prefill()
+        assert answers(ledger.ask(7, "g1", "d0", "p0")) == [("g1", "unknown")]
+        assert bind(ledger) == (Delivery.DROP, [])
 
     def test_a_duplicate_is_dropped(self) -> None:
-        ledger = self.ledger()
-        assert self.bound(ledger) is Delivery.DELIVER
-        assert self.bound(ledger) is Delivery.DROP
+        ledger = prefill()
+        assert bind(ledger) == (Delivery.DELIVER, [ForgetRoom(7)])
+        assert bind(ledger) == (Delivery.DROP, [])
 
-    def test_a_reused_room_waits_until_its_predecessor_is_quiet(self) -> None:
-        ledger = self.ledger()
-        self.bound(ledger)
-        attempt = ledger.put(7)
-        assert attempt is not None and ledger.take(attempt)
-        assert self.bound(ledger, "g2") is Delivery.DEFER
-        ledger.ask(7, "g1", "d0", "p0")
-        ledger.done(attempt)
-        ledger.retire(7)
-        assert self.bound(ledger, "g2") is Delivery.DELIVER
-        assert not ledger.take(attempt)
-
-    def test_all_of_a_fan_in_are_answered_when_the_attempt_is_quiet(self) -> None:
-        ledger = self.ledger()
-        for rank in ("d0", "d1"):
-            assert ledger.bind(7, f"g-{rank}", rank, "p0", fan_in=2) is Delivery.DELIVER
-        attempt = ledger.put(7)
+    def test_all_of_a_fan_in_share_an_attempt_and_are_answered_when_it_is_quiet(self) -> None:
+        ledger = prefill()
+        forget: list[Action] = [ForgetRoom(7)]
+        assert ledger.bind(7, "e", "g-d0", "d0", "p0") == (Delivery.DELIVER, forget)
+        assert ledger.bind(7, "e", "g-d1", "d1", "p0") == (Delivery.DELIVER, [])
+        ledger.sender_made("s", 7)
+        attempt = ledger.put("s")
         assert attempt is not None and ledger.take(attempt)
         ledger.ask(7, "g-d1", "d1", "p0")
         ledger.ask(7, "g-d0", "d0", "p0")
         replies = ledger.done(attempt)
         assert [a.reply_to for a in replies if isinstance(a, SendAnswer)] == ["d0", "d1"]
 
-    def test_poison_stays(self) -> None:
-        ledger = self.ledger(memory=1)
-        self.bound(ledger)
-        attempt = ledger.put(7)
-        assert attempt is not None and ledger.take(attempt)
-        ledger.failed(attempt, "write returned -1")
-        ledger.failed(attempt, "another reason")
+    def test_destinations_that_come_after_their_attempt_was_closed_are_dropped(self) -> None:
+        ledger = prefill()
+        ledger.bind(7, "e", "g-d0", "d0", "p0")
+        ledger.ask(7, "g-d0", "d0", "p0")
+        assert ledger.bind(7, "e", "g-d1", "d1", "p0") == (Delivery.DROP, [])
+        assert answers(ledger.ask(7, "g-d1", "d1", "p0")) == [("g-d1", "drained")]
+
+    def test_poison_stays_and_ends_the_attempt(self) -> None:
+        ledger = prefill(memory=1)
+        attempt = taken(ledger)
+        queued = ledger.put("s1")
+        (failed,) = ledger.failed(attempt, "write returned -1")
+        assert isinstance(failed, FailRoom) and "write returned -1" in failed.reason
+        assert ledger.failed(attempt, "another reason") == []
+        assert ledger.put("s1") is None
+        assert queued is not None and not ledger.take(queued)
         ledger.done(attempt)
-        ledger.retire(7)
-        for room in range(100, 110):
-            self.bound(ledger, f"g{room}", room)
-            ledger.retire(room)
+        ledger.retire("s1", 7)
+        for n in range(100, 110):
+            ledger.retire(bound(ledger, n, room=n), n)
         (answer,) = ledger.ask(7, "g1", "d0", "p0")
         assert isinstance(answer, SendAnswer)
         assert (answer.verdict, answer.reason) == ("poisoned", "write returned -1")
-        assert ledger.poisoned == 1
 
     def test_more_ends_than_beginnings_raise(self) -> None:
-        ledger = self.ledger()
-        attempt = ledger.put(7)
+        ledger = prefill()
+        attempt = ledger.put(bound(ledger))
         assert attempt is not None
         with pytest.raises(LedgerError, match="room 7"):
             ledger.done(attempt)
 
-    def test_memory_of_finished_attempts_and_of_unseen_generations_is_bounded(self) -> None:
-        ledger = self.ledger(memory=10)
+    def test_memory_is_bounded(self) -> None:
+        ledger = prefill(memory=10)
         for i in range(100):
-            self.bound(ledger, f"g{i}", room=i)
-            ledger.retire(i)
+            ledger.retire(bound(ledger, i, room=i), i)
             ledger.ask(i, f"never-{i}", "d0", "p0")
-        assert len(ledger._finished) == len(ledger._by_gen) == len(ledger._aborted_unseen) == 10
-        assert not ledger._rooms
+            unsent = 1000 + i
+            bind(ledger, unsent, room=unsent)
+            ledger.ask(unsent, f"g{unsent}", "d0", "p0")
+        assert len(ledger._rooms) == len(ledger._unsent) == 10, "their request never came"
+        assert len(ledger._finished) == len(ledger._aborted_unseen) == 10
+        assert len(ledger._by_gen) == len(ledger._by_epoch) == 20
+        assert not ledger._senders and not ledger._waiting
         # The forgotten are answered truthfully, the remembered precisely.
-        assert answers([*ledger.ask(0, "g0", "d0", "p0")]) == [("g0", "unknown")]
-        assert answers([*ledger.ask(99, "g99", "d0", "p0")]) == [("g99", "drained")]
+        assert answers(ledger.ask(0, "g0", "d0", "p0")) == [("g0", "unknown")]
+        assert answers(ledger.ask(99, "g99", "d0", "p0")) == [("g99", "drained")]
 
-    def test_a_room_of_a_decode_without_the_plugin_is_accounted_for(self) -> None:
-        ledger = self.ledger()
-        attempt = ledger.put(7)
-        assert attempt is not None and ledger.take(attempt)
-        assert ledger.busy(7)
-        assert ledger.retire(7) == []
-        assert ledger.busy(7)
+
+class TestRoomReuse:
+    """A room serves one attempt, with one sender, at a time."""
+
+    def test_the_next_waits_until_the_one_before_is_over(self) -> None:
+        ledger = prefill()
+        attempt = taken(ledger)
+        assert ledger.sender_made("s2", 7) == []
+        assert bind(ledger, 2) == (Delivery.DEFER, [FailRoom(7, "its room is used again")])
+        assert bind(ledger, 2) == (Delivery.DEFER, [])
         ledger.done(attempt)
-        assert not ledger.busy(7) and not ledger._rooms
+        assert bind(ledger, 2)[0] is Delivery.DEFER, "stock still looks at the old one"
+        ledger.retire("s1", 7)
+        assert bind(ledger, 2) == (Delivery.DELIVER, [ForgetRoom(7)])
+        assert not ledger.take(attempt)
+        assert ledger.put("s1") is None
+        assert ledger.put("s2") not in (None, attempt)
 
-    def test_retiring_an_unknown_room_is_nothing(self) -> None:
-        assert self.ledger().retire(7) == []
+    def test_a_sender_cleared_with_a_chunk_in_hand_keeps_its_room(self) -> None:
+        ledger = prefill()
+        attempt = taken(ledger)
+        ledger.retire("s1", 7)
+        assert bind(ledger, 2)[0] is Delivery.DEFER
+        ledger.done(attempt)
+        assert bind(ledger, 2)[0] is Delivery.DELIVER
+
+    def test_retiring_a_sender_leaves_the_next_attempt_alone(self) -> None:
+        ledger = prefill()
+        bound(ledger)
+        ledger.sender_made("s2", 7)
+        ledger.retire("s1", 7)
+        bind(ledger, 2)
+        ledger.retire("s1", 7)
+        assert ledger.put("s2") is not None
+
+    def test_one_that_never_had_a_sender_is_over_when_closed(self) -> None:
+        ledger = prefill()
+        bind(ledger)
+        ledger.ask(7, "g1", "d0", "p0")
+        assert bind(ledger, 2)[0] is Delivery.DELIVER
+
+    def test_a_request_that_comes_after_its_attempt_was_closed_is_failed(self) -> None:
+        ledger = prefill()
+        bind(ledger)
+        ledger.ask(7, "g1", "d0", "p0")
+        (failed,) = ledger.sender_made("s1", 7)
+        assert isinstance(failed, FailRoom)
+        assert ledger.put("s1") is None
+        assert bind(ledger, 2)[0] is Delivery.DEFER
+
+    def test_a_question_is_not_kept_waiting_with_its_destinations(self) -> None:
+        ledger = prefill()
+        taken(ledger)
+        assert bind(ledger, 2)[0] is Delivery.DEFER
+        assert answers(ledger.ask(7, "g2", "d0", "p0")) == [("g2", "unknown")]
+        assert bind(ledger, 2) == (Delivery.DROP, [])
+
+    def test_a_sender_that_waits_may_be_retired(self) -> None:
+        ledger = prefill()
+        assert ledger.put("s1") is None
+        ledger.sender_made("s1", 7)
+        assert ledger.put("s1") is None, "no destinations yet"
+        assert not ledger.busy("s1")
+        assert ledger.retire("s1", 7) == []
+        assert ledger.retire("s1", 7) == []
+        assert not ledger._waiting
+
+
+class TestDecodeWithoutThePlugin:
+    def test_it_is_accounted_for_and_its_success_is_not_marked(self) -> None:
+        ledger = prefill()
+        assert ledger.bind_stranger(7, "x0") == (Delivery.DELIVER, [ForgetRoom(7)])
+        assert ledger.bind_stranger(7, "x1") == (Delivery.DELIVER, []), "a second TP rank"
+        ledger.sender_made("s1", 7)
+        attempt = ledger.put("s1")
+        assert attempt is not None and ledger.take(attempt)
+        assert ledger.gen_for(attempt, "x0") is None
+        assert ledger.retire("s1", 7) == []
+        assert ledger.busy("s1") is False, "nobody asks for a sender that is gone"
+        assert ledger.bind_stranger(7, "x2")[0] is Delivery.DEFER
+        assert ledger.done(attempt) == []
+        assert ledger.bind_stranger(7, "x2")[0] is Delivery.DELIVER
+
+    def test_its_second_attempt_and_a_protected_one_wait_for_the_first(self) -> None:
+        ledger = prefill()
+        ledger.bind_stranger(7, "x0")
+        ledger.sender_made("s1", 7)
+        assert ledger.bind(7, "e1", "g1", "d0", "p0")[0] is Delivery.DEFER
+        assert ledger.bind_stranger(7, "x0")[0] is Delivery.DEFER
+        ledger.retire("s1", 7)
+        assert ledger.bind(7, "e1", "g1", "d0", "p0")[0] is Delivery.DELIVER
+        assert ledger.bind_stranger(7, "x0")[0] is Delivery.DEFER
+
+    def test_the_mark_is_the_generation_of_who_listens(self) -> None:
+        ledger = prefill()
+        for rank in ("d0", "d1"):
+            ledger.bind(7, "e", f"g-{rank}", rank, "p0")
+        ledger.sender_made("s", 7)
+        attempt = ledger.put("s")
+        assert attempt is not None
+        assert ledger.gen_for(attempt, "d1") == "g-d1"
+        assert ledger.gen_for(attempt, "elsewhere") is None

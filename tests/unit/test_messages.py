@@ -11,7 +11,7 @@ from sglang_scaling_fixes.reclaim import messages as m
 MESSAGES = [
     m.Hello("tcp://127.0.0.1:1", "127.0.0.1:2"),
     m.Bind("tcp://127.0.0.1:1", "127.0.0.1:2", "g-1", "e-1"),
-    m.Mark("g-1"),
+    m.Mark("g-1", "127.0.0.1:2"),
     m.Ask("tcp://127.0.0.1:1", "127.0.0.1:2", 2**63 - 1, "g-1"),
     m.Here("127.0.0.1:2", "inc"),
     m.Here("127.0.0.1:2", "inc", "g-1"),
@@ -24,7 +24,15 @@ def test_round_trip_alone_and_as_a_trailer(message: m.Message) -> None:
     frame = m.encode(message)
     assert m.decode(frame) == message
     assert m.split([frame]) == ([], message)
-    assert m.split([b"77", b"127.0.0.1", frame]) == ([b"77", b"127.0.0.1"], message)
+    if isinstance(message, m.Hello | m.Bind):
+        frames = m.ride([b"77", b"127.0.0.1"], message)
+        assert len(frames) == m.TRAILER_AT + 1
+        assert set(frames[2:-1]) == {b""}
+    else:
+        frames = [b"77", b"127.0.0.1", frame]
+    stock, received = m.split(frames)
+    assert stock == [b"77", b"127.0.0.1"]
+    assert type(received) is type(message)
 
 
 @given(st.lists(st.binary(max_size=64), max_size=12))

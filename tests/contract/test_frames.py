@@ -1,0 +1,38 @@
+"""A trailer never lands on a frame that a stock prefill reads, whatever the pair of releases.
+
+A decode of one release may talk to a stock prefill of another. Ours rides at a fixed
+index with empty frames before it, so two things must hold in every wheel: no frame
+index that far is read, and frames past the first eight are read only where empty
+means absent.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import wheels
+
+from sglang_scaling_fixes.reclaim.messages import TRAILER_AT
+
+READ = re.compile(r"\b(?:msg|waiting_req_bytes)\[(\d+)\]")
+FIELDS_FROM = re.compile(r"from_zmq_fields\(msg, (\d+)\)")
+
+
+def conn(release: str) -> Path:
+    return wheels.source(release) / "sglang/srt/disaggregation/mooncake/conn.py"
+
+
+@pytest.mark.parametrize("release", wheels.RELEASES)
+def test_no_stock_release_reads_as_far_as_the_trailer(release: str) -> None:
+    text = conn(release).read_text()
+    read = [int(index) for index in READ.findall(text)]
+    # Staging fields start at the named index; there are two of them.
+    read += [int(index) + 2 for index in FIELDS_FROM.findall(text)]
+    assert max(read) >= 7  # the pattern still matches what stock reads
+    assert max(read) < TRAILER_AT
+
+
+def test_the_pattern_would_notice() -> None:
+    assert READ.findall("x = msg[32]; y = waiting_req_bytes[7]") == ["32", "7"]

@@ -1,0 +1,118 @@
+"""PrefillGuard over a stand-in manager: senders that come, go and are forgotten."""
+
+from __future__ import annotations
+
+import gc
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sglang_scaling_fixes.reclaim import messages
+from sglang_scaling_fixes.reclaim.prefill import PrefillGuard
+
+REPLY, RANK = "tcp://127.0.0.1:1", "127.0.0.1:2"
+FAILED, SUCCESS = 0, 4
+
+
+class Sender:
+    def __init__(self, room: int) -> None:
+        self.bootstrap_room = room
+
+
+class Prefill:
+    """What a guard needs of stock's manager, and what it says to decode."""
+
+    def __init__(self) -> None:
+        self.status: dict[int, int] = {}
+        self.infos: dict[int, Any] = {}
+        self.manager = SimpleNamespace(
+            engine=SimpleNamespace(),
+            transfer_queues=[],
+            request_status=self.status,
+            transfer_infos=self.infos,
+            record_failure=lambda room, reason: None,
+            update_status=self.status.__setitem__,
+        )
+        self.guard = PrefillGuard(self.manager)
+        self.said: list[Any] = []
+        self.guard._replies = SimpleNamespace(  # type: ignore[assignment]
+            send=lambda to, frame: self.said.append(messages.decode(frame))
+        )
+
+    def bind(self, room: int, gen: str) -> list[bytes] | None:
+        stock = [str(room).encode(), b"127.0.0.1", b"1", b"s:1", b"\0" * 4, b"0", b"", b"1"]
+        bind = messages.Bind(REPLY, RANK, gen, f"e-{gen}")
+        return self.guard._read(messages.ride(stock, bind))
+
+    def ask(self, room: int, gen: str) -> str:
+        ask = messages.Ask(REPLY, RANK, room, gen)
+        assert self.guard._read([messages.encode(ask)]) is None
+        return str(self.said[-1].verdict)
+
+    def sender(self, room: int) -> Sender:
+        sender = Sender(room)
+        self.status[room] = 1
+        self.guard.sender_made(sender)
+        return sender
+
+
+@pytest.fixture
+def prefill() -> Any:
+    saved = PrefillGuard.current
+    yield Prefill()
+    PrefillGuard.current = saved
+
+
+def test_an_abort_before_the_request_arrives_ends_it_when_it_does(prefill: Prefill) -> None:
+    prefill.bind(7, "g1")
+    assert prefill.ask(7, "g1") == "drained"
+    sender = prefill.sender(7)
+    assert prefill.status[7] == FAILED
+    assert not prefill.guard.busy(sender)
+
+
+def test_a_room_that_succeeded_is_not_failed_by_a_late_abort(prefill: Prefill) -> None:
+    prefill.bind(7, "g1")
+    sender = prefill.sender(7)
+    prefill.status[7] = SUCCESS
+    assert prefill.ask(7, "g1") == "drained"
+    assert prefill.status[7] == SUCCESS
+    assert not prefill.guard.busy(sender)
+
+
+def test_a_reused_room_waits_for_the_sender_before_it(prefill: Prefill) -> None:
+    prefill.bind(7, "g1")
+    first = prefill.sender(7)
+    prefill.infos[7] = "destinations of g1"
+    assert prefill.bind(7, "g2") is None
+    assert prefill.guard._next_deferred() is None
+    prefill.guard.retire(first)
+    assert prefill.guard._next_deferred() is not None
+    assert 7 not in prefill.infos
+
+
+def test_a_sender_stock_drops_without_clearing_does_not_pin_its_room(prefill: Prefill) -> None:
+    """Several abort paths of stock never clear the sender."""
+    prefill.bind(7, "g1")
+    sender = prefill.sender(7)
+    assert prefill.ask(7, "g1") == "drained"
+    assert prefill.bind(7, "g2") is None
+    del sender
+    gc.collect()
+    assert prefill.guard._next_deferred() is not None
+
+
+def test_a_rank_without_destinations_is_no_stranger(
+    prefill: Prefill, caplog: pytest.LogCaptureFixture
+) -> None:
+    """MLA: ranks that write nothing get an empty message, and stock still counts on them."""
+    stock = [b"7", b"127.0.0.1", b"1", b"s:1", b"", b"", b"", b"1"]
+    assert prefill.guard._read(stock) == stock
+    assert "runs without safe-reclaim" not in caplog.text
+    sender = prefill.sender(7)
+    with prefill.guard.sending(sender):
+        assert prefill.guard.put(None) is not None
+    stranger = [b"8", b"127.0.0.1", b"1", b"s:1", b"\0" * 4, b"0", b"", b"1"]
+    assert prefill.guard._read(stranger) == stranger
+    assert "runs without safe-reclaim" in caplog.text
