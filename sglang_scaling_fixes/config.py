@@ -96,7 +96,7 @@ class Config:
     def from_env(cls, env: Mapping[str, str] = os.environ) -> Config:
         """Read the environment. Raises `ConfigError` naming variable, value and remedy."""
         text = env.get(PLUGIN_ENV)
-        fixes = None if text is None else parse_fixes(text, PLUGIN_ENV)
+        fixes = None if text is None else parse_fixes(text, f"{PLUGIN_FLAG} ({PLUGIN_ENV})")
         peer, audit, resend = (_read(s, env.get(s.env)) for s in SETTINGS)
         assert isinstance(peer, str) and isinstance(audit, bool) and isinstance(resend, float)
         return cls(fixes, peer, audit, resend)

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sglang_scaling_fixes.config import Config
+
+TRANSFER_TIMEOUT = "600"
+"""Seconds a Mooncake write may take before it is given up (MC_TRANSFER_TIMEOUT).
+
+Mooncake's own 30 s abandons a slow write while its bytes are still on the wire: the
+call fails, the bytes land, and nothing can prove when they have. Waited for, the same
+write ends with a status that means something. A value set by the operator stays.
+"""
 
 
 def arm(config: Config) -> str:
@@ -13,6 +22,7 @@ def arm(config: Config) -> str:
 
     Raises `ScalingFixesError` when a stock part is missing or behaves differently.
     """
+    os.environ.setdefault("MC_TRANSFER_TIMEOUT", TRANSFER_TIMEOUT)
     from sglang_scaling_fixes.attach import ATTACH_POINTS, is_wrapped
     from sglang_scaling_fixes.reclaim import decode, prefill, probe
 

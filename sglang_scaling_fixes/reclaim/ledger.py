@@ -488,7 +488,9 @@ class PrefillLedger:
         self, room: int, epoch: str, gen: str, reply_to: str, rank: Rank
     ) -> tuple[Delivery, list[Action]]:
         """Destinations of `gen` arrived. The verdict comes before stock sees them."""
-        if self._deferred.pop(gen, False) or gen in self._aborted_unseen or gen in self._by_gen:
+        if self._deferred.pop(gen, False):
+            self._remember_aborted(gen)
+        if gen in self._aborted_unseen or gen in self._by_gen:
             return Delivery.DROP, []
         delivery, actions = Delivery.DELIVER, list[Action]()
         attempt = self._by_epoch.get((room, epoch))
@@ -523,9 +525,7 @@ class PrefillLedger:
         if gen in self._deferred:
             self._deferred[gen] = True
         elif attempt is None:
-            self._aborted_unseen[gen] = None
-            if len(self._aborted_unseen) > self._memory:
-                self._aborted_unseen.popitem(last=False)
+            self._remember_aborted(gen)
         if attempt is None:
             return [SendAnswer(reply_to, rank, gen, "unknown")]
         attempt.bindings[gen] = (reply_to, rank)
@@ -605,6 +605,11 @@ class PrefillLedger:
         return next(found, None)
 
     # -- internals ---------------------------------------------------------------
+
+    def _remember_aborted(self, gen: str) -> None:
+        self._aborted_unseen[gen] = None
+        if len(self._aborted_unseen) > self._memory:
+            self._aborted_unseen.popitem(last=False)
 
     def _next_attempt(self, room: int, epoch: str) -> tuple[Delivery, list[Action], Attempt | None]:
         before = self._rooms.get(room)

@@ -110,11 +110,10 @@ SMALL: dict[str, Config] = {
     "room reuse, failed write": replace(_REUSE, fail=1),
     "room reuse, worker": replace(_REUSE, split_take=True, split_end=True, abort=1),
     "room reuse, receiver": replace(_REUSE, split_bind=True, split_fail=True),
-    "room reuse, scheduler": replace(_REUSE, split_clear=True),
+    "room reuse, scheduler": replace(_REUSE, split_clear=True, drop=1),
     "room reuse, arrival": replace(_REUSE, late_arrival=True, split_made=True),
-    "room reuse, fan-in": replace(_REUSE, decodes=2),
     "slot reuse": Config(rooms=(7, 8), slots=1, tick=1, lose=1),
-    "crash": Config(rooms=(7, 8), slots=1, crash=1, tick=1),
+    "crash": Config(rooms=(7, 8), slots=1, crash=1),
     "crash and fence": Config(crash=1, fence=1, tick=1, lose=1),
     "crash, dup": Config(crash=1, dup=1),
     "two writers": Config(prefills=2, tick=1),
@@ -125,11 +124,13 @@ SMALL: dict[str, Config] = {
     "stranger at decode, later": Config(rooms=(7, 7), bare=(1,)),
     "unknown peer": Config(greeted=False, tick=1, lose=1),
     "decode restart": replace(_REUSE, restart=1),
+    "short memory": replace(_REUSE, memory=1),
 }
 """What continuous integration explores completely."""
 
 BIG: dict[str, Config] = {
     "room reuse, lost": replace(_REUSE, tick=1, lose=1),
+    "room reuse, fan-in": replace(_REUSE, decodes=2),
     "room reuse, everything": replace(_REUSE, tick=1, lose=1, dup=1, swap=1, fail=1),
     "room reuse, all threads": replace(
         _REUSE,
@@ -142,6 +143,7 @@ BIG: dict[str, Config] = {
         late_arrival=True,
     ),
     "three requests": Config(rooms=(7, 7, 8), tick=1, lose=1),
+    "crash, asked again": Config(rooms=(7, 8), slots=1, crash=1, tick=1),
     "two writers, crash": Config(rooms=(7, 8), prefills=2, crash=1, tick=1, lose=1, slots=1),
 }
 
@@ -158,7 +160,6 @@ OPEN: dict[str, Config] = {
     "decode restarts, prefill runs without the plugin": replace(
         _REUSE, plugged=(False,), restart=1
     ),
-    "a question is forgotten while its destinations wait": replace(_REUSE, memory=0),
     "a room's requests come in another order than its destinations": replace(
         _REUSE, late_arrival=True, foreign=True
     ),
@@ -177,12 +178,32 @@ RANDOM: dict[str, Config] = {
         rooms=(7, 7, 7, 7),
         chunks=2,
         split_take=True,
+        split_end=True,
+        split_bind=True,
+        split_clear=True,
+        split_fail=True,
+        split_made=True,
+        late_arrival=True,
+        drop=1,
         lose=2,
         dup=2,
         swap=2,
         tick=4,
         fail=1,
         abort=2,
+    ),
+    "one room, two ranks, revived": Config(
+        rooms=(7, 7, 7),
+        decodes=2,
+        slots=3,
+        memory=1,
+        failed_is_final=False,
+        split_bind=True,
+        split_clear=True,
+        lose=1,
+        tick=4,
+        abort=1,
+        drop=1,
     ),
     "crashes and fences": Config(
         rooms=(7, 8, 9), chunks=2, lose=2, tick=4, fail=1, crash=2, fence=2

@@ -102,6 +102,7 @@ class Config:
     fence: int = 0
     restart: int = 0
     abort: int = 0
+    drop: int = 0
 
     gate: bool = True
     generations: bool = True
@@ -109,7 +110,7 @@ class Config:
     marks: bool = True
 
 
-BUDGETED = ("lose", "dup", "swap", "tick", "fail", "crash", "fence", "restart", "abort")
+BUDGETED = ("lose", "dup", "swap", "tick", "fail", "crash", "fence", "restart", "abort", "drop")
 
 
 class Counter:
@@ -262,6 +263,8 @@ class World:
         """(generation, prefill rank) -> epoch of the address, life of the process."""
         self.decodes = {f"d{i}": self._new_decode(f"d{i}", 0) for i in range(config.decodes)}
         self.prefills = {f"p{i}": self._new_prefill(f"p{i}", 0) for i in range(config.prefills)}
+        self.strange: frozenset[tuple[str, str]] = frozenset()
+        """(decode, prefill) where decode has not registered with the new process yet."""
         self.channels: dict[str, tuple[Msg, ...]] = {}
         for d in self.decodes:
             for p in self.prefills:
@@ -370,6 +373,7 @@ class World:
                 if i in d.exposures
             ):
                 events.append(f"return r{i}")
+        events += [f"register {d} {p}" for d, p in sorted(self.strange)]
         events += [f"count {d.name}" for d in self.decodes.values() if d.admitted]
         for p in self.prefills.values():
             events += self._sender_events(p) + self._worker_events(p)
@@ -439,6 +443,8 @@ class World:
                 events += [f"fence {d} {p.name}" for d in self.decodes]
             if self.left["abort"]:
                 events += [f"abort r{i} {p.name}" for i in p.senders]
+            if self.left["drop"]:
+                events += [f"drop r{i} {p.name}" for i in p.senders]
         if self.left["restart"] and len(self.decodes) == 1:
             events += [f"restart {d}" for d in self.decodes]
         return events
@@ -523,6 +529,7 @@ class World:
         for d in map(self._decode, self.decodes):
             exposure = d.exposure(i)
             reported = d.receivers.pop(room)[1]
+            d.late_reports[room] = set(reported)
             d.ledger.give_up(exposure, 0.0, success_seen=reported == set(self.prefills))
             if not self.config.gate:
                 self._free(d, i)
@@ -590,6 +597,12 @@ class World:
             self._send(name, p, Msg("hello"))
         self.say(f"{name}: restarted")
 
+    def do_register(self, name: str, p: str) -> None:
+        """Stock's registration of decode's buffers, with Hello."""
+        self.strange -= {(name, p)}
+        self._decode(name).ledger.forget(p)
+        self._send(name, p, Msg("hello"))
+
     def do_fence(self, name: str, p: str) -> None:
         """Every address `p` knows of `name` dies, and with it what is posted to it."""
         d = self._decode(name)
@@ -648,7 +661,11 @@ class World:
     def _success(self, d: Decode, p: str, m: Msg) -> None:
         """The adapter's `_admits`, and what stock does with a success it sees."""
         gen = m.gen or None
-        if gen is None and any(e.room == m.room for e in d.ledger.held):
+        if gen is not None:
+            d.ledger.marked(gen, p)
+            if any(e.gen == gen and e.state is State.PROVEN for e in d.ledger.held):
+                self.say(f"{d.name}: {gen} proven")
+        elif any(e.room == m.room for e in d.ledger.held):
             reports = d.late_reports.setdefault(m.room, set())
             reports.add(p)
             if d.ledger.success(m.room, len(reports)):
@@ -895,8 +912,9 @@ class World:
             elif d != STRANGER:
                 mark = None
                 if p.ledger is not None and chunk.attempt is not None:
-                    mark = p.ledger.gen_for(chunk.attempt, d)
-                self._send(name, d, Msg("success", mark or "", chunk.room), stock=True)
+                    mark = p.ledger.bound_for(chunk.attempt, d)
+                gen = mark[0] if mark is not None else ""
+                self._send(name, d, Msg("success", gen, chunk.room), stock=True)
 
     def do_end(self, name: str) -> None:
         p = self._prefill(name)
@@ -931,12 +949,19 @@ class World:
         if p.ledger is not None:
             self._act(p, p.ledger.retire(i, self.config.rooms[i]))
 
+    def do_drop(self, r: str, name: str) -> None:
+        """A sender that stock never clears, as after some aborts; its room stays as it is."""
+        p = self._prefill(name)
+        del p.senders[int(r[1:])]
+        p.retiring = int(r[1:])
+        if not self.config.split_clear:
+            self.do_retire(name)
+
     def do_crash(self, name: str) -> None:
         """The process dies and comes back empty; what it posted stays on the wire."""
         old = self.prefills[name]
         self.prefills[name] = self._new_prefill(name, old.life + 1)
-        for d in self.decodes:
-            self._send(d, name, Msg("hello"))  # stock registers anew
+        self.strange |= {(d, name) for d in self.decodes}
         self.say(f"{name}: restarted as {self.prefills[name].incarnation}")
 
     # -- the end --------------------------------------------------------------------------
@@ -1010,6 +1035,7 @@ class World:
             *(d.number for d in self.decodes.values()),
             *(p.number for p in self.prefills.values()),
             self.arrived,
+            self.strange,
             frozenset(self.gens.items()),
             frozenset(self.exposed_in.items()),
         )
@@ -1095,6 +1121,7 @@ def prefill_key(p: Prefill) -> Any:
             tuple(ref(a) for a in p.ledger._unsent.values()),
             tuple(ref(a) for a in p.ledger._finished),
             tuple(p.ledger._aborted_unseen),
+            tuple(sorted(p.ledger._deferred.items())),
         )
 
     def chunk(c: Chunk | None) -> Any:

@@ -22,7 +22,7 @@ KNOWN = {
     DecodeLedger: "_incarnation group _counter _first_wait _max_wait peers _exposed _held "
     "_given_up_rooms _memory",
     PrefillLedger: "incarnation _memory _rooms _by_epoch _by_gen _senders _waiting _finished "
-    "_unsent _aborted_unseen",
+    "_unsent _aborted_unseen _deferred",
 }
 """What `decode_key` and `prefill_key` tell apart, or may leave out."""
 

@@ -504,7 +504,7 @@ class TestDecodeWithoutThePlugin:
         ledger.sender_made("s1", 7)
         attempt = ledger.put("s1")
         assert attempt is not None and ledger.take(attempt)
-        assert ledger.gen_for(attempt, "x0") is None
+        assert ledger.bound_for(attempt, "x0") is None
         assert ledger.retire("s1", 7) == []
         assert ledger.busy("s1") is False, "nobody asks for a sender that is gone"
         assert ledger.bind_stranger(7, "x2")[0] is Delivery.DEFER
@@ -528,5 +528,5 @@ class TestDecodeWithoutThePlugin:
         ledger.sender_made("s", 7)
         attempt = ledger.put("s")
         assert attempt is not None
-        assert ledger.gen_for(attempt, "d1") == "g-d1"
-        assert ledger.gen_for(attempt, "elsewhere") is None
+        assert ledger.bound_for(attempt, "d1") == ("g-d1", "p0")
+        assert ledger.bound_for(attempt, "elsewhere") is None
