@@ -121,6 +121,7 @@ class PrefillGuard:
             delivery, actions = self._ledger.bind(
                 int(stock[0]), bind.epoch, bind.gen, bind.reply_to, bind.rank
             )
+            self._forget_rooms(actions)
         self._act(actions)
         if delivery is Delivery.DEFER:
             self._deferred.append(lambda: self._bind(stock, bind))
@@ -145,6 +146,7 @@ class PrefillGuard:
             )
         with self._lock:
             delivery, actions = self._ledger.bind_stranger(int(stock[0]), source)
+            self._forget_rooms(actions)
         self._act(actions)
         if delivery is Delivery.DEFER:
             self._deferred.append(lambda: self._bind_stranger(stock))
@@ -247,10 +249,15 @@ class PrefillGuard:
         for action in actions:
             if isinstance(action, FailRoom):
                 self._fail(action.room, action.reason)
-            elif isinstance(action, ForgetRoom):
-                self._manager.transfer_infos.pop(action.room, None)
-            else:
+            elif isinstance(action, SendAnswer):
                 self._answer(action)
+
+    def _forget_rooms(self, actions: list[Action]) -> None:
+        """Under the lock of the bind that asks for it: until the old destinations are
+        gone no chunk of the new attempt may be taken, and taking needs the lock."""
+        for action in actions:
+            if isinstance(action, ForgetRoom):
+                self._manager.transfer_infos.pop(action.room, None)
 
     def _answer(self, action: SendAnswer) -> None:
         self.counters[action.verdict] += 1

@@ -50,9 +50,7 @@ def found(old: Environment, new: Environment) -> dict[str, Any]:
     """Two at a time: an import of SGLang takes one core for ten seconds or more."""
     with ThreadPoolExecutor(2) as pool:
         pending = {
-            release: pool.submit(
-                probe, new if release == NEWEST else old, wheels.source(release)
-            )
+            release: pool.submit(probe, new if release == NEWEST else old, wheels.source(release))
             for release in wheels.RELEASES
         }
         return {release: future.result() for release, future in pending.items()}

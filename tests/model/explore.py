@@ -109,7 +109,8 @@ SMALL: dict[str, Config] = {
     "room reuse, dup": replace(_REUSE, dup=1),
     "room reuse, failed write": replace(_REUSE, fail=1),
     "room reuse, worker": replace(_REUSE, split_take=True, split_end=True, abort=1),
-    "room reuse, receiver": replace(_REUSE, split_bind=True, split_fail=True),
+    "room reuse, receiver": replace(_REUSE, split_bind=True, drop=1),
+    "room reuse, late failure": replace(_REUSE, split_fail=True),
     "room reuse, scheduler": replace(_REUSE, split_clear=True, drop=1),
     "room reuse, arrival": replace(_REUSE, late_arrival=True, split_made=True),
     "slot reuse": Config(rooms=(7, 8), slots=1, tick=1, lose=1),
@@ -152,6 +153,9 @@ CONTROLS: dict[str, Config] = {
     "no generations": replace(_REUSE, generations=False, tick=1),
     "no poison": Config(poison=False, fail=1),
     "no marks": replace(_REUSE, marks=False),
+    "old destinations forgotten outside the lock": replace(
+        _REUSE, split_bind=True, split_forget=True, drop=1
+    ),
 }
 """One rule off: the exploration must find the corruption, or it proves nothing."""
 

@@ -76,6 +76,8 @@ class Config:
     """And it reports success at another than it goes for its next chunk."""
     split_bind: bool = False
     """Stock may lag behind the ledger's verdict on metadata (another thread runs)."""
+    split_forget: bool = False
+    """And the adapter, which makes stock forget the room, as well."""
     split_clear: bool = False
     """Stock's clear and the ledger's `retire` are two steps (another thread runs)."""
     split_made: bool = False
@@ -712,6 +714,9 @@ class World:
             delivery, actions = p.ledger.bind(m.room, m.attempt, m.gen, d, p.name)
         self.say(f"{p.name}: bind {m.gen}: {delivery.name.lower()}")
         if delivery is Delivery.DELIVER:
+            if not self.config.split_forget:
+                self._act(p, actions)
+                actions = []
             p.handing = (d, m, actions)
             if not self.config.split_bind:
                 self.do_store(p.name)
