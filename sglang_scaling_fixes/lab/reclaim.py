@@ -123,6 +123,7 @@ def run(
         "run_dir": str(run_dir),
         "stock": None,
         "fixed": None,
+        "ready_s": {},
     }
     details: dict[str, Any] = {}
     for half, flags in (("stock", ()), ("fixed", ("--plugin",))):
@@ -149,7 +150,8 @@ def run(
             ) as cluster:
                 tell(f"ready after {cluster.ready_s:.0f} s")
                 counts, details[half] = _half(Race(cluster, way, plan), seed, rounds, tell)
-                result[half] = {**counts, "ready_s": round(cluster.ready_s, 1)}
+                result[half] = counts
+                result["ready_s"][half] = round(cluster.ready_s, 1)
     result["rounds"] = details
     result["seconds"] = round(time.monotonic() - began, 1)
     return result

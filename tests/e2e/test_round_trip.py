@@ -16,6 +16,8 @@ from sglang_scaling_fixes.lab.install import Environment
 from sglang_scaling_fixes.lab.link import link
 
 AUDIT = ("--plugin", "--safe-reclaim-audit")
+SHAPE = ("--chunked-prefill-size", "128", "--page-size", "16")
+"""Several chunks per request, and the paged allocator."""
 REQUESTS = 6
 
 
@@ -30,7 +32,9 @@ def run_pair(
     """All prompts at once through one pair, and what the servers say of themselves."""
     with (
         link(0, run_dir, shaped=False) as way,
-        Cluster(environment, checkpoint, way, run_dir, prefills=1, extra_flags=flags) as cluster,
+        Cluster(
+            environment, checkpoint, way, run_dir, prefills=1, extra_flags=(*SHAPE, *flags)
+        ) as cluster,
     ):
         pending = [
             cluster.send(cluster.fast, prompt, f"r{i}", max_new_tokens=24)
