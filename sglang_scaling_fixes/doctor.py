@@ -66,17 +66,10 @@ def probe_here() -> None:
 
 
 def _without_mooncake(statuses: list[dict[str, str]], mooncake: release.Mooncake | None) -> None:
-    if mooncake is not None and mooncake.success_means_landed:
-        return
+    problem = release.mooncake_problem(mooncake)
     for status in statuses:
-        if status["name"] == "safe-reclaim" and status["state"] == "armed":
-            status["state"] = "unsupported"
-            status["reason"] = (
-                "Mooncake is not installed; pip install mooncake-transfer-engine"
-                if mooncake is None
-                else f"Mooncake {mooncake.version} speaks TCP protocol v1: success does not mean "
-                "landed; use 0.3.12 or later without MC_TCP_PROTO=1"
-            )
+        if problem and status["name"] == "safe-reclaim" and status["state"] == "armed":
+            status.update(state="unsupported", reason=problem)
 
 
 def _probe(names: tuple[str, ...]) -> tuple[list[dict[str, str]], bool]:

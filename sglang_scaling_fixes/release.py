@@ -61,6 +61,21 @@ def mooncake() -> Mooncake | None:
     return None
 
 
+def mooncake_problem(found: Mooncake | None) -> str | None:
+    """Why safe reclaim cannot rely on this Mooncake, with the remedy; None when it can."""
+    if found is None:
+        return (
+            "Mooncake is not installed; pip install mooncake-transfer-engine "
+            "(without a GPU: mooncake-transfer-engine-non-cuda)"
+        )
+    if not found.success_means_landed:
+        return (
+            f"Mooncake {found.version} speaks TCP protocol v1, whose success does not mean "
+            "that the bytes have landed; use Mooncake 0.3.12 or later without MC_TCP_PROTO=1"
+        )
+    return None
+
+
 def _protocol(version: str) -> str:
     tcp = bool(os.environ.get("MC_FORCE_TCP")) or (
         os.environ.get("MOONCAKE_PROTOCOL", "rdma").lower() == "tcp"

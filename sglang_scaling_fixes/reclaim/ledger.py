@@ -125,11 +125,6 @@ class Exposure:
     gave_up_at: float = 0.0
 
     @property
-    def open(self) -> bool:
-        """True while the slots are not ordinary: a writer may still reach them."""
-        return self.state in (State.EXPOSED, State.HELD, State.PROVEN)
-
-    @property
     def unproven(self) -> list[Writer]:
         return [w for w in self.writers.values() if w.proof is None]
 
@@ -246,9 +241,8 @@ class DecodeLedger:
         self, rank: Rank, incarnation: str, gen: str, verdict: str, reason: str = ""
     ) -> None:
         """A prefill rank answered an Ask. Late, repeated and foreign answers change nothing."""
-        exposure = self._held.get(gen)
-        writer = exposure.writers.get(rank) if exposure is not None else None
-        if exposure is None or writer is None or writer.proof is not None:
+        writer = self._in_question(gen, rank)
+        if writer is None:
             return
         if verdict == "poisoned":
             writer.stuck = f"a write failed and may still land ({reason})"
@@ -263,7 +257,7 @@ class DecodeLedger:
                 writer.bound_by or writer.incarnation
             )
         if credible and not writer.disputed:
-            self._prove(exposure, writer, Proof.DRAINED)
+            self._prove(self._held[gen], writer, Proof.DRAINED)
         else:
             writer.stuck = "it cannot vouch for the process that may have had the destinations"
 
@@ -283,10 +277,8 @@ class DecodeLedger:
 
     def marked(self, gen: str, rank: Rank) -> None:
         """`rank` reports success of generation `gen`: P3 for it, if the owner gave up meanwhile."""
-        exposure = self._held.get(gen)
-        writer = exposure.writers.get(rank) if exposure is not None else None
-        if exposure is not None and writer is not None and writer.proof is None:
-            self._prove(exposure, writer, Proof.LANDED)
+        if (writer := self._in_question(gen, rank)) is not None:
+            self._prove(self._held[gen], writer, Proof.LANDED)
 
     def success(self, room: int, ranks_reporting: int) -> bool:
         """An unmarked success of a room whose owner gave up: P3 from a rank without safe reclaim.
@@ -314,10 +306,8 @@ class DecodeLedger:
 
     def fenced(self, gen: str, rank: Rank) -> None:
         """The writer can no longer reach this memory (P4)."""
-        exposure = self._held.get(gen)
-        writer = exposure.writers.get(rank) if exposure is not None else None
-        if exposure is not None and writer is not None and writer.proof is None:
-            self._prove(exposure, writer, Proof.FENCED)
+        if (writer := self._in_question(gen, rank)) is not None:
+            self._prove(self._held[gen], writer, Proof.FENCED)
 
     def returned(self, exposure: Exposure) -> None:
         """Every TP rank agreed; the adapter puts the slots back right after this call."""
@@ -369,6 +359,12 @@ class DecodeLedger:
 
     def _find(self, gen: str) -> Exposure | None:
         return self._exposed.get(gen) or self._held.get(gen)
+
+    def _in_question(self, gen: str, rank: Rank) -> Writer | None:
+        """The writer of a held exposure that is still unproven, None when there is none."""
+        exposure = self._held.get(gen)
+        writer = exposure.writers.get(rank) if exposure is not None else None
+        return writer if writer is not None and writer.proof is None else None
 
     def _prove(self, exposure: Exposure, writer: Writer, proof: Proof) -> None:
         writer.proof = proof

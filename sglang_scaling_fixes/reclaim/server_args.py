@@ -44,17 +44,8 @@ def check(server_args: Any) -> None:
         _refuse(
             "disaggregation_transfer_backend", backend, "only Mooncake's writes are accounted for"
         )
-    mooncake = release.mooncake()
-    if mooncake is None:
-        raise ConfigError(
-            "Mooncake is not installed; pip install mooncake-transfer-engine "
-            "(without a GPU: mooncake-transfer-engine-non-cuda)"
-        )
-    if not mooncake.success_means_landed:
-        raise ConfigError(
-            f"Mooncake {mooncake.version} speaks TCP protocol v1, whose success does not mean "
-            "that the bytes have landed; use Mooncake 0.3.12 or later without MC_TCP_PROTO=1"
-        )
+    if (problem := release.mooncake_problem(release.mooncake())) is not None:
+        raise ConfigError(problem)
     if os.environ.get("SGLANG_DISAGG_STAGING_BUFFER", "").lower() in ("1", "true"):
         raise ConfigError(
             "SGLANG_DISAGG_STAGING_BUFFER: transfers through staging buffers are not protected "
