@@ -31,7 +31,7 @@ from sglang_scaling_fixes.errors import AttachError
 from sglang_scaling_fixes.reclaim import messages
 from sglang_scaling_fixes.reclaim.gate import Gate
 from sglang_scaling_fixes.reclaim.ledger import DecodeLedger, Exposure
-from sglang_scaling_fixes.reclaim.taps import Passthrough, ReceiveTap, is_success
+from sglang_scaling_fixes.reclaim.taps import Passthrough, ReceiveTap, is_number, is_success
 from sglang_scaling_fixes.reclaim.transport import endpoint, new_incarnation, send_now
 
 logger = logging.getLogger(__name__)
@@ -50,8 +50,8 @@ WINDOW_STATES = frozenset({"swa", "block_scale_swa"})
 
 _MOONCAKE = "sglang.srt.disaggregation.mooncake.conn"
 _SCHEDULER = "sglang.srt.managers.scheduler"
-_SUCCESS = 4
-"""KVPoll.Success in every supported release (contract-tested)."""
+_TRANSFERRING, _SUCCESS = 3, 4
+"""KVPoll values in every supported release (contract-tested)."""
 
 
 class DecodeGuard:
@@ -68,6 +68,8 @@ class DecodeGuard:
         self._lock = threading.Lock()
         self._routes: dict[str, Callable[[], tuple[Any, Any]]] = {}
         """Rank -> stock's own look-up of its socket and lock (stock may replace them)."""
+        self._hello_on: dict[str, Any] = {}
+        """Rank -> the socket its last Hello left on."""
         self._sending: Exposure | None = None
         self._stock_success: dict[int, set[bytes]] = {}
         self._next_say: dict[str, float] = {}
@@ -76,7 +78,17 @@ class DecodeGuard:
         self._buffers: Any = None
         self.gate: Gate | None = None
         self.counters = dict.fromkeys(
-            ("exposures", "landed", "gave_up", "returned", "asks", "held_tokens_max"), 0
+            (
+                "exposures",
+                "landed",
+                "gave_up",
+                "returned",
+                "asks",
+                "held_tokens_max",
+                "garbage",
+                "stale",
+            ),
+            0,
         )
         self.proofs = dict.fromkeys(("P1", "P2", "P3", "P4"), 0)
         manager.server_socket = ReceiveTap(manager.server_socket, self._read)
@@ -164,19 +176,25 @@ class DecodeGuard:
             self._sending = None
 
     def outgoing(
-        self, rank: str, route: Callable[[], tuple[Any, Any]], frames: list[bytes]
+        self,
+        rank: str,
+        route: Callable[[], tuple[Any, Any]],
+        frames: list[bytes],
+        socket: Any = None,
     ) -> list[bytes]:
-        """Add our trailer to what stock sends to a prefill rank."""
+        """Add our trailer to what stock sends to a prefill rank, under the socket's lock."""
         self._routes[rank] = route
         if frames[0] == b"None":  # stock's registration of this decode's buffers
+            self._hello_on[rank] = socket
             with self._lock:
-                self.ledger.forget(rank)  # it may be another process by now
-            return messages.ride(frames, messages.Hello(self._reply_to, rank))
+                seq = self.ledger.hello(rank)
+            return messages.ride(frames, messages.Hello(self._reply_to, rank, seq=seq))
         exposure = self._sending
         if exposure is None or rank not in exposure.writers:
             return frames
         with self._lock:
-            self.ledger.sent(exposure, rank)
+            same = self._hello_on.get(rank) is socket
+            self.ledger.sent(exposure, rank, after_hello=same)
         bind = messages.Bind(self._reply_to, rank, exposure.gen, exposure.epoch)
         return messages.ride(frames, bind)
 
@@ -202,6 +220,14 @@ class DecodeGuard:
         self._manager.update_status(receiver.bootstrap_room, 0)
 
     # -- endings ------------------------------------------------------------------
+
+    def complete(self, receiver: Any) -> bool:
+        """False while a success stock has counted for this room may be another attempt's."""
+        exposure: Exposure | None = getattr(receiver, "sglang_scaling_fixes_exposure", None)
+        if exposure is None:
+            return True
+        with self._lock:
+            return self.ledger.complete(exposure)
 
     def failing(self, receiver: Any) -> None:
         """Stock is about to end this receiver as failed, on every TP rank alike."""
@@ -322,27 +348,41 @@ class DecodeGuard:
     def _read(self, frames: list[bytes]) -> list[bytes] | None:
         """Runs on stock's receive thread: sort out what is ours, leave the rest."""
         stock, message = messages.split(frames)
+        if message is messages.GARBAGE or not self._for_decode(stock, message):
+            self.counters["garbage"] += 1
+            return None
         if is_success(stock):
             mark = message if isinstance(message, messages.Mark) else None
             return stock if self._admits(int(stock[0]), mark, stock[2]) else None
-        with self._lock:
-            if isinstance(message, messages.Here):
-                self.ledger.here(message.rank, message.incarnation, message.gen)
-            elif isinstance(message, messages.Answer):
-                self.ledger.answer(
-                    message.rank,
-                    message.incarnation,
-                    message.gen,
-                    message.verdict,
-                    message.reason,
-                )
-        if not stock:
+        if isinstance(message, messages.Here | messages.Answer):
+            with self._lock:
+                self._hear(message)
             return None
         if stock[0] == b"AUX_DATA":
             room, aux = int(stock[1]), int(stock[3])
             if self.gate is not None and not self.gate.owns_aux(aux, room):
                 return None  # a late copy into a slot that is no longer this room's
         return stock
+
+    def _for_decode(self, stock: list[bytes], message: messages.Message | None) -> bool:
+        """Something a prefill rank says, as far as it is read here."""
+        if isinstance(message, messages.Here | messages.Answer):
+            return message.rank in self._routes
+        if message is not None and not (isinstance(message, messages.Mark) and is_success(stock)):
+            return False
+        if not stock:
+            return False
+        if stock[0] == b"AUX_DATA":
+            return len(stock) > 3 and is_number(stock[1]) and is_number(stock[3])
+        return not stock[0].isdigit() or is_number(stock[0])
+
+    def _hear(self, message: messages.Here | messages.Answer) -> None:
+        if isinstance(message, messages.Here):
+            self.ledger.here(message.rank, message.incarnation, message.gen, message.seq)
+        elif not self.ledger.answer(
+            message.rank, message.incarnation, message.gen, message.verdict, message.reason
+        ):
+            self.counters["stale"] += 1
 
     def _admits(self, room: int, mark: messages.Mark | None, prefill_rank: bytes) -> bool:
         """A success: stock learns of it only if it is the open generation's."""
@@ -353,7 +393,11 @@ class DecodeGuard:
                 reported = self._stock_success.setdefault(room, set())
                 reported.add(prefill_rank)
                 self.ledger.success(room, len(reported))
-            return self.ledger.admits_success(room, mark.gen if mark is not None else None)
+            admitted = self.ledger.admits_success(
+                room, mark.gen if mark is not None else None, prefill_rank
+            )
+        self.counters["stale"] += not admitted
+        return admitted
 
     # -- reporting --------------------------------------------------------------------
 
@@ -385,7 +429,7 @@ class OutgoingTap(Passthrough):
         self._guard = guard
 
     def send_multipart(self, frames: list[bytes], *args: Any, **kwargs: Any) -> Any:
-        frames = self._guard.outgoing(self._rank, self._route, list(frames))
+        frames = self._guard.outgoing(self._rank, self._route, list(frames), self._stock)
         return self._stock.send_multipart(frames, *args, **kwargs)
 
 
@@ -492,6 +536,21 @@ def attach(config: Config) -> None:
             return stock(receiver, *args, **kwargs)
         return guard.send_metadata(stock, receiver, *args, **kwargs)
 
+    def poll(stock: Callable[..., Any], receiver: Any) -> Any:
+        """Success is not shown before this attempt's own; later polls look again.
+
+        A mark is in the ledger before stock counts the success that carries it, so
+        one that stock has counted is never withheld. A failure stock learns of
+        meanwhile must not hide behind the success it concluded.
+        """
+        with getattr(receiver, "_lifecycle_lock", contextlib.nullcontext()):
+            status = stock(receiver)
+            guard = DecodeGuard.current
+            if status == _SUCCESS and guard is not None and not guard.complete(receiver):
+                receiver.conclude_state = None
+                return type(status)(_TRANSFERRING)
+            return status
+
     def clear(stock: Callable[..., Any], receiver: Any) -> Any:
         if (guard := DecodeGuard.current) is not None:
             guard.clearing(receiver)
@@ -521,6 +580,7 @@ def attach(config: Config) -> None:
     wrap_method("sglang.srt.disaggregation.decode:DecodePreallocQueue.__init__", queue_init)
     wrap_method(f"{_MOONCAKE}:MooncakeKVReceiver._connect_to_bootstrap_server", connect)
     wrap_method(f"{_MOONCAKE}:MooncakeKVReceiver.send_metadata", send_metadata)
+    wrap_method(f"{_MOONCAKE}:MooncakeKVReceiver.poll", poll)
     wrap_method(f"{_MOONCAKE}:MooncakeKVReceiver.clear", clear)
     wrap_method(f"{_MOONCAKE}:MooncakeKVReceiver.failure_exception", failure_exception)
     wrap_method(f"{_SCHEDULER}:Scheduler.process_input_requests", process_input_requests)
