@@ -131,13 +131,13 @@ SMALL: dict[str, Config] = {
     "decode's stock lags behind the verdict on a success": replace(_REUSE, split_admit=True),
     "unknown peer, stock lags": replace(_REUSE, greeted=False, split_admit=True),
     "stock prefill, decode's stock lags": replace(_REUSE, plugged=(False,), split_admit=True),
-    "fence, room reuse": replace(_REUSE, fence=1),
     "fence, slot reuse": Config(rooms=(7, 8), slots=1, fence=1),
     "fence, stock lags": replace(_REUSE, fence=1, split_admit=True),
 }
 """What continuous integration explores completely."""
 
 BIG: dict[str, Config] = {
+    "fence, room reuse": replace(_REUSE, fence=1),
     "room reuse, lost": replace(_REUSE, tick=1, lose=1),
     "room reuse, fan-in": replace(_REUSE, decodes=2),
     "room reuse, everything": replace(_REUSE, tick=1, lose=1, dup=1, swap=1, fail=1),
