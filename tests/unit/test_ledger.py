@@ -183,7 +183,7 @@ class TestProofs:
     def test_p3_late_success_proves_nothing_of_a_room_given_up_before(self) -> None:
         ledger = decode()
         first = held(ledger)
-        ledger.fenced(first.gen, "p0")
+        ledger.fence()
         ledger.returned(first)
         held(ledger)
         assert not ledger.success(7, 1), "it may be the first one's"
@@ -204,10 +204,10 @@ class TestProofs:
         exposure = held(ledger)
         ledger.answer("p0", "p0-process", exposure.gen, "poisoned", "write returned -1")
         assert "write returned -1" in ledger.why_held(exposure)
-        ledger.fenced(exposure.gen, "p0")
+        ledger.fence()
         assert exposure.writers["p0"].proof is Proof.FENCED
         assert exposure.state is State.PROVEN
-        ledger.fenced(exposure.gen, "p0")
+        ledger.fence()
 
     def test_generations_are_never_reused(self) -> None:
         ledger = decode("p0")
