@@ -306,8 +306,8 @@ class DecodeGuard:
         with self._lock:
             held = self.ledger.held
             proven = [not exposure.unproven for exposure in held]
-        over, fence = self._past_the_bound(held)
-        *agreed, bounded, spared = self._agree([*proven, not over, not fence])
+        over, to_fence = self._past_the_bound(held)
+        *agreed, bounded, spared = self._agree([*proven, not over, not to_fence])
         for exposure, returns in zip(held, agreed, strict=True):
             if returns:
                 self._give_back(exposure)
