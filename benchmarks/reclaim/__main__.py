@@ -28,9 +28,13 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.reclaim", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="BENCHMARK")
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--release", default=importlib.metadata.version("sglang"))
-    common.add_argument("--output", type=Path, help="default: benchmarks/reclaim/results/RELEASE")
+    installed = importlib.metadata.version("sglang")
+    output = argparse.ArgumentParser(add_help=False)
+    output.add_argument(
+        "--output", type=Path, metavar="FILE", help="default: results/RELEASE.json beside this"
+    )
+    common = argparse.ArgumentParser(add_help=False, parents=[output])
+    common.add_argument("--release", default=installed, help=f"default {installed}")
     load = argparse.ArgumentParser(add_help=False, parents=[common])
     load.add_argument("--concurrency", type=int, default=8)
     load.add_argument("--prompt-tokens", type=int, default=64)
@@ -66,10 +70,10 @@ def _parser() -> argparse.ArgumentParser:
     hold.add_argument("--seed", type=int, default=1)
     hold.set_defaults(run=_holds)
 
-    alone = commands.add_parser("ledger", parents=[common], help="no servers, one core")
+    alone = commands.add_parser("ledger", parents=[output], help="no servers, one core")
     alone.add_argument("--requests", type=int, default=100_000)
     alone.add_argument("--repeats", type=int, default=5)
-    alone.set_defaults(run=_ledger)
+    alone.set_defaults(run=_ledger, release=installed)
     return parser
 
 

@@ -17,7 +17,7 @@ def test_ledger_reports_every_part(tmp_path: Path, capsys: pytest.CaptureFixture
     if importlib.util.find_spec("sglang") is None:
         pytest.skip("the gate's figures need stock's allocators")
     output = tmp_path / "result.json"
-    arguments = ["--release", "0.0.0", "--requests", "200", "--repeats", "2"]
+    arguments = ["--requests", "200", "--repeats", "2"]
     assert command.main(["ledger", *arguments, "--output", str(output)]) == 0
     result = json.loads(output.read_text())["ledger"]
     assert {"cpu", "cores", "python"} == set(result["machine"])
