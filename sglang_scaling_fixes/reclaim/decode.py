@@ -221,7 +221,21 @@ class DecodeGuard:
 
     # -- endings ------------------------------------------------------------------
 
-    def complete(self, receiver: Any) -> bool:
+    def poll(self, stock: Callable[..., Any], receiver: Any) -> Any:
+        """Success is not shown before this attempt's own; later polls look again.
+
+        A mark is in the ledger before stock counts the success that carries it, so
+        one that stock has counted is never withheld. A failure stock learns of
+        meanwhile must not hide behind the success it concluded.
+        """
+        with getattr(receiver, "_lifecycle_lock", contextlib.nullcontext()):
+            status = stock(receiver)
+            if status != _SUCCESS or self._complete(receiver):
+                return status
+            receiver.conclude_state = None
+            return type(status)(_TRANSFERRING)
+
+    def _complete(self, receiver: Any) -> bool:
         """False while a success stock has counted for this room may be another attempt's."""
         exposure: Exposure | None = getattr(receiver, "sglang_scaling_fixes_exposure", None)
         if exposure is None:
@@ -537,19 +551,8 @@ def attach(config: Config) -> None:
         return guard.send_metadata(stock, receiver, *args, **kwargs)
 
     def poll(stock: Callable[..., Any], receiver: Any) -> Any:
-        """Success is not shown before this attempt's own; later polls look again.
-
-        A mark is in the ledger before stock counts the success that carries it, so
-        one that stock has counted is never withheld. A failure stock learns of
-        meanwhile must not hide behind the success it concluded.
-        """
-        with getattr(receiver, "_lifecycle_lock", contextlib.nullcontext()):
-            status = stock(receiver)
-            guard = DecodeGuard.current
-            if status == _SUCCESS and guard is not None and not guard.complete(receiver):
-                receiver.conclude_state = None
-                return type(status)(_TRANSFERRING)
-            return status
+        guard = DecodeGuard.current
+        return stock(receiver) if guard is None else guard.poll(stock, receiver)
 
     def clear(stock: Callable[..., Any], receiver: Any) -> Any:
         if (guard := DecodeGuard.current) is not None:

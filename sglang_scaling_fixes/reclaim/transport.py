@@ -57,7 +57,7 @@ class ReplySockets:
 
     def _connect(self, to: str) -> zmq.Socket[bytes] | None:
         try:
-            socket = zmq.Context.instance().socket(zmq.PUSH)
+            socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
         except zmq.ZMQError as error:
             logger.warning("safe-reclaim: no socket for %s: %s", to, error)
             return None
