@@ -5,7 +5,6 @@ They do nothing until a decode KV manager starts in this process.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from sglang_scaling_fixes.attach import wrap_method
 from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.reclaim import layout
-from sglang_scaling_fixes.reclaim.decode import SUCCESS, DecodeGuard, OutgoingTap, rank_of
+from sglang_scaling_fixes.reclaim.decode import DecodeGuard, OutgoingTap, rank_of
 
 _MOONCAKE = "sglang.srt.disaggregation.mooncake.conn"
 _QUEUE = "sglang.srt.disaggregation.decode:DecodePreallocQueue"
@@ -58,13 +57,8 @@ def _attach_receiver() -> None:
         return guard.send_metadata(stock, receiver, *args, **kwargs)
 
     def poll(stock: Callable[..., Any], receiver: Any) -> Any:
-        """Success is not shown before this attempt's own (`DecodeGuard.own_success`)."""
-        with getattr(receiver, "_lifecycle_lock", contextlib.nullcontext()):
-            status = stock(receiver)
-            guard = DecodeGuard.current
-            if status != SUCCESS or guard is None:
-                return status
-            return guard.own_success(receiver, status)
+        guard = DecodeGuard.current
+        return stock(receiver) if guard is None else guard.poll(stock, receiver)
 
     def clear(stock: Callable[..., Any], receiver: Any) -> Any:
         if (guard := DecodeGuard.current) is not None:

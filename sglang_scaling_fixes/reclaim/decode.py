@@ -235,8 +235,8 @@ class DecodeGuard:
 
     # -- endings ------------------------------------------------------------------
 
-    def own_success(self, receiver: Any, success: Any) -> Any:
-        """The status to show where stock has counted a success for this receiver's room.
+    def poll(self, stock: Callable[..., Any], receiver: Any) -> Any:
+        """Stock's poll; a success that stock has counted is shown only if it is this attempt's.
 
         Stock counts by room, some time after the success was admitted: one of the
         attempt before may be counted for this one. Then the room waits on, so that
@@ -244,14 +244,16 @@ class DecodeGuard:
         before stock counts the success that carries it, so looking again after the
         change loses none.
         """
-        if self._complete(receiver):
-            return success
-        waiting = type(success)(WAITING)
-        receiver.conclude_state = None
-        self._manager.request_status[receiver.bootstrap_room] = waiting
-        if self._complete(receiver):
-            self._manager.update_status(receiver.bootstrap_room, success)
-        return waiting
+        with getattr(receiver, "_lifecycle_lock", contextlib.nullcontext()):
+            status = stock(receiver)
+            if status != SUCCESS or self._complete(receiver):
+                return status
+            waiting = type(status)(WAITING)
+            receiver.conclude_state = None
+            self._manager.request_status[receiver.bootstrap_room] = waiting
+            if self._complete(receiver):
+                self._manager.update_status(receiver.bootstrap_room, status)
+            return waiting
 
     def _complete(self, receiver: Any) -> bool:
         exposure: Exposure | None = getattr(receiver, "sglang_scaling_fixes_exposure", None)

@@ -45,7 +45,7 @@ Rank = Annotated[str, Meta(max_length=256)]
 Name = Annotated[str, Meta(max_length=256)]
 """A generation, epoch or incarnation."""
 Address = Annotated[
-    str, Meta(max_length=256, pattern=r"^tcp://(\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}$")
+    str, Meta(max_length=256, pattern=r"^tcp://(\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}\Z")
 ]
 """`"tcp://ip:port"`. Whoever receives it connects to it."""
 Verdict = Literal["drained", "poisoned", "unknown"]

@@ -38,13 +38,12 @@ class ReplySockets:
 
     Addresses come from the network: one that cannot be connected to is not, and of
     more than `limit` the one unused longest is closed (its decode rank asks again).
+    A ZMQ context has 1023 in all.
     """
 
-    def __init__(self, limit: int = 4096) -> None:
+    def __init__(self, limit: int = 512) -> None:
         self._lock = threading.Lock()
         self._limit = limit
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._context.set(zmq.MAX_SOCKETS, 2 * limit)  # a closed one takes a moment to go
         self._sockets: OrderedDict[str, zmq.Socket[bytes]] = OrderedDict()
 
     def send(self, to: str, frame: bytes) -> bool:
@@ -58,7 +57,7 @@ class ReplySockets:
 
     def _connect(self, to: str) -> zmq.Socket[bytes] | None:
         try:
-            socket = self._context.socket(zmq.PUSH)
+            socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
         except zmq.ZMQError as error:
             logger.warning("safe-reclaim: no socket for %s: %s", to, error)
             return None
