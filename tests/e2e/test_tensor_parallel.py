@@ -23,7 +23,10 @@ from sglang_scaling_fixes.lab.install import Environment
 from sglang_scaling_fixes.lab.link import link
 
 RANKS = 2
-FLAGS = ("--tp-size", str(RANKS), "--plugin", "--safe-reclaim-audit")
+FLAGS = (
+    "--tp-size", str(RANKS), "--plugin", "--safe-reclaim-audit",
+    "--safe-reclaim-max-held", "1",  # no refusals: holds are long here on purpose
+)  # fmt: skip
 CPU_RANKS = {
     # One core each, and no NCCL: without a GPU it loads and then fails.
     "SGLANG_CPU_OMP_THREADS_BIND": "|".join(str(i % (os.cpu_count() or 1)) for i in range(RANKS)),
