@@ -97,7 +97,12 @@ ATTACH_POINTS: tuple[AttachPoint, ...] = (
         uses=("bootstrap_infos", "bootstrap_room", "kv_mgr", "conclude_state"),
     ),
     AttachPoint(_FIX, "decode", f"{_MOONCAKE}:MooncakeKVReceiver.clear"),
-    AttachPoint(_FIX, "decode", f"{_MOONCAKE}:MooncakeKVReceiver.failure_exception"),
+    AttachPoint(
+        _FIX,
+        "decode",
+        f"{_DECODE}:DecodeTransferQueue._commit_transfer_to_req",
+        ("decode_req",),
+    ),
     AttachPoint(
         _FIX,
         "decode",

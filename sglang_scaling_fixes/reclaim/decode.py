@@ -227,9 +227,14 @@ class DecodeGuard:
 
     # -- endings ------------------------------------------------------------------
 
-    def failing(self, receiver: Any) -> None:
-        """Stock is about to end this receiver as failed, on every TP rank alike."""
-        receiver.sglang_scaling_fixes_failed = True
+    @contextlib.contextmanager
+    def committing(self, receiver: Any) -> Iterator[None]:
+        """Stock hands the KV to its request, which it does on every TP rank or on none."""
+        receiver.sglang_scaling_fixes_commit = True
+        try:
+            yield
+        finally:
+            receiver.sglang_scaling_fixes_commit = False
 
     def clearing(self, receiver: Any) -> None:
         """Stock is about to forget the room: the owner takes its KV, or gives it up."""
@@ -238,10 +243,9 @@ class DecodeGuard:
             return
         receiver.sglang_scaling_fixes_exposure = None
         assert self.gate is not None
-        # What the ranks agreed on when they polled; the room's own status may have
-        # been changed since, on this rank alone.
-        landed = receiver.conclude_state == _SUCCESS
-        if landed and not getattr(receiver, "sglang_scaling_fixes_failed", False):
+        # Not the receiver's own success: a rank may have that alone when stock ends the
+        # request on all of them (aborted, failed elsewhere, no room to restore a prefix).
+        if getattr(receiver, "sglang_scaling_fixes_commit", False):
             with self._lock:
                 self.ledger.landed(exposure)
             self.gate.landed(exposure)
@@ -606,10 +610,12 @@ def attach(config: Config) -> None:
             guard.clearing(receiver)
         return stock(receiver)
 
-    def failure_exception(stock: Callable[..., Any], receiver: Any) -> Any:
-        if (guard := DecodeGuard.current) is not None:
-            guard.failing(receiver)
-        return stock(receiver)
+    def commit(stock: Callable[..., Any], queue: Any, request: Any) -> Any:
+        guard = DecodeGuard.current
+        if guard is None:
+            return stock(queue, request)
+        with guard.committing(request.kv_receiver):
+            return stock(queue, request)
 
     def process_input_requests(
         stock: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any
@@ -632,6 +638,8 @@ def attach(config: Config) -> None:
     wrap_method(f"{_MOONCAKE}:MooncakeKVReceiver._connect_to_bootstrap_server", connect)
     wrap_method(f"{_MOONCAKE}:MooncakeKVReceiver.send_metadata", send_metadata)
     wrap_method(f"{_MOONCAKE}:MooncakeKVReceiver.clear", clear)
-    wrap_method(f"{_MOONCAKE}:MooncakeKVReceiver.failure_exception", failure_exception)
+    wrap_method(
+        "sglang.srt.disaggregation.decode:DecodeTransferQueue._commit_transfer_to_req", commit
+    )
     wrap_method(f"{_SCHEDULER}:Scheduler.process_input_requests", process_input_requests)
     wrap_method(f"{_SCHEDULER}:Scheduler.is_fully_idle", is_fully_idle)
