@@ -210,6 +210,9 @@ def _prove_success(guard: DecodeGuard, manager: Any, expose: Any, tokens: Any, a
     check(free() == before, "a landed request was held")
 
     receiver, slots, slot = expose(_ROOM + 2)
+    mark = messages.encode(messages.Mark(receiver.sglang_scaling_fixes_exposure.gen, _RANK))
+    success = manager.server_socket._read([str(_ROOM + 2).encode(), b"4", b"0", mark])
+    check(success is not None, "this attempt's own success did not reach stock")
     manager.request_status[_ROOM + 2] = receiver.conclude_state = 4
     receiver.clear()  # success here, and yet ended: another rank may have no proof
     check(free() != before, "a success of one rank was taken for all")
