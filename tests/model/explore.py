@@ -134,7 +134,8 @@ SMALL: dict[str, Config] = {
     "fence, slot reuse": Config(rooms=(7, 8), slots=1, fence=1),
     "fence, stock lags": replace(_REUSE, fence=1, split_admit=True),
 }
-"""What continuous integration explores completely."""
+"""What continuous integration explores completely. Three requests at two prefill ranks
+are beyond it: without any fault they have more than 700,000 states."""
 
 BIG: dict[str, Config] = {
     "fence, room reuse": replace(_REUSE, fence=1),
@@ -160,7 +161,7 @@ CONTROLS: dict[str, Config] = {
     "no gate": Config(gate=False),
     "no generations": replace(_REUSE, generations=False, tick=1),
     "no poison": Config(poison=False, fail=1),
-    "no marks": replace(_REUSE, marks=False),
+    "no marks": replace(_REUSE, marks=False, masks=False),
     "polls are not masked": replace(_REUSE, split_admit=True, masks=False),
     "Hellos are not numbered": Config(greeted=False, crash=1, lose=2, tick=1, numbered=False),
     "a fence that stops nothing": Config(fence=1, stops=False),
@@ -220,7 +221,14 @@ RANDOM: dict[str, Config] = {
         drop=1,
     ),
     "crashes and fences": Config(
-        rooms=(7, 8, 9), chunks=2, lose=2, tick=4, fail=1, crash=2, fence=2
+        rooms=(7, 7, 8),
+        split_admit=True,
+        chunks=2,
+        lose=2,
+        tick=4,
+        fail=1,
+        crash=2,
+        fence=2,
     ),
     "two by two": Config(
         rooms=(7, 8),
@@ -248,7 +256,14 @@ RANDOM: dict[str, Config] = {
         abort=1,
     ),
     "unknown peers": Config(
-        rooms=(7, 8, 9), prefills=2, greeted=False, late_arrival=True, lose=2, tick=4, abort=1
+        rooms=(7, 7, 8),
+        prefills=2,
+        greeted=False,
+        split_admit=True,
+        late_arrival=True,
+        lose=2,
+        tick=4,
+        abort=1,
     ),
 }
 """Too many states to visit all; random schedules do."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 
 import pytest
@@ -36,18 +37,23 @@ def test_states_are_told_apart_by_everything_the_ledgers_know() -> None:
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_every_interleaving_is_safe_and_ends(name: str) -> None:
+def test_every_interleaving_is_safe_and_ends(
+    name: str, record_property: Callable[[str, object], None]
+) -> None:
     found = explore(SMALL[name])
-    print(f"{name}: {found}")
+    record_property("explored", f"{name}: {found}")
     assert not found.violation, f"{found.violation}\n{story(SMALL[name], found.trace)}"
     assert found.complete
     assert found.terminal > 0
 
 
 @pytest.mark.parametrize("name", CONTROLS)
-def test_without_one_rule_the_corruption_is_found(name: str) -> None:
+def test_without_one_rule_the_corruption_is_found(
+    name: str, record_property: Callable[[str, object], None]
+) -> None:
     """Negative controls: a checker that finds nothing here proves nothing above."""
     found = explore(CONTROLS[name])
+    record_property("explored", f"{name}: found after {found}")
     print(f"{name}: {found}\n{story(CONTROLS[name], found.trace)}")
     assert found.violation.startswith("Violation: ")
     assert "can still land" in found.violation

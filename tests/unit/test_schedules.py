@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -22,14 +23,16 @@ SEED = int(os.environ.get("SEED", "0"))
 
 
 @pytest.mark.parametrize("name", RANDOM)
-def test_random_schedules_are_safe_and_end(name: str) -> None:
+def test_random_schedules_are_safe_and_end(
+    name: str, record_property: Callable[[str, object], None]
+) -> None:
     steps = 0
     for seed in range(SEED, SEED + SCHEDULES // len(RANDOM)):
         try:
             steps += len(schedule(RANDOM[name], random.Random(seed).choice))
         except Violation as error:
             pytest.fail(f"{name!r}, seed {seed}: {error}")
-    print(f"{name}: seeds {SEED} to {seed}, {steps} events")
+    record_property("explored", f"{name}: seeds {SEED} to {seed}, {steps} events")
 
 
 @settings(max_examples=200)
