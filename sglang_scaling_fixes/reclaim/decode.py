@@ -50,8 +50,6 @@ SHOW_EVERY = 1.0
 
 FAILED, WAITING, SUCCESS = 0, 2, 4
 """KVPoll values in every supported release (contract-tested)."""
-_SESSION_FRAME = 3
-"""Where both of stock's messages to prefill name decode's session (contract-tested)."""
 
 
 class DecodeGuard:
@@ -185,9 +183,9 @@ class DecodeGuard:
         exposure = self._sending
         if exposure is None:
             return frames
-        if frames[_SESSION_FRAME] in self._fenced_sessions:
+        if frames[messages.SESSION_FRAME] in self._fenced_sessions:
             # Stock's receiver of old releases keeps the session it was made under.
-            frames[_SESSION_FRAME] = self._session()
+            frames[messages.SESSION_FRAME] = self._session()
         if rank not in exposure.writers:
             return frames
         with self._lock:
@@ -464,7 +462,7 @@ class DecodeGuard:
                 )
                 self._manager.update_status(exposure.room, FAILED)
         for rank, frames in self._registrations.items():
-            frames[_SESSION_FRAME] = self._session()
+            frames[messages.SESSION_FRAME] = self._session()
             socket, lock = self._routes[rank]()
             with lock:
                 send_now(socket, self._greeted(rank, frames, socket))

@@ -37,6 +37,8 @@ pointers; seven fixed bytes make an accidental match on a trailing frame negligi
 MAX_FRAME = 65536
 """Bytes. Ours have a few hundred."""
 
+SESSION_FRAME = 3
+"""Where both of stock's messages to prefill name decode's session (contract-tested)."""
 TRAILER_AT = 32
 """Frame index of a trailer from decode: beyond any frame a stock prefill reads."""
 

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import wheels
 
-from sglang_scaling_fixes.reclaim.messages import TRAILER_AT
+from sglang_scaling_fixes.reclaim.messages import SESSION_FRAME, TRAILER_AT
 
 READ = re.compile(r"\b(?:msg|waiting_req_bytes)\[(\d+)\]")
+SESSION = re.compile(r"mooncake_session_id ?= ?(?:msg|waiting_req_bytes)\[(\d+)\]")
 FIELDS_FROM = re.compile(r"from_zmq_fields\(msg, (\d+)\)")
 
 
@@ -32,6 +33,13 @@ def test_no_stock_release_reads_as_far_as_the_trailer(release: str) -> None:
     read += [int(index) + 2 for index in FIELDS_FROM.findall(text)]
     assert max(read) >= 7  # the pattern still matches what stock reads
     assert max(read) < TRAILER_AT
+
+
+@pytest.mark.parametrize("release", wheels.RELEASES)
+def test_both_messages_name_decodes_session_in_the_same_frame(release: str) -> None:
+    """What a fence changes: prefill reads it from registration and destinations alike."""
+    named = SESSION.findall(conn(release).read_text())
+    assert len(named) >= 2 and set(named) == {str(SESSION_FRAME)}
 
 
 def test_the_pattern_would_notice() -> None:
