@@ -79,6 +79,7 @@ SCENARIOS = {
             6,
             ending=Ending.TIMEOUT,
             decode_env={"SGLANG_DISAGGREGATION_WAITING_TIMEOUT": "4"},
+            new_tokens=200,
         ),
         Scenario(
             "lost-abort",
@@ -98,6 +99,7 @@ SCENARIOS = {
             slow_env={"MC_TRANSFER_TIMEOUT": "5"},
             fixed_flags=("--safe-reclaim-fence",),
             ends_slow=True,
+            new_tokens=200,
         ),
         Scenario(
             "room-reuse",
@@ -107,6 +109,7 @@ SCENARIOS = {
             late=(600, 600),
             victims=(1000,),
             reuse_room=True,
+            new_tokens=200,
         ),
         Scenario(
             "prefill-kill",
@@ -116,6 +119,7 @@ SCENARIOS = {
             ending=Ending.KILL,
             ends_slow=True,
             buffer_bytes=64_000_000,
+            new_tokens=200,
         ),
         Scenario(
             "decode-pressure",

@@ -193,6 +193,8 @@ class Soak:
             thread.join(ANSWER_S + STALL_S[1] + 120)
         if self._errors:
             raise self._errors[0]
+        if any(thread.is_alive() for thread in threads):
+            raise LabError("a client or a restart of the soak did not come to an end")
 
     def _guarded(self, job: Callable[[], None]) -> None:
         try:
@@ -237,9 +239,10 @@ class Soak:
             self._count("aborts", int(answer.status == 200))
         elif hung_up:
             pending.hang_up()
-            self._count("hung_up")
         outcome = pending.wait(prefill=False)
-        if not (hung_up and outcome.ids is None):
+        if hung_up and outcome.ids is None:
+            self._count("hung_up")
+        else:
             self._judge(known, outcome, aborted)
         self._check_memory(known, rid)
 
