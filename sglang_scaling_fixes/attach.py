@@ -58,6 +58,9 @@ ATTACH_POINTS: tuple[AttachPoint, ...] = (
     AttachPoint("plugin", "server", "sglang.srt.server_args:ServerArgs.add_cli_args", ("parser",)),
     AttachPoint("plugin", "server", "sglang.srt.server_args:ServerArgs.from_cli_args", ("args",)),
     AttachPoint("plugin", "server", "sglang.srt.entrypoints.engine:Engine._launch_subprocesses"),
+    AttachPoint(
+        "plugin", "server", "sglang.srt.entrypoints.http_server:_setup_and_run_http_server"
+    ),
     AttachPoint("plugin", "both", f"{_SCHEDULER}:Scheduler.__init__", ("server_args",)),
     AttachPoint("plugin", "both", f"{_SCHEDULER}:Scheduler.get_init_info"),
     AttachPoint("plugin", "both", f"{_SCHEDULER}:Scheduler.get_internal_state", ("recv_req",)),
@@ -75,6 +78,14 @@ ATTACH_POINTS: tuple[AttachPoint, ...] = (
             "metadata_buffers",
             "tree_cache",
         ),
+    ),
+    AttachPoint(_FIX, "decode", f"{_DECODE}:DecodePreallocQueue.add", ("req", "is_retracted")),
+    AttachPoint(
+        _FIX,
+        "decode",
+        f"{_UTILS}:prepare_abort",
+        ("req", "error_message", "status_code"),
+        wrapped=False,
     ),
     AttachPoint(_FIX, "decode", f"{_SCHEDULER}:Scheduler.process_input_requests"),
     AttachPoint(_FIX, "decode", f"{_SCHEDULER}:Scheduler.is_fully_idle"),
@@ -106,7 +117,21 @@ ATTACH_POINTS: tuple[AttachPoint, ...] = (
             "local_ip",
             "rank_port",
             "prefill_response_tracker",
+            "get_session_id",
+            "register_buffer_to_engine",
+            "update_status",
+            "record_failure",
         ),
+    ),
+    # The fence makes a second one like it and moves its parts over.
+    AttachPoint(
+        _FIX,
+        "decode",
+        "sglang.srt.distributed.device_communicators.mooncake_transfer_engine"
+        ":MooncakeTransferEngine.__init__",
+        ("hostname", "gpu_id", "ib_device"),
+        uses=("engine", "session_id", "hostname", "gpu_id", "ib_device", "batch_register"),
+        wrapped=False,
     ),
     # -- prefill: binding, accounting, drain ----------------------------------
     AttachPoint(

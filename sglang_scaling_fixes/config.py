@@ -11,6 +11,7 @@ import argparse
 import os
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
+from typing import Any
 
 from sglang_scaling_fixes.errors import ConfigError
 
@@ -27,7 +28,7 @@ PLUGIN_FLAG = "--plugin"
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off", ""}
 
-PEER_POLICIES = ("hold", "require")
+PEER_POLICIES = ("hold", "require", "stock-ack")
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,10 @@ class Setting:
     kind: type
     default: object
     choices: tuple[str, ...] = ()
+    low: float = 0.01
+    high: float = 60.0
+    unit: str = "number of seconds"
+    """Of a number: its bounds, and what it counts."""
 
     @property
     def env(self) -> str:
@@ -49,12 +54,14 @@ class Setting:
         return self.env.lower()
 
 
+# In the order of Config's fields after `fixes`.
 SETTINGS = (
     Setting(
         "--safe-reclaim-peer",
         "What decode does with a prefill that runs without safe-reclaim. hold: serve, and "
         "after an abort hold the KV slots until stock's success message proves the write "
-        "landed. require: fail the request before any address is sent.",
+        "landed. require: fail the request before any address is sent. stock-ack: like hold, "
+        "and believe stock's own acknowledgement that the room has drained (0.5.19 and later).",
         str,
         "hold",
         PEER_POLICIES,
@@ -72,6 +79,25 @@ SETTINGS = (
         float,
         0.1,
     ),
+    Setting(
+        "--safe-reclaim-max-held",
+        "Share of the KV pool that may be held for more than 5 s without proof. Past it decode "
+        "answers new requests with 503 and Retry-After, and fences its memory if a prefill that "
+        "could still write is gone, or --safe-reclaim-fence is given. 1: no limit.",
+        float,
+        0.05,
+        low=0.001,
+        high=1.0,
+        unit="share of the pool",
+    ),
+    Setting(
+        "--safe-reclaim-fence",
+        "Past --safe-reclaim-max-held, fence whoever is to blame: decode replaces its receiving "
+        "Mooncake engine, so that nothing sent before can land. Costs about a second and every "
+        "transfer in flight to this decode.",
+        bool,
+        False,
+    ),
 )
 
 
@@ -87,6 +113,8 @@ class Config:
     peer: str = "hold"
     audit: bool = False
     resend: float = 0.1
+    max_held: float = 0.05
+    fence: bool = False
 
     @property
     def armed(self) -> bool:
@@ -97,9 +125,8 @@ class Config:
         """Read the environment. Raises `ConfigError` naming variable, value and remedy."""
         text = env.get(PLUGIN_ENV)
         fixes = None if text is None else parse_fixes(text, f"{PLUGIN_FLAG} ({PLUGIN_ENV})")
-        peer, audit, resend = (_read(s, env.get(s.env)) for s in SETTINGS)
-        assert isinstance(peer, str) and isinstance(audit, bool) and isinstance(resend, float)
-        return cls(fixes, peer, audit, resend)
+        values: list[Any] = [_read(s, env.get(s.env)) for s in SETTINGS]
+        return cls(fixes, *values)
 
 
 def parse_fixes(text: str, source: str) -> tuple[str, ...]:
@@ -134,10 +161,11 @@ def _read(setting: Setting, text: str | None) -> object:
             number = float(value)
         except ValueError:
             number = -1.0
-        if 0.01 <= number <= 60.0:
+        if setting.low <= number <= setting.high:
             return number
         raise ConfigError(
-            f"{setting.flag} ({setting.env}): {text!r} is not a number of seconds from 0.01 to 60"
+            f"{setting.flag} ({setting.env}): {text!r} is not a {setting.unit} "
+            f"from {setting.low:g} to {setting.high:g}"
         )
     if value in setting.choices:
         return value
@@ -169,7 +197,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                 setting.flag, dest=setting.dest, action="store_const", const="1", help=text
             )
         else:
-            metavar = "{" + ",".join(setting.choices) + "}" if setting.choices else "SECONDS"
+            metavar = "{" + ",".join(setting.choices) + "}" if setting.choices else "NUMBER"
             group.add_argument(setting.flag, dest=setting.dest, metavar=metavar, help=text)
 
 

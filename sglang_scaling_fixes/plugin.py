@@ -19,10 +19,11 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from sglang_scaling_fixes import config as configuration
-from sglang_scaling_fixes import fixes
+from sglang_scaling_fixes import fixes, metrics
 from sglang_scaling_fixes.attach import wrap_method
 from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.errors import ScalingFixesError
+from sglang_scaling_fixes.reclaim import retry_after
 
 logger = logging.getLogger(__name__)
 
@@ -135,6 +136,8 @@ def _arm_process(config: Config) -> None:
         for status in _process.statuses:
             if status.state is not fixes.State.OFF:
                 logger.info("sglang-scaling-fixes: %s %s (%s)", *status.as_dict().values())
+        if server_args.enable_metrics:
+            metrics.export_states((s.name, s.state.value) for s in _process.statuses)
         return result
 
     def get_init_info(stock: Callable[..., Any], scheduler: Any) -> Any:
@@ -158,6 +161,8 @@ def _arm_process(config: Config) -> None:
         return result
 
     wrap_method(f"{_ENGINE}:Engine._launch_subprocesses", launch_subprocesses)
+    if "safe-reclaim" in (config.fixes or ()):
+        retry_after.attach()
 
 
 def _check_scheduler(scheduler: Any, config: Config) -> None:

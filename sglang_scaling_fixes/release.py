@@ -76,13 +76,20 @@ def mooncake_problem(found: Mooncake | None) -> str | None:
     return None
 
 
+_RDMA_DEVICES = Path("/sys/class/infiniband")
+
+
+def mooncake_retries() -> bool:
+    """Whether Mooncake submits a failed batch again by itself: once per RDMA device it sees."""
+    return _RDMA_DEVICES.is_dir() and any(_RDMA_DEVICES.iterdir())
+
+
 def _protocol(version: str) -> str:
     tcp = bool(os.environ.get("MC_FORCE_TCP")) or (
         os.environ.get("MOONCAKE_PROTOCOL", "rdma").lower() == "tcp"
     )
     # Without an RDMA device Mooncake falls back to TCP on its own.
-    devices = Path("/sys/class/infiniband")
-    if not tcp and devices.is_dir() and any(devices.iterdir()):
+    if not tcp and mooncake_retries():
         return "rdma"
     old = version_tuple(version)[:3] < ACKNOWLEDGED_TCP_SINCE
     return "tcp-v1" if old or os.environ.get("MC_TCP_PROTO") == "1" else "tcp-v2"

@@ -20,6 +20,7 @@ import functools
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,10 +28,14 @@ import numpy as np
 
 from sglang_scaling_fixes.attach import wrap_method
 from sglang_scaling_fixes.config import Config
-from sglang_scaling_fixes.errors import AttachError
-from sglang_scaling_fixes.reclaim import messages
+from sglang_scaling_fixes.metrics import DECODE, of_process
+from sglang_scaling_fixes.reclaim import fence, layout, messages
 from sglang_scaling_fixes.reclaim.gate import Gate
-from sglang_scaling_fixes.reclaim.ledger import DecodeLedger, Exposure
+from sglang_scaling_fixes.reclaim.ledger import REASONS, DecodeLedger, Exposure
+from sglang_scaling_fixes.reclaim.liveness import Liveness
+from sglang_scaling_fixes.reclaim.quarantine import GRACE, Hold, Quarantine
+from sglang_scaling_fixes.reclaim.retry_after import REFUSAL
+from sglang_scaling_fixes.reclaim.stock_ack import StockAborts
 from sglang_scaling_fixes.reclaim.taps import Passthrough, ReceiveTap, is_success
 from sglang_scaling_fixes.reclaim.transport import endpoint, new_incarnation, send_now
 
@@ -42,16 +47,15 @@ REQUIRE_WAIT = 1.0
 """Seconds to wait for a prefill's first word under `--safe-reclaim-peer require`."""
 REQUIRE_RETRY = 30.0
 """Seconds before a silent prefill is waited for again."""
-
-PAGE_STATES = frozenset({"nsa", "dsa", "block_scale", "minimax_index_k", "minimax_dense_kv"})
-"""State transfers addressed by the KV pages themselves (index-K, scales)."""
-WINDOW_STATES = frozenset({"swa", "block_scale_swa"})
-"""State transfers into sliding-window slots, freed together with their full slots."""
+SHOW_EVERY = 1.0
+"""Seconds between two updates of the gauges while something is held."""
 
 _MOONCAKE = "sglang.srt.disaggregation.mooncake.conn"
 _SCHEDULER = "sglang.srt.managers.scheduler"
-_SUCCESS = 4
-"""KVPoll.Success in every supported release (contract-tested)."""
+_FAILED, _SUCCESS = 0, 4
+"""KVPoll values in every supported release (contract-tested)."""
+_SESSION_FRAME = 3
+"""Where both of stock's messages to prefill name decode's session (contract-tested)."""
 
 
 class DecodeGuard:
@@ -71,16 +75,23 @@ class DecodeGuard:
         self._sending: Exposure | None = None
         self._stock_success: dict[int, set[bytes]] = {}
         self._next_say: dict[str, float] = {}
+        self._next_show = 0.0
         self._silent_until: dict[str, float] = {}
         self._group: Any = None
         self._buffers: Any = None
         self.gate: Gate | None = None
-        self.counters = dict.fromkeys(
-            ("exposures", "landed", "gave_up", "returned", "asks", "held_tokens_max"), 0
-        )
-        self.proofs = dict.fromkeys(("P1", "P2", "P3", "P4"), 0)
+        self._quarantine: Quarantine | None = None
+        self.refusing = False
+        """More is held than allowed: new requests are refused. The same on all TP ranks."""
+        self._liveness = Liveness()
+        self._registrations: dict[str, list[bytes]] = {}
+        """Rank -> stock's message that registered this decode's buffers there."""
+        self._fenced_sessions: set[bytes] = set()
+        self._stock_aborts = StockAborts(config.resend) if config.peer == "stock-ack" else None
+        self.metrics = of_process(DECODE, manager)
+        self._held_tokens_max = 0
         manager.server_socket = ReceiveTap(manager.server_socket, self._read)
-        check_states(manager.kv_args)
+        layout.check_states(manager.kv_args)
         DecodeGuard.current = self
 
     # -- wiring ---------------------------------------------------------------
@@ -88,21 +99,16 @@ class DecodeGuard:
     def install_gate(self, queue: Any) -> None:
         """Wrap the allocators of stock's preallocation queue, once they exist."""
         allocator = queue.token_to_kv_pool_allocator
-        check_allocator(allocator)
-        radix = getattr(
-            getattr(self._manager, "server_args", None),
-            "disaggregation_decode_enable_radix_cache",
-            False,
-        )
-        if radix and WINDOW_STATES.intersection(state_kinds(self._manager.kv_args)):
-            raise AttachError(
-                "--disaggregation-decode-enable-radix-cache with a sliding-window model: "
-                "window slots of a shared prefix are not held yet; drop the flag, or start "
-                "with --plugin none"
-            )
-        rebind_captured(queue.tree_cache, allocator)
+        layout.check_allocator(allocator)
+        layout.check_shared_windows(self._manager)
+        layout.rebind_captured(queue.tree_cache, allocator)
         self.gate = Gate(
             allocator, queue.req_to_metadata_buffer_idx_allocator, audit=self._config.audit
+        )
+        self._quarantine = Quarantine(
+            tokens=allocator.size,
+            metadata=queue.req_to_metadata_buffer_idx_allocator.available_size(),
+            max_held=self._config.max_held,
         )
         self._group = queue.gloo_group
         self.ledger.group = self._common_identity()
@@ -145,9 +151,9 @@ class DecodeGuard:
         ranks = [rank_of(info) for info in receiver.bootstrap_infos or () if not info["is_dummy"]]
         with self._lock:
             exposure = self.ledger.expose(receiver.bootstrap_room, ranks)
-        shared = page_states(self._manager.kv_args, state_indices)
+        shared = layout.page_states(self._manager.kv_args, state_indices)
         self.gate.exposed(exposure, kv_indices, shared, aux_index)
-        self.counters["exposures"] += 1
+        self.metrics.inc("exposures")
         receiver.sglang_scaling_fixes_exposure = exposure
         if self._config.peer == "require" and not self._all_speak(ranks):
             self._refuse(receiver, ranks)
@@ -169,16 +175,33 @@ class DecodeGuard:
         """Add our trailer to what stock sends to a prefill rank."""
         self._routes[rank] = route
         if frames[0] == b"None":  # stock's registration of this decode's buffers
+            self._registrations[rank] = frames
             with self._lock:
                 self.ledger.forget(rank)  # it may be another process by now
             return messages.ride(frames, messages.Hello(self._reply_to, rank))
+        if frames[0] == b"ABORT":
+            self._stock_abort(int(frames[1]), rank, frames)
+            return frames
         exposure = self._sending
-        if exposure is None or rank not in exposure.writers:
+        if exposure is None:
+            return frames
+        if frames[_SESSION_FRAME] in self._fenced_sessions:
+            # Stock's receiver of old releases keeps the session it was made under.
+            frames[_SESSION_FRAME] = self._session()
+        if rank not in exposure.writers:
             return frames
         with self._lock:
             self.ledger.sent(exposure, rank)
         bind = messages.Bind(self._reply_to, rank, exposure.gen, exposure.epoch)
         return messages.ride(frames, bind)
+
+    def _stock_abort(self, room: int, rank: str, frames: list[bytes]) -> None:
+        if self._stock_aborts is None:
+            return
+        with self._lock:
+            exposed = any(exposure.room == room for exposure in self.ledger.exposures())
+        if exposed:
+            self._stock_aborts.sent(room, rank, frames)
 
     def _all_speak(self, ranks: list[str]) -> bool:
         """Wait a moment for a first word, once in a while per rank: this is the scheduler."""
@@ -194,6 +217,7 @@ class DecodeGuard:
 
     def _refuse(self, receiver: Any, ranks: list[str]) -> None:
         silent = [rank for rank in ranks if rank not in self.ledger.peers]
+        self.metrics.inc("refusals", "peer")
         self._manager.record_failure(
             receiver.bootstrap_room,
             f"prefill {', '.join(silent)} runs without safe-reclaim; start it with --plugin, "
@@ -221,7 +245,7 @@ class DecodeGuard:
             with self._lock:
                 self.ledger.landed(exposure)
             self.gate.landed(exposure)
-            self.counters["landed"] += 1
+            self.metrics.inc("landed")
             return
         room = receiver.bootstrap_room
         success = self._manager.request_status.get(room) == _SUCCESS
@@ -232,13 +256,15 @@ class DecodeGuard:
                 str(rank).encode() for rank in self._manager.prefill_response_tracker.get(room, ())
             }
         self.gate.gave_up(exposure)
-        self.counters["gave_up"] += 1
+        if self._stock_aborts is not None:
+            self._stock_aborts.watch(room, len(receiver.bootstrap_infos or ()))
+        self.metrics.inc("gave_up")
         self._send_asks()
 
     # -- once per scheduler tick ---------------------------------------------------
 
     def tick(self) -> None:
-        """Ask again, give back what is proven on every TP rank."""
+        """Ask again, give back what is proven on every TP rank, fence past the bound."""
         if not self.ledger.holding:
             return
         assert self.gate is not None
@@ -247,13 +273,19 @@ class DecodeGuard:
         with self._lock:
             held = self.ledger.held
             proven = [not exposure.unproven for exposure in held]
-        for exposure, agreed in zip(held, self._agree(proven), strict=True):
-            if agreed:
+        over, fence = self._past_the_bound(held)
+        *agreed, bounded, spared = self._agree([*proven, not over, not fence])
+        for exposure, returns in zip(held, agreed, strict=True):
+            if returns:
                 self._give_back(exposure)
-        self.counters["held_tokens_max"] = max(
-            self.counters["held_tokens_max"], self.gate.held_tokens
-        )
+        self._refuse_requests(not bounded)
+        if not spared:
+            self._fence()
+        self._held_tokens_max = max(self._held_tokens_max, self.gate.held_tokens)
         self._say_what_is_held()
+        if not self.ledger.holding:
+            self._refuse_requests(False)
+            self._show_holds()
 
     def holding(self) -> bool:
         """True while the scheduler must not call itself idle."""
@@ -281,31 +313,139 @@ class DecodeGuard:
             self.ledger.returned(exposure)
             self._stock_success.pop(exposure.room, None)
         tokens = self.gate.give_back(exposure)
+        if self._stock_aborts is not None:
+            self._stock_aborts.forget(exposure.room)
         self._next_say.pop(exposure.gen, None)
-        self.counters["returned"] += 1
+        self.metrics.inc("returned")
         for writer in exposure.writers.values():
             if writer.proof is not None:
-                self.proofs[writer.proof.value] += 1
+                self.metrics.inc("frees", writer.proof.value)
+        seconds = time.monotonic() - exposure.gave_up_at
+        self.metrics.observe("hold_seconds", seconds)
         logger.info(
             "safe-reclaim: room %d: %d token slots back after %.3f s, proof %s",
             exposure.room,
             tokens,
-            time.monotonic() - exposure.gave_up_at,
+            seconds,
             ",".join(sorted({w.proof or "" for w in exposure.writers.values()})) or "P1",
         )
 
     def _send_asks(self) -> None:
+        now = time.monotonic()
         with self._lock:
-            asks = self.ledger.tick(time.monotonic())
+            asks = self.ledger.tick(now)
         for ask in asks:
-            socket, lock = self._routes[ask.rank]()
             message = messages.Ask(self._reply_to, ask.rank, ask.room, ask.gen)
-            with lock:
-                send_now(socket, [messages.encode(message)])
-            self.counters["asks"] += 1
+            self._send(ask.rank, [messages.encode(message)])
+            self.metrics.inc("asks")
+            if ask.again:
+                self.metrics.inc("asks_resent")
+        if self._stock_aborts is not None:
+            for rank, frames in self._stock_aborts.due(now):
+                self._send(rank, frames)
+
+    def _send(self, rank: str, frames: list[bytes]) -> None:
+        socket, lock = self._routes[rank]()
+        with lock:
+            send_now(socket, frames)
+
+    # -- past the bound --------------------------------------------------------------
+
+    def _past_the_bound(self, held: list[Exposure]) -> tuple[bool, bool]:
+        """Is too much held, and is a fence called for? This rank's view; the ranks agree."""
+        assert self._quarantine is not None and self.gate is not None
+        now = time.monotonic()
+        holds = []
+        for exposure in held:
+            slots = self.gate.slots(exposure)
+            age = now - exposure.gave_up_at
+            holds.append(Hold(age, slots.tokens, slots.aux is not None))
+        if not self._quarantine.over(holds):
+            return False, False
+        with self._lock:
+            suspects = [
+                writer
+                for exposure, hold in zip(held, holds, strict=True)
+                if hold.age > GRACE
+                for writer in exposure.unproven
+            ]
+            replaced = any(self.ledger.replaced(writer) for writer in suspects)
+        self._liveness.look(writer.rank for writer in suspects)
+        gone = replaced or any(self._liveness.gone(writer.rank) for writer in suspects)
+        return True, bool(suspects) and (gone or self._config.fence)
+
+    def _refuse_requests(self, refusing: bool) -> None:
+        if refusing and not self.refusing:
+            assert self.gate is not None
+            logger.error(
+                "safe-reclaim: %d token slots are held without proof, more than "
+                "--safe-reclaim-max-held %g allows: new requests are refused with 503 until "
+                "proof comes; the log and /server_info say what is held and why",
+                self.gate.held_tokens,
+                self._config.max_held,
+            )
+        self.refusing = refusing
+
+    def refuse(self, queue: Any, req: Any) -> None:
+        """End a request that has not been admitted with 503, as stock ends its own refusals."""
+        from http import HTTPStatus
+
+        from sglang.srt.disaggregation.utils import prepare_abort
+
+        self.metrics.inc("refusals", "held")
+        message = f"{REFUSAL}; retry here later, or at another decode now"
+        prepare_abort(req, message, status_code=HTTPStatus.SERVICE_UNAVAILABLE)
+        scheduler = queue.scheduler
+        streamer = getattr(scheduler, "output_streamer", scheduler)
+        streamer.stream_output([req], req.return_logprob)
+
+    def _session(self) -> bytes:
+        return str(self._manager.get_session_id()).encode("ascii")
+
+    def _fence(self) -> None:
+        """Make everything sent so far harmless (P4), and be reachable again under a new session.
+
+        The engine goes first: only when nothing can land any more does the ledger learn
+        of it. Transfers in flight are lost with it and end as failed.
+        """
+        logger.error(
+            "safe-reclaim: fencing: the receiving engine is replaced, transfers in flight end"
+        )
+        began = time.monotonic()
+        old, new = fence.renew(self._manager)
+        self._fenced_sessions.add(old.encode("ascii"))
+        with self._lock:
+            lost = self.ledger.fence()
+        for exposure in lost:
+            if self._manager.request_status.get(exposure.room) != _SUCCESS:
+                self._manager.record_failure(
+                    exposure.room,
+                    "this decode fenced its memory (safe-reclaim) while the KV was on its way: "
+                    "retry the request",
+                )
+                self._manager.update_status(exposure.room, _FAILED)
+        for rank, frames in self._registrations.items():
+            frames[_SESSION_FRAME] = self._session()
+            with self._lock:
+                self.ledger.forget(rank)
+            self._send(rank, messages.ride(frames, messages.Hello(self._reply_to, rank)))
+        self.metrics.inc("fences")
+        logger.error(
+            "safe-reclaim: fenced in %.1f s: session %s is gone, %s took its place; %d transfers "
+            "in flight were ended",
+            time.monotonic() - began,
+            old,
+            new,
+            len(lost),
+        )
+
+    # -- saying what is held -----------------------------------------------------------
 
     def _say_what_is_held(self) -> None:
         now = time.monotonic()
+        if now >= self._next_show:
+            self._next_show = now + SHOW_EVERY
+            self._show_holds()
         for exposure in self.ledger.held:
             due = self._next_say.setdefault(exposure.gen, exposure.gave_up_at + SAY_HELD_AFTER)
             if now >= due:
@@ -316,6 +456,15 @@ class DecodeGuard:
                     now - exposure.gave_up_at,
                     self.ledger.why_held(exposure),
                 )
+
+    def _show_holds(self) -> None:
+        """Bring the gauges up to date."""
+        assert self.gate is not None
+        with self._lock:
+            reasons = Counter(self.ledger.reason(exposure) for exposure in self.ledger.held)
+        self.metrics.set("held_tokens", self.gate.held_tokens)
+        for reason in REASONS:
+            self.metrics.set("holds", reasons[reason], reason)
 
     # -- messages from prefill -------------------------------------------------------
 
@@ -329,20 +478,33 @@ class DecodeGuard:
             if isinstance(message, messages.Here):
                 self.ledger.here(message.rank, message.incarnation, message.gen)
             elif isinstance(message, messages.Answer):
-                self.ledger.answer(
+                waited = self.ledger.answer(
                     message.rank,
                     message.incarnation,
                     message.gen,
                     message.verdict,
                     message.reason,
                 )
+                if waited is not None:
+                    self.metrics.observe("ack_seconds", time.monotonic() - waited.gave_up_at)
         if not stock:
             return None
+        if stock[0] == b"ABORT_ACK" and self._stock_aborts is not None:
+            self._acked(stock)
         if stock[0] == b"AUX_DATA":
             room, aux = int(stock[1]), int(stock[3])
             if self.gate is not None and not self.gate.owns_aux(aux, room):
                 return None  # a late copy into a slot that is no longer this room's
         return stock
+
+    def _acked(self, frames: list[bytes]) -> None:
+        """Stock's acknowledgement that a room has drained, believed under `stock-ack`."""
+        assert self._stock_aborts is not None
+        if (room := self._stock_aborts.acked(frames)) is not None:
+            with self._lock:
+                for exposure in self.ledger.held:
+                    if exposure.room == room:
+                        self.ledger.acked(room, len(exposure.writers))
 
     def _admits(self, room: int, mark: messages.Mark | None, prefill_rank: bytes) -> bool:
         """A success: stock learns of it only if it is the open generation's."""
@@ -365,9 +527,10 @@ class DecodeGuard:
                 for e in self.ledger.held
             ]
         return {
-            **self.counters,
-            "frees_by_proof": dict(self.proofs),
+            **self.metrics.report(),
             "held_tokens": self.gate.held_tokens if self.gate is not None else 0,
+            "held_tokens_max": self._held_tokens_max,
+            "refusing": self.refusing,
             "held": held,
             "peers": len(self.ledger.peers),
         }
@@ -394,77 +557,6 @@ def rank_of(bootstrap_info: dict[str, Any]) -> str:
     return f"{bootstrap_info['rank_ip']}:{bootstrap_info['rank_port']}"
 
 
-def state_kinds(kv_args: Any) -> list[str]:
-    """The kinds of state transferred beside KV: a list from 0.5.12 on, one word in 0.5.11."""
-    kinds = getattr(kv_args, "state_types", None)
-    if kinds is None:
-        kind = getattr(kv_args, "state_type", "none")
-        kinds = [] if kind in ("none", None) else [kind]
-    return [str(getattr(kind, "value", kind)).lower() for kind in kinds]
-
-
-def check_states(kv_args: Any) -> None:
-    """Refuse a model whose state lives in slots the gate does not hold."""
-    if unknown := [k for k in state_kinds(kv_args) if k not in PAGE_STATES | WINDOW_STATES]:
-        raise AttachError(
-            f"this model also transfers {', '.join(unknown)} state, which lives in slots "
-            "safe-reclaim does not hold yet; start with --plugin none"
-        )
-
-
-def check_allocator(allocator: Any) -> None:
-    """Refuse an allocator whose transfer indices are not its own page numbers."""
-    if type(allocator).__name__.startswith(("Unified", "MultiEnded")):
-        raise AttachError(
-            f"{type(allocator).__name__} hands out virtual slots, which safe-reclaim cannot "
-            "match to pages yet; start without the unified pool, or with --plugin none"
-        )
-    translate = getattr(type(allocator), "translate_kv_indices_for_transfer", None)
-    if translate is None:
-        return
-    base = next(c for c in type(allocator).__mro__[::-1] if "free_group_begin" in vars(c))
-    if translate is not vars(base).get("translate_kv_indices_for_transfer"):
-        raise AttachError(
-            f"{type(allocator).__name__} sends translated KV indices, which safe-reclaim "
-            "cannot match to its pages yet; start with --plugin none"
-        )
-
-
-def rebind_captured(tree_cache: Any, allocator: Any) -> None:
-    """Make frees that stock captured before the gate look the method up again.
-
-    Releases 0.5.11 to 0.5.16: a component of the unified radix tree keeps
-    `allocator.free` from its construction.
-    """
-
-    def late(name: str) -> Callable[..., Any]:
-        def free(*args: Any, **kwargs: Any) -> Any:
-            return getattr(allocator, name)(*args, **kwargs)
-
-        return free
-
-    components = getattr(tree_cache, "components", None) or {}
-    for holder in (tree_cache, *(components.values() if isinstance(components, dict) else ())):
-        for attribute, value in list(getattr(holder, "__dict__", {}).items()):
-            name = getattr(value, "__name__", "")
-            if getattr(value, "__self__", None) is allocator and name.startswith("free"):
-                setattr(holder, attribute, late(name))
-
-
-def page_states(kv_args: Any, state_indices: list[Any] | None) -> list[np.ndarray]:
-    """Page numbers that state transfers may write, in the allocator's page space."""
-    if not state_indices:
-        return []
-    kinds = state_kinds(kv_args)
-    if len(kinds) == 1 and len(state_indices) != 1:
-        state_indices = [state_indices]  # 0.5.11: one flat list
-    return [
-        np.asarray(indices, dtype=np.int64)
-        for kind, indices in zip(kinds, state_indices, strict=False)
-        if kind in PAGE_STATES and indices is not None
-    ]
-
-
 def attach(config: Config) -> None:
     """Wrap the decode-side attach points. They do nothing until a decode manager starts."""
 
@@ -477,6 +569,23 @@ def attach(config: Config) -> None:
         stock(queue, *args, **kwargs)
         if DecodeGuard.current is not None:
             DecodeGuard.current.install_gate(queue)
+
+    def add(
+        stock: Callable[..., Any],
+        queue: Any,
+        req: Any,
+        is_retracted: bool = False,
+        is_rebootstrap: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Admission, before a request has anything. One that comes back is not refused."""
+        guard = DecodeGuard.current
+        back = is_retracted or is_rebootstrap
+        if guard is not None and guard.refusing and not back and not layout.is_fake(req):
+            return guard.refuse(queue, req)
+        if is_rebootstrap:
+            kwargs["is_rebootstrap"] = True
+        return stock(queue, req, is_retracted, **kwargs)
 
     def connect(stock: Callable[..., Any], cls: Any, bootstrap_info: dict[str, Any]) -> Any:
         route = functools.partial(stock, cls, bootstrap_info)
@@ -519,6 +628,7 @@ def attach(config: Config) -> None:
 
     wrap_method(f"{_MOONCAKE}:MooncakeKVManager.start_decode_thread", start_decode_thread)
     wrap_method("sglang.srt.disaggregation.decode:DecodePreallocQueue.__init__", queue_init)
+    wrap_method("sglang.srt.disaggregation.decode:DecodePreallocQueue.add", add)
     wrap_method(f"{_MOONCAKE}:MooncakeKVReceiver._connect_to_bootstrap_server", connect)
     wrap_method(f"{_MOONCAKE}:MooncakeKVReceiver.send_metadata", send_metadata)
     wrap_method(f"{_MOONCAKE}:MooncakeKVReceiver.clear", clear)

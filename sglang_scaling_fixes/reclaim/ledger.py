@@ -142,6 +142,12 @@ class SendAsk:
     rank: Rank
     room: int
     gen: str
+    again: bool = False
+    """This rank was asked before."""
+
+
+REASONS = ("no answer yet", "write of unknown end", "no safe-reclaim", "other TP ranks")
+"""What a hold can wait for, in few words (`DecodeLedger.reason`)."""
 
 
 class DecodeLedger:
@@ -239,14 +245,17 @@ class DecodeLedger:
 
     def answer(
         self, rank: Rank, incarnation: str, gen: str, verdict: str, reason: str = ""
-    ) -> None:
-        """A prefill rank answered an Ask. Late, repeated and foreign answers change nothing."""
+    ) -> Exposure | None:
+        """A prefill rank answered an Ask. Late, repeated and foreign answers change nothing.
+
+        Returns the exposure when the answer proved its writer.
+        """
         writer = self._in_question(gen, rank)
         if writer is None:
-            return
+            return None
         if verdict == "poisoned":
             writer.stuck = f"a write failed and may still land ({reason})"
-            return
+            return None
         if verdict == "drained":
             # Only a process that received these destinations says "drained".
             credible = writer.bound_by in (None, incarnation)
@@ -257,9 +266,11 @@ class DecodeLedger:
                 writer.bound_by or writer.incarnation
             )
         if credible and not writer.disputed:
-            self._prove(self._held[gen], writer, Proof.DRAINED)
-        else:
-            writer.stuck = "it cannot vouch for the process that may have had the destinations"
+            exposure = self._held[gen]
+            self._prove(exposure, writer, Proof.DRAINED)
+            return exposure
+        writer.stuck = "it cannot vouch for the process that may have had the destinations"
+        return None
 
     def admits_success(self, room: int, gen: str | None) -> bool:
         """May stock be told that a prefill rank reports success of `room`?
@@ -309,6 +320,21 @@ class DecodeLedger:
         if (writer := self._in_question(gen, rank)) is not None:
             self._prove(self._held[gen], writer, Proof.FENCED)
 
+    def fence(self) -> list[Exposure]:
+        """TEMP"""
+        lost = list(self._exposed.values())
+        for exposure in self.exposures():
+            for writer in exposure.writers.values():
+                if writer.sent and writer.proof is None:
+                    writer.proof = Proof.FENCED
+            if exposure.state is State.HELD and not exposure.unproven:
+                exposure.move("last writer proven")
+        return lost
+
+    def acked(self, room: int, ranks_reporting: int) -> bool:
+        """TEMP"""
+        return False
+
     def returned(self, exposure: Exposure) -> None:
         """Every TP rank agreed; the adapter puts the slots back right after this call."""
         exposure.move("every TP rank agrees")
@@ -321,9 +347,10 @@ class DecodeLedger:
             for writer in exposure.unproven:
                 if writer.rank in self.peers and writer.next_ask <= now:
                     wait = min(self._max_wait, self._first_wait * 2.0 ** min(writer.asks, 30))
-                    writer.asks += 1
                     writer.next_ask = now + wait
-                    due.append(SendAsk(writer.rank, exposure.room, exposure.gen))
+                    again = writer.asks > 0
+                    writer.asks += 1
+                    due.append(SendAsk(writer.rank, exposure.room, exposure.gen, again))
         return due
 
     # -- queries --------------------------------------------------------------
@@ -340,6 +367,21 @@ class DecodeLedger:
     def exposures(self) -> list[Exposure]:
         """Every exposure whose slots are not ordinary."""
         return [*self._exposed.values(), *self._held.values()]
+
+    def replaced(self, writer: Writer) -> bool:
+        """Another process serves the writer's rank now: the one in question is gone."""
+        had = writer.bound_by or writer.incarnation
+        return had is not None and self.peers.get(writer.rank, had) != had
+
+    def reason(self, exposure: Exposure) -> str:
+        """What this exposure waits for, as one of `REASONS`."""
+        unproven = exposure.unproven
+        if not unproven:
+            return "other TP ranks"
+        if any(writer.stuck for writer in unproven):
+            return "write of unknown end"
+        strangers = any(writer.rank not in self.peers for writer in unproven)
+        return "no safe-reclaim" if strangers else "no answer yet"
 
     def why_held(self, exposure: Exposure) -> str:
         """One line for the operator: what this exposure waits for."""

@@ -20,7 +20,9 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from sglang_scaling_fixes import release
 from sglang_scaling_fixes.attach import wrap_method
+from sglang_scaling_fixes.metrics import PREFILL, of_process
 from sglang_scaling_fixes.reclaim import messages
 from sglang_scaling_fixes.reclaim.ledger import (
     Action,
@@ -64,11 +66,8 @@ class PrefillGuard:
         self._keys = itertools.count(1)
         self._dropped: deque[tuple[int, int]] = deque()
         self._warned: set[str] = set()
-        self.counters = dict.fromkeys(
-            ("bound", "asked", "drained", "poisoned", "unknown", "chunks_dropped", "failed_writes"),
-            0,
-        )
-        manager.engine = EngineTap(manager.engine, self)
+        self.metrics = of_process(PREFILL, manager)
+        manager.engine = EngineTap(manager.engine, self, once=release.mooncake_retries())
         PrefillGuard.current = self
 
     # -- wiring -------------------------------------------------------------------
@@ -100,7 +99,7 @@ class PrefillGuard:
     def _read(self, frames: list[bytes]) -> list[bytes] | None:
         stock, message = messages.split(frames)
         if isinstance(message, messages.Ask):
-            self.counters["asked"] += 1
+            self.metrics.inc("asked")
             with self._lock:
                 actions = self._ledger.ask(
                     message.room, message.gen, message.reply_to, message.rank
@@ -127,7 +126,7 @@ class PrefillGuard:
             self._deferred.append(lambda: self._bind(stock, bind))
             return None
         self._here(bind.reply_to, bind.rank, bind.gen)
-        self.counters["bound"] += 1
+        self.metrics.inc("bound")
         return stock if delivery is Delivery.DELIVER else None
 
     def _bind_stranger(self, stock: list[bytes]) -> list[bytes] | None:
@@ -212,14 +211,14 @@ class PrefillGuard:
         with self._lock:
             attempt = self._ledger.put(self._sender)
         if attempt is None:
-            self.counters["chunks_dropped"] += 1
+            self.metrics.inc("chunks_dropped")
         return attempt
 
     def take(self, attempt: Attempt) -> bool:
         with self._lock:
             taken = self._ledger.take(attempt)
         if not taken:
-            self.counters["chunks_dropped"] += 1
+            self.metrics.inc("chunks_dropped")
         return taken
 
     def opened(self, attempt: Attempt) -> None:
@@ -233,8 +232,11 @@ class PrefillGuard:
 
     def failed(self, attempt: Attempt, reason: str) -> None:
         with self._lock:
+            first = not attempt.poisoned
             actions = self._ledger.failed(attempt, reason)
-        self.counters["failed_writes"] += 1
+        self.metrics.inc("failed_writes")
+        if first:
+            self.metrics.inc("poisoned_rooms")
         self._act(actions)
 
     def mark(self, to: str, attempt: Attempt) -> bytes | None:
@@ -260,7 +262,7 @@ class PrefillGuard:
                 self._manager.transfer_infos.pop(action.room, None)
 
     def _answer(self, action: SendAnswer) -> None:
-        self.counters[action.verdict] += 1
+        self.metrics.inc("answers", action.verdict)
         answer = messages.Answer(
             action.rank, self._ledger.incarnation, action.gen, action.verdict, action.reason
         )
@@ -278,7 +280,7 @@ class PrefillGuard:
 
     def report(self) -> dict[str, Any]:
         """Counters for `/server_info` and the lab."""
-        return dict(self.counters)
+        return self.metrics.report()
 
 
 def attach() -> None:

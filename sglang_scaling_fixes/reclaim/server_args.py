@@ -26,6 +26,14 @@ _REFUSED = {
 }
 """Field -> why any value but the release's own default (which is off) is not protected yet."""
 
+_REFUSED_BACKENDS = {
+    "nixl": "a worker of its own posts and polls its writes, and its completion notice names only "
+    "the room",
+    "mori": "its failed writes may still land, and nothing here can fence them",
+    "ascend": "it writes with another engine, whose success nobody has shown to mean landed",
+}
+"""Transfer backends whose writes are not accounted for, and what is missing."""
+
 _REFUSED_ON_DECODE = {
     "pp_size": "pipeline-parallel decode has a scheduler loop of its own",
     "dcp_size": "decode context parallelism lays pages out differently",
@@ -41,9 +49,8 @@ def check(server_args: Any) -> None:
     if backend == "fake":
         return  # writes nothing
     if backend != "mooncake":
-        _refuse(
-            "disaggregation_transfer_backend", backend, "only Mooncake's writes are accounted for"
-        )
+        why = _REFUSED_BACKENDS.get(backend, "only Mooncake's writes are accounted for")
+        _refuse("disaggregation_transfer_backend", backend, why)
     if (problem := release.mooncake_problem(release.mooncake())) is not None:
         raise ConfigError(problem)
     if os.environ.get("SGLANG_DISAGG_STAGING_BUFFER", "").lower() in ("1", "true"):

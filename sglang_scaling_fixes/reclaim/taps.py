@@ -170,20 +170,37 @@ class ExecutorTap(Passthrough):
 
 
 class EngineTap(Passthrough):
-    """Mooncake's transfer engine: a status other than 0 means a write may still run.
+    """Mooncake's transfer engine: what its results prove, and what they leave open.
 
-    Its time-out and its failure path both return with tasks possibly alive
-    (`shared/design/upstream-pd.md`, holes 2 and 3), so either poisons the attempt.
+    A status other than 0 means a write may still run: its time-out and its failure
+    path both return with tasks possibly alive, so either poisons the attempt ("still
+    open", until a fence). With `once` (Mooncake would retry on its own, see
+    `release.mooncake_retries`) a write is submitted exactly once and waited for: with
+    stock's call, 0 may be the second try's, while tasks of the first are on the wire.
     """
 
     WRITES = ("batch_transfer_sync", "transfer_sync")
 
-    def __init__(self, stock: Any, ledger: ChunkLedger) -> None:
+    def __init__(self, stock: Any, ledger: ChunkLedger, *, once: bool = False) -> None:
         super().__init__(stock)
         self._ledger = ledger
+        submitted: dict[str, Callable[..., int]] = {}
+        if once:
+            submitted = {"batch_transfer_sync": self._once, "transfer_sync": self._once_one}
         for name in self.WRITES:
             if hasattr(stock, name):
-                setattr(self, name, self._watched(getattr(stock, name), name))
+                setattr(self, name, self._watched(submitted.get(name, getattr(stock, name)), name))
+
+    def _once(
+        self, session: str, sources: list[int], targets: list[int], lengths: list[int]
+    ) -> int:
+        """Stock's batch write in one submission: 0 all of it landed, -1 it may still land."""
+        raw = self._stock.engine
+        batch = raw.batch_transfer_async_write(session, sources, targets, lengths)
+        return int(raw.get_batch_transfer_status([batch])) if batch else -1
+
+    def _once_one(self, session: str, source: int, target: int, length: int) -> int:
+        return self._once(session, [source], [target], [length])
 
     def _watched(self, write: Callable[..., Any], name: str) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:

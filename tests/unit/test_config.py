@@ -67,6 +67,10 @@ def test_a_flag_wins_over_a_variable() -> None:
         ({config.ENV_PREFIX + "SAFE_RECLAIM_RESEND": "0"}, ["--safe-reclaim-resend", "'0'"]),
         ({config.ENV_PREFIX + "SAFE_RECLAIM_RESEND": "nan"}, ["'nan'"]),
         ({config.ENV_PREFIX + "SAFE_RECLAIM_RESEND": "soon"}, ["'soon'", "0.01 to 60"]),
+        (
+            {config.ENV_PREFIX + "SAFE_RECLAIM_MAX_HELD": "5"},
+            ["--safe-reclaim-max-held", "'5'", "share of the pool from 0.001 to 1"],
+        ),
     ],
 )
 def test_bad_values_name_flag_value_and_remedy(env: dict[str, str], names: list[str]) -> None:

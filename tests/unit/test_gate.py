@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from sglang_scaling_fixes.errors import AttachError
-from sglang_scaling_fixes.reclaim.decode import rebind_captured
 from sglang_scaling_fixes.reclaim.gate import Gate
+from sglang_scaling_fixes.reclaim.layout import rebind_captured
 from sglang_scaling_fixes.reclaim.ledger import DecodeLedger, Exposure
 
 allocators = pytest.importorskip("sglang.srt.mem_cache.allocator")

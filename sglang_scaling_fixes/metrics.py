@@ -1,0 +1,150 @@
+"""Every Prometheus metric of this package, in one place.
+
+Each is also in `/server_info`. With stock's `--enable-metrics` they appear at stock's
+own `/metrics`, which collects all processes of a server; names follow Prometheus'
+conventions (base units, `_total` on counters). Labels on all: `role` (prefill,
+decode), `rank` (of this scheduler within its group) and `dp_rank`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Kind = Literal["counter", "gauge", "histogram"]
+
+PREFIX = "sglang_scaling_fixes_"
+_RECLAIM = PREFIX + "reclaim_"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """`label` beyond the common ones; `buckets` of a histogram in seconds."""
+
+    name: str
+    kind: Kind
+    help: str
+    label: str = ""
+    buckets: tuple[float, ...] = ()
+
+
+_SECONDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+
+DECODE = (
+    Metric("exposures", "counter", "Transfers whose destinations were sent."),
+    Metric("landed", "counter", "Transfers that ended well."),
+    Metric("gave_up", "counter", "Transfers whose owner gave up: slots withheld."),
+    Metric("returned", "counter", "Holds that ended with proof."),
+    Metric("frees", "counter", "Writers proven harmless, by kind of proof.", "proof"),
+    Metric("held_tokens", "gauge", "KV token slots withheld now."),
+    Metric("holds", "gauge", "Holds now, by what they wait for.", "reason"),
+    Metric("hold_seconds", "histogram", "From giving up to the return.", buckets=_SECONDS),
+    Metric(
+        "ack_seconds",
+        "histogram",
+        "From giving up to a prefill rank's proof.",
+        buckets=_SECONDS,
+    ),
+    Metric("asks", "counter", "ABORTs sent to prefill ranks."),
+    Metric("asks_resent", "counter", "Of them, repetitions."),
+    Metric("refusals", "counter", "Requests refused, by reason.", "reason"),
+    Metric("fences", "counter", "Fences: receiving engines replaced."),
+    Metric("garbage", "counter", "Unreadable control messages, dropped."),
+)
+
+PREFILL = (
+    Metric("bound", "counter", "Destinations received with a generation."),
+    Metric("asked", "counter", "ABORTs received."),
+    Metric("answers", "counter", "Answers to ABORTs, by verdict.", "verdict"),
+    Metric("poisoned_rooms", "counter", "Attempts with a write of unknown end."),
+    Metric("failed_writes", "counter", "Writes that reported failure."),
+    Metric("chunks_dropped", "counter", "Chunks of ended attempts, not written."),
+    Metric("garbage", "counter", "Unreadable control messages, dropped."),
+)
+
+
+class Metrics:
+    """The safe-reclaim metrics of one role in this process.
+
+    `labels` is None where stock exports no metrics: then they are counted for
+    `/server_info` only, and prometheus_client is not imported.
+    """
+
+    def __init__(self, known: tuple[Metric, ...], labels: Mapping[str, str] | None) -> None:
+        self._known = {metric.name: metric for metric in known}
+        self._labels = dict(labels or {})
+        self._exported = {} if labels is None else {m.name: _make(m, self._labels) for m in known}
+        self._counts = Counter({m.name: 0 for m in known if m.kind == "counter" and not m.label})
+        self._by_label: dict[str, Counter[str]] = {
+            m.name: Counter() for m in known if m.kind == "counter" and m.label
+        }
+
+    def inc(self, name: str, label: str = "") -> None:
+        """Count one; `label` is the value of the metric's own label, if it has one."""
+        (self._by_label[name] if label else self._counts)[label or name] += 1
+        if (series := self._series(name, label)) is not None:
+            series.inc()
+
+    def set(self, name: str, value: float, label: str = "") -> None:
+        if (series := self._series(name, label)) is not None:
+            series.set(value)
+
+    def observe(self, name: str, seconds: float) -> None:
+        if (series := self._series(name, "")) is not None:
+            series.observe(seconds)
+
+    def report(self) -> dict[str, Any]:
+        """The counters by name; of those with a label, a dictionary by its value."""
+        return {**self._counts, **{name: dict(by) for name, by in self._by_label.items()}}
+
+    def _series(self, name: str, label: str) -> Any:
+        """The exported series, None when nothing is exported. KeyError: no such metric."""
+        metric = self._known[name]
+        if not self._exported:
+            return None
+        values = {**self._labels, **({metric.label: label} if metric.label else {})}
+        return self._exported[name].labels(**values)
+
+
+def of_process(known: tuple[Metric, ...], manager: Any) -> Metrics:
+    """The metrics of the role whose stock KV manager this is."""
+    server_args = getattr(manager, "server_args", None)
+    if not getattr(server_args, "enable_metrics", False):
+        return Metrics(known, None)
+    return Metrics(
+        known,
+        {
+            "role": manager.disaggregation_mode.value,
+            "rank": str(manager.kv_args.engine_rank),
+            "dp_rank": str(getattr(manager, "system_dp_rank", 0)),
+        },
+    )
+
+
+def export_states(states: Iterable[tuple[str, str]]) -> None:
+    """One gauge with the state of every fix: `(name, state)`."""
+    import prometheus_client
+
+    gauge = prometheus_client.Gauge(
+        PREFIX + "fix_state",
+        "1 for the state a fix is in.",
+        ("fix", "state"),
+        multiprocess_mode="mostrecent",
+    )
+    for name, state in states:
+        gauge.labels(fix=name, state=state).set(1)
+
+
+def _make(metric: Metric, common: Mapping[str, str]) -> Any:
+    # Stock sets PROMETHEUS_MULTIPROC_DIR first; the client looks at it once, on import.
+    import prometheus_client
+
+    name = _RECLAIM + metric.name
+    labels = (*common, *filter(None, [metric.label]))
+    if metric.kind == "counter":
+        return prometheus_client.Counter(name, metric.help, labels)
+    if metric.kind == "gauge":
+        return prometheus_client.Gauge(name, metric.help, labels, multiprocess_mode="mostrecent")
+    return prometheus_client.Histogram(name, metric.help, labels, buckets=metric.buckets)

@@ -1,0 +1,157 @@
+"""P4: a decode rank makes its memory unreachable for everything sent to it so far.
+
+Mooncake cannot close one session or revoke one key, and renewing a registration is
+no fence: over TCP the receiver checks it when a write begins, not while it lands, and
+over RDMA the sender's own retry fetches the new key. So the whole receiving engine is
+destroyed, with its listeners, connections, queue pairs and registrations, and another
+one takes its place under a new session:
+
+    before   prefill --- session A ---> engine A --> memory
+    between  prefill --- session A -x                memory    nobody reads A's sockets
+    after    prefill --- session B ---> engine B --> memory    A's ports stay taken
+
+Engine B never listens where an engine before it did, so that no late writer finds it
+behind an address it remembers. The old ports also stay bound (and closed) for as long
+as this process lives, so that no other process on this host gets them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from sglang_scaling_fixes.errors import ScalingFixesError
+
+_LISTEN = "0A"
+"""TCP state in /proc/net/tcp."""
+
+_TRIES = 10
+_TAKE_FOR = 120.0
+"""Seconds: the kernel may keep a port while a peer has not closed its end."""
+
+_shut: set[int] = set()
+"""The ports of engines that are no more."""
+_taken: list[socket.socket] = []
+"""Sockets bound to them."""
+
+
+class FenceError(ScalingFixesError):
+    """There is no fence, or no engine behind it: this process must not go on."""
+
+
+def renew(manager: Any) -> tuple[str, str]:
+    """Replace the Mooncake engine of a stock decode `KVManager`; its old and new session.
+
+    Blocks for about a second (Mooncake's listener thread wakes up once a second).
+    Raises `FenceError` if the old engine cannot be shown to be gone.
+    """
+    engine = manager.engine
+    old = str(engine.session_id)
+    doors = _listening()
+    _destroy(engine)
+    shut = doors - _listening()
+    if _port(old) not in shut:
+        raise FenceError(
+            f"the receiving engine of session {old} is still in use by another part of this "
+            "process and could not be closed"
+        )
+    if still_open := shut & _local_ports():
+        raise FenceError(f"connections of session {old} are still open at ports {still_open}")
+    _shut.update(shut)
+    threading.Thread(target=_take, args=(shut,), daemon=True).start()
+    _replace(engine)
+    _register(manager, engine)
+    return old, str(engine.session_id)
+
+
+def _replace(engine: Any) -> None:
+    """A new engine in stock's wrapper, at ports that none had before."""
+    for _ in range(_TRIES):
+        doors = _listening()
+        fresh = type(engine)(
+            hostname=engine.hostname, gpu_id=engine.gpu_id, ib_device=engine.ib_device
+        )
+        if not (_listening() - doors) & _shut:
+            engine.engine, engine.session_id = fresh.engine, fresh.session_id
+            return
+        _destroy(fresh)
+    raise FenceError(f"no engine with new ports in {_TRIES} tries")
+
+
+def _destroy(engine: Any) -> None:
+    """Drop the only reference to Mooncake's engine: its destructor closes and joins all."""
+    raw, engine.engine = engine.engine, None
+    if sys.getrefcount(raw) > 2:  # `raw` and the argument of getrefcount
+        engine.engine = raw
+        raise FenceError("the receiving engine is held by another part of this process")
+    del raw
+
+
+def _register(manager: Any, engine: Any) -> None:
+    """Stock's own registration of all receive buffers, with its results looked at."""
+    results: list[int] = []
+    stock = engine.batch_register
+
+    def counted(ptrs: list[int], lengths: list[int]) -> int:
+        results.append(int(stock(ptrs, lengths) or 0))
+        return results[-1]
+
+    engine.batch_register = counted
+    try:
+        manager.register_buffer_to_engine()
+    finally:
+        del engine.batch_register
+    if not results or any(results):
+        raise FenceError(f"the receive buffers could not be registered anew ({results})")
+
+
+def _take(ports: set[int]) -> None:
+    """Bind `ports` and never listen: who connects is refused, and nobody else gets them."""
+    deadline = time.monotonic() + _TAKE_FOR
+    for port in ports:
+        door = socket.socket()
+        door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        _taken.append(door)
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError):
+                door.bind(("", port))
+                break
+            time.sleep(0.5)
+
+
+def _port(session: str) -> int:
+    return int(session.rpartition(":")[2])
+
+
+def _listening() -> set[int]:
+    return {port for port, state in _sockets() if state == _LISTEN}
+
+
+def _local_ports() -> set[int]:
+    return {port for port, _ in _sockets()}
+
+
+def _sockets() -> set[tuple[int, str]]:
+    """Local port and state of every TCP socket this process has open."""
+    inodes = set()
+    for entry in os.scandir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            target = os.readlink(entry.path)
+            if target.startswith("socket:["):
+                inodes.add(target[len("socket:[") : -1])
+    found = set()
+    for table in ("tcp", "tcp6"):
+        path = Path("/proc/self/net") / table
+        if not path.exists():
+            continue
+        for line in path.read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[9] in inodes:
+                found.add((int(fields[1].rpartition(":")[2], 16), fields[3]))
+    return found

@@ -1,0 +1,108 @@
+"""How a release lays out what a transfer writes: state kinds, allocators, captured frees.
+
+What the gate cannot hold slot by slot is refused here, with one line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from sglang_scaling_fixes.errors import AttachError
+
+PAGE_STATES = frozenset({"nsa", "dsa", "block_scale", "minimax_index_k", "minimax_dense_kv"})
+"""State transfers addressed by the KV pages themselves (index-K, scales)."""
+WINDOW_STATES = frozenset({"swa", "block_scale_swa"})
+"""State transfers into sliding-window slots, freed together with their full slots."""
+
+
+def state_kinds(kv_args: Any) -> list[str]:
+    """The kinds of state transferred beside KV: a list from 0.5.12 on, one word in 0.5.11."""
+    kinds = getattr(kv_args, "state_types", None)
+    if kinds is None:
+        kind = getattr(kv_args, "state_type", "none")
+        kinds = [] if kind in ("none", None) else [kind]
+    return [str(getattr(kind, "value", kind)).lower() for kind in kinds]
+
+
+def check_states(kv_args: Any) -> None:
+    """Refuse a model whose state lives in slots the gate does not hold."""
+    if unknown := [k for k in state_kinds(kv_args) if k not in PAGE_STATES | WINDOW_STATES]:
+        raise AttachError(
+            f"this model also transfers {', '.join(unknown)} state, which lives in slots "
+            "safe-reclaim does not hold yet; start with --plugin none"
+        )
+
+
+def check_allocator(allocator: Any) -> None:
+    """Refuse an allocator whose transfer indices are not its own page numbers."""
+    if type(allocator).__name__.startswith(("Unified", "MultiEnded")):
+        raise AttachError(
+            f"{type(allocator).__name__} hands out virtual slots, which safe-reclaim cannot "
+            "match to pages yet; start without the unified pool, or with --plugin none"
+        )
+    translate = getattr(type(allocator), "translate_kv_indices_for_transfer", None)
+    if translate is None:
+        return
+    base = next(c for c in type(allocator).__mro__[::-1] if "free_group_begin" in vars(c))
+    if translate is not vars(base).get("translate_kv_indices_for_transfer"):
+        raise AttachError(
+            f"{type(allocator).__name__} sends translated KV indices, which safe-reclaim "
+            "cannot match to its pages yet; start with --plugin none"
+        )
+
+
+def rebind_captured(tree_cache: Any, allocator: Any) -> None:
+    """Make frees that stock captured before the gate look the method up again.
+
+    Releases 0.5.11 to 0.5.16: a component of the unified radix tree keeps
+    `allocator.free` from its construction.
+    """
+
+    def late(name: str) -> Callable[..., Any]:
+        def free(*args: Any, **kwargs: Any) -> Any:
+            return getattr(allocator, name)(*args, **kwargs)
+
+        return free
+
+    components = getattr(tree_cache, "components", None) or {}
+    for holder in (tree_cache, *(components.values() if isinstance(components, dict) else ())):
+        for attribute, value in list(getattr(holder, "__dict__", {}).items()):
+            name = getattr(value, "__name__", "")
+            if getattr(value, "__self__", None) is allocator and name.startswith("free"):
+                setattr(holder, attribute, late(name))
+
+
+def page_states(kv_args: Any, state_indices: list[Any] | None) -> list[np.ndarray]:
+    """Page numbers that state transfers may write, in the allocator's page space."""
+    if not state_indices:
+        return []
+    kinds = state_kinds(kv_args)
+    if len(kinds) == 1 and len(state_indices) != 1:
+        state_indices = [state_indices]  # 0.5.11: one flat list
+    return [
+        np.asarray(indices, dtype=np.int64)
+        for kind, indices in zip(kinds, state_indices, strict=False)
+        if kind in PAGE_STATES and indices is not None
+    ]
+
+
+def check_shared_windows(manager: Any) -> None:
+    """Refuse a shared prefix whose window slots a transfer may write for several requests."""
+    server_args = getattr(manager, "server_args", None)
+    radix = getattr(server_args, "disaggregation_decode_enable_radix_cache", False)
+    if radix and WINDOW_STATES.intersection(state_kinds(manager.kv_args)):
+        raise AttachError(
+            "--disaggregation-decode-enable-radix-cache with a sliding-window model: "
+            "window slots of a shared prefix are not held yet; drop the flag, or start "
+            "with --plugin none"
+        )
+
+
+def is_fake(req: Any) -> bool:
+    """Whether a request's transfer is stock's fake one (health checks, warm-up): no writer."""
+    from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
+
+    return bool(req.bootstrap_host == FAKE_BOOTSTRAP_HOST)

@@ -1,0 +1,61 @@
+"""Which prefill ranks are gone? Decides when a fence is worth its price, never what is safe.
+
+A rank's ZMQ port is bound by its process for as long as it lives. A host that refuses
+a connection there is up, and the process is not. A host that does not answer at all
+may be cut off with its NIC alive: that is no evidence, and is left to the operator.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterable
+
+from sglang_scaling_fixes.reclaim.messages import Rank
+
+LOOK_EVERY = 2.0
+"""Seconds between two looks at the same ranks."""
+_CONNECT_WAIT = 1.0
+
+
+class Liveness:
+    """Ranks that were found gone. Looks happen on a thread of their own, one at a time."""
+
+    def __init__(self) -> None:
+        self._gone: set[Rank] = set()
+        self._next = 0.0
+        self._thread: threading.Thread | None = None
+
+    def look(self, ranks: Iterable[Rank]) -> None:
+        """Look again at `ranks`, unless that was done a moment ago. Does not block."""
+        now = time.monotonic()
+        if now < self._next or (self._thread is not None and self._thread.is_alive()):
+            return
+        self._next = now + LOOK_EVERY
+        self._thread = threading.Thread(target=self._look, args=(sorted(set(ranks)),), daemon=True)
+        self._thread.start()
+
+    def gone(self, rank: Rank) -> bool:
+        return rank in self._gone
+
+    def back(self, rank: Rank) -> None:
+        """Somebody serves `rank` again; its predecessor stays gone, and is not asked about."""
+        self._gone.discard(rank)
+
+    def _look(self, ranks: list[Rank]) -> None:
+        for rank in ranks:
+            if refused(rank):
+                self._gone.add(rank)
+
+
+def refused(rank: Rank) -> bool:
+    """True when the host of `rank` (`"ip:port"`) is there and nobody listens at the port."""
+    host, _, port = rank.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_WAIT).close()
+    except ConnectionRefusedError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return False

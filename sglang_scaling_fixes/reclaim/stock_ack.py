@@ -1,0 +1,70 @@
+"""Stock's own ABORT and its acknowledgement, for `--safe-reclaim-peer stock-ack`.
+
+From 0.5.19 a stock prefill with deferred release on answers ABORT when the room has
+drained, with three frames or more: tag, room, prefill rank. The two-frame answer of
+releases before, or with deferred release off, says "received" and proves nothing.
+Stock sends its ABORT once; here it is repeated while slots are held for it.
+
+The operator decides to believe it: the answer names no attempt, a reused room
+confuses it, and up to 0.5.21 one follows a failed write.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sglang_scaling_fixes.reclaim.messages import Rank
+
+_MAX_WAIT = 5.0
+
+
+@dataclass
+class _Room:
+    sent: dict[Rank, list[bytes]] = field(default_factory=dict)
+    acked: set[bytes] = field(default_factory=set)
+    expected: int = 0
+    """Answers that make it drained: all ranks told, those without a part in it as well."""
+    wait: float = 0.0
+    next: float = 0.0
+
+
+class StockAborts:
+    """ABORTs that stock sent for rooms whose slots are held. Times in seconds, monotonic."""
+
+    def __init__(self, first_wait: float) -> None:
+        self._first_wait = first_wait
+        self._rooms: dict[int, _Room] = {}
+
+    def sent(self, room: int, rank: Rank, frames: list[bytes]) -> None:
+        """Stock sends its ABORT of `room` to `rank`."""
+        self._rooms.setdefault(room, _Room()).sent[rank] = list(frames)
+
+    def watch(self, room: int, expected: int) -> None:
+        """The slots of `room` are withheld; `expected` prefill ranks have to answer."""
+        found = self._rooms.setdefault(room, _Room())
+        found.expected, found.wait = expected, self._first_wait
+
+    def acked(self, frames: list[bytes]) -> int | None:
+        """An answer came. The room, if by now every rank has said that it is drained."""
+        if len(frames) < 3 or not frames[1].isdigit():
+            return None
+        room = int(frames[1])
+        if (found := self._rooms.get(room)) is None:
+            return None
+        found.acked.add(frames[2])
+        return room if 0 < found.expected <= len(found.acked) else None
+
+    def due(self, now: float) -> list[tuple[Rank, list[bytes]]]:
+        """ABORTs to repeat."""
+        again: list[tuple[Rank, list[bytes]]] = []
+        for found in self._rooms.values():
+            if found.expected and found.next <= now:
+                if found.next:
+                    again += found.sent.items()
+                found.next = now + found.wait
+                found.wait = min(_MAX_WAIT, 2 * found.wait)
+        return again
+
+    def forget(self, room: int) -> None:
+        """The slots of `room` are back."""
+        self._rooms.pop(room, None)

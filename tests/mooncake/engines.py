@@ -1,0 +1,131 @@
+"""Two processes with a real Mooncake engine each, over TCP on the loopback.
+
+python -m tests.mooncake.engines receive MODE   |   send ONCE SESSION ADDRESS
+
+Both print JSON lines and read lines from stdin. The receiver says where it is, and on
+"go" waits for the first byte of a long write and then does what MODE says:
+
+    fence          fence.renew, as decode does
+    unregister     what renewing the registration would do
+
+Then it clears its memory and reports how many bytes arrived afterwards.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import sys
+import time
+from typing import Any
+
+from mooncake.engine import TransferEngine
+
+from sglang_scaling_fixes.reclaim import fence
+from sglang_scaling_fixes.reclaim.taps import IN_HAND, EngineTap
+
+SIZE = 384 << 20
+SMALL = 1 << 20
+HOST = "127.0.0.1"
+
+
+class StockEngine:
+    """The part of SGLang's `MooncakeTransferEngine` that the fence and the tap use."""
+
+    def __init__(self, hostname: str, gpu_id: int, ib_device: str) -> None:
+        self.hostname, self.gpu_id, self.ib_device = hostname, gpu_id, ib_device
+        self.engine = TransferEngine()
+        assert self.engine.initialize(hostname, "P2PHANDSHAKE", "tcp", ib_device) == 0
+        self.session_id = f"{hostname}:{self.engine.get_rpc_port()}"
+
+    def batch_register(self, ptrs: list[int], lengths: list[int]) -> int:
+        return int(self.engine.batch_register_memory(ptrs, lengths))
+
+    def batch_transfer_sync(
+        self, session: str, buffers: list[int], peers: list[int], lengths: list[int]
+    ) -> int:
+        return int(self.engine.batch_transfer_sync_write(session, buffers, peers, lengths))
+
+
+class Memory:
+    """A buffer outside Python's reach."""
+
+    def __init__(self, fill: int) -> None:
+        self._buffer = (ctypes.c_char * SIZE)()
+        self.address = ctypes.addressof(self._buffer)
+        self.fill(fill)
+
+    def fill(self, byte: int) -> None:
+        ctypes.memset(self.address, byte, SIZE)
+
+    def count(self, byte: int, size: int = SIZE) -> int:
+        return ctypes.string_at(self.address, size).count(bytes([byte]))
+
+    def first(self) -> bytes:
+        return ctypes.string_at(self.address, 1)
+
+
+class Manager:
+    """The part of stock's decode KV manager that the fence uses."""
+
+    def __init__(self, memory: Memory) -> None:
+        self.engine = StockEngine(HOST, 0, "")
+        self.memory = memory
+        self.register_buffer_to_engine()
+
+    def register_buffer_to_engine(self) -> None:
+        self.engine.batch_register([self.memory.address], [SIZE])
+
+
+def say(**what: Any) -> None:
+    print(json.dumps(what), flush=True)
+
+
+def receive(mode: str) -> None:
+    memory = Memory(0)
+    manager = Manager(memory)
+    say(session=manager.engine.session_id, address=memory.address)
+    sys.stdin.readline()
+    while memory.first() == b"\0":
+        time.sleep(0.0002)
+    if mode == "fence":
+        _, session = fence.renew(manager)
+    else:
+        manager.engine.engine.unregister_memory(memory.address)
+        session = manager.engine.session_id
+    memory.fill(0)
+    time.sleep(2)
+    say(late=memory.count(255), session=session, address=memory.address)
+    sys.stdin.readline()
+    say(small=memory.count(255, SMALL))
+
+
+class Counted:
+    """A chunk ledger that counts what it is told."""
+
+    def __init__(self) -> None:
+        self.failures: list[str] = []
+
+    def failed(self, attempt: Any, reason: str) -> None:
+        del attempt
+        self.failures.append(reason)
+
+
+def send(once: bool) -> None:
+    ledger = Counted()
+    engine: Any = EngineTap(StockEngine(HOST, 0, ""), ledger, once=once)  # type: ignore[arg-type]
+    memory = Memory(255)
+    engine.batch_register([memory.address], [SIZE])
+    IN_HAND.attempt = object()  # type: ignore[assignment]
+    say(ready=True)
+    for line in sys.stdin:
+        order = json.loads(line)
+        status = engine.batch_transfer_sync(
+            order["session"], [memory.address], [order["address"]], [order["size"]]
+        )
+        say(status=status, failures=len(ledger.failures))
+
+
+if __name__ == "__main__":
+    role, argument = sys.argv[1:3]
+    receive(argument) if role == "receive" else send(argument == "once")

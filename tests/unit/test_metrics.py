@@ -1,0 +1,76 @@
+"""The metrics as Prometheus would read them, and as /server_info shows them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from sglang_scaling_fixes import metrics
+from sglang_scaling_fixes.metrics import DECODE, PREFILL, Metrics, of_process
+
+EXPORT = """
+from types import SimpleNamespace
+from prometheus_client import generate_latest
+from sglang_scaling_fixes.metrics import DECODE, export_states, of_process
+
+manager = SimpleNamespace(
+    server_args=SimpleNamespace(enable_metrics=True),
+    disaggregation_mode=SimpleNamespace(value="decode"),
+    kv_args=SimpleNamespace(engine_rank=3),
+    system_dp_rank=1,
+)
+found = of_process(DECODE, manager)
+found.inc("asks")
+found.inc("frees", "P2")
+found.set("held_tokens", 12)
+found.set("holds", 1, "no answer yet")
+found.observe("hold_seconds", 0.02)
+export_states([("safe-reclaim", "armed")])
+print(generate_latest().decode())
+"""
+
+
+def test_series_carry_role_rank_and_their_own_label() -> None:
+    # A process of its own: prometheus_client's registry is global.
+    text = subprocess.run(
+        [sys.executable, "-c", EXPORT], capture_output=True, text=True, check=True
+    ).stdout
+    common = 'dp_rank="1",'
+    for line in (
+        f'sglang_scaling_fixes_reclaim_asks_total{{{common}rank="3",role="decode"}} 1.0',
+        'sglang_scaling_fixes_reclaim_frees_total{dp_rank="1",proof="P2",rank="3",role="decode"}',
+        f'sglang_scaling_fixes_reclaim_held_tokens{{{common}rank="3",role="decode"}} 12.0',
+        'reason="no answer yet"',
+        "sglang_scaling_fixes_reclaim_hold_seconds_bucket",
+        'sglang_scaling_fixes_fix_state{fix="safe-reclaim",state="armed"} 1.0',
+    ):
+        assert line in text, line
+
+
+def test_without_stocks_metrics_counts_go_to_server_info_only() -> None:
+    found = of_process(DECODE, SimpleNamespace(server_args=SimpleNamespace(enable_metrics=False)))
+    found.inc("asks")
+    found.inc("frees", "P4")
+    found.set("held_tokens", 3)
+    found.observe("ack_seconds", 0.1)
+    report = found.report()
+    assert report["asks"] == 1 and report["frees"] == {"P4": 1} and report["fences"] == 0
+
+
+@pytest.mark.parametrize("known", [DECODE, PREFILL], ids=["decode", "prefill"])
+def test_names_follow_the_conventions(known: tuple[metrics.Metric, ...]) -> None:
+    assert len({metric.name for metric in known}) == len(known)
+    for metric in known:
+        assert metric.help.endswith(".")
+        assert not metric.name.endswith("_total")  # the client adds it
+        assert metric.kind != "histogram" or metric.name.endswith("_seconds")
+
+
+def test_an_unknown_name_is_an_error() -> None:
+    with pytest.raises(KeyError):
+        Metrics(DECODE, None).inc("nonsense")
+    with pytest.raises(KeyError):
+        Metrics(DECODE, None).set("nonsense", 1)
