@@ -18,15 +18,22 @@ class Observations:
         self._path = path
         self._lock = threading.Lock()
         self._offset = 0
-        self._requests: dict[str, dict[str, Event]] = {}
+        self._requests: dict[str, list[Event]] = {}
         self._pool: Event | None = None
         self._lost: Counter[int] = Counter()
 
     def of(self, rid: str) -> dict[str, Event]:
-        """The events of one request, by kind."""
+        """The latest event of each kind of one request."""
         with self._lock:
             self._read()
-            return dict(self._requests.get(rid, {}))
+            return {event["event"]: event for event in self._requests.get(rid, ())}
+
+    def digests(self, rid: str) -> list[list[int]]:
+        """What was in the request's slots each time they were looked at."""
+        with self._lock:
+            self._read()
+            events = self._requests.get(rid, ())
+            return [event["digests"] for event in events if event["digests"] is not None]
 
     def pool(self) -> Event | None:
         """The latest count of free slots: `free_tokens`, `free_metadata`, `time`."""
@@ -63,4 +70,4 @@ class Observations:
         elif kind == "lost":
             self._lost[event["bootstrap_room"]] += 1
         else:
-            self._requests.setdefault(event["rid"], {})[kind] = event
+            self._requests.setdefault(event["rid"], []).append(event)

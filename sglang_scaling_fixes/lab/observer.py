@@ -11,7 +11,8 @@ JSON line per event:
 `admitted` and `final` carry one CRC-32 per prompt token, over the bytes of that token's
 slot in every registered KV buffer.  The buffers are the ones stock hands to the transfer engine,
 so that what is digested is exactly what a remote write can touch.  A request that
-was never admitted has no digests, only its slots.
+was never admitted has no digests, only its slots; one that was retracted and resumed has
+several `final` events.
 
 Nothing is replaced or delayed on the way of a transfer: both hooks run in the
 scheduler's own loop, and transfers run in other threads and processes.
@@ -87,6 +88,7 @@ class Observer:
         pointers, _sizes, item_bytes = allocator.get_kvcache().get_contiguous_buf_infos()
         self._buffers = list(zip(pointers, item_bytes, strict=True))
         self._open: dict[str, list[int]] = {}
+        self._retracted: set[str] = set()
         self._allocators = (allocator, metadata)
         self._free: tuple[int, ...] = ()
         self._next_count = 0.0
@@ -126,10 +128,16 @@ class Observer:
 
     def final(self, req: Any) -> None:
         slots = self._open.pop(req.rid, None)
+        if slots is None and req.rid in self._retracted:  # resumed, in other slots
+            slots = self._slots(req)
         if slots is None:
             self._write("final", req, self._slots(req), None)
+            return
+        self._write("final", req, slots, self._digests(slots))
+        if req.finished():
+            self._retracted.discard(req.rid)
         else:
-            self._write("final", req, slots, self._digests(slots))
+            self._retracted.add(req.rid)
 
     def _slots(self, req: Any) -> list[int]:
         kv = getattr(req, "kv", None)

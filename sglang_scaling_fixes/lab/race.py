@@ -313,24 +313,22 @@ class Race:
         if outcome.refusal is not None:
             return Verdict([], 0, [])
         problems = []
-        events = self._events(outcome.rid)
-        corrupted: set[int] = set()
-        for event in (events.get("admitted"), events.get("final")):
-            if event is None or event["digests"] is None:
-                problems.append(f"{outcome.rid} has no digests: {outcome.decode.body!s:.200}")
-                continue
-            corrupted |= {i for i, d in enumerate(event["digests"]) if d != subject.digests[i]}
+        seen = self.cluster.observations.digests(outcome.rid)
+        if len(seen) < 2:  # at its admission and at its end
+            problems.append(f"{outcome.rid} has {len(seen)} digests: {outcome.decode.body!s:.200}")
+        corrupted = {
+            i for digests in seen for i, d in enumerate(digests) if d != subject.digests[i]
+        }
         if outcome.ids is None:
             problems.append(f"{outcome.rid} was not answered: {outcome.decode.body!s:.200}")
         wrong = differing(outcome.ids or [], subject.ids)
         return Verdict(sorted(corrupted), wrong, problems)
 
     def _digests(self, rid: str) -> list[int]:
-        event = self._events(rid).get("final")
-        if event is None or event["digests"] is None:
+        seen = self.cluster.observations.digests(rid)
+        if not seen:
             raise Invalid(f"no KV digests of {rid}")
-        digests: list[int] = event["digests"]
-        return digests
+        return seen[-1]
 
     def _events(self, rid: str) -> dict[str, Event]:
         return self.cluster.observations.of(rid)

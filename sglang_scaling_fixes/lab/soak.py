@@ -153,13 +153,13 @@ class Soak:
             max_new_tokens=new_tokens,
             options={"return_logprob": True, "top_logprobs_num": 2},
         ).wait()
-        final = self._cluster.observations.of(rid).get("final")
-        if outcome.ids is None or final is None or final["digests"] is None:
+        digests = self._cluster.observations.digests(rid)
+        if outcome.ids is None or not digests:
             raise LabError(f"a prompt alone was not answered: {outcome.decode.body!s:.300}")
         self._cluster.observations.forget(rid)
         if margin(outcome.decode.body) < MARGIN:
             return None
-        return Known(prompt, new_tokens, outcome.ids, final["digests"])
+        return Known(prompt, new_tokens, outcome.ids, digests[-1])
 
     def _steady_pool(self) -> Event:
         """The free slots once they have not changed for a second."""
@@ -271,15 +271,12 @@ class Soak:
             if "final" in events or not admitted or time.monotonic() > deadline:
                 break
             time.sleep(0.02)
-        for kind in ("admitted", "final"):
-            digests = events.get(kind, {}).get("digests")
-            if digests is None:
-                continue
+        for digests in self._cluster.observations.digests(rid):
             wrong = sum(a != b for a, b in zip(digests, known.digests, strict=True))
             self._count("digested")
             if wrong:
                 self._count("corrupted_kv", wrong)
-                self._wrong.append(f"{rid} {kind} with {wrong} wrong KV slots")
+                self._wrong.append(f"{rid} had {wrong} wrong KV slots")
         self._cluster.observations.forget(rid)
 
     def _count(self, name: str, by: int = 1) -> None:
@@ -349,7 +346,7 @@ class Soak:
             "leaked_metadata": leaked["metadata"],
             "held_tokens": report.get("held_tokens", 0),
             "fences": report.get("fences", 0),
-            "frees_by_proof": report.get("frees_by_proof", {}),
+            "frees_by_proof": report.get("frees", {}),
             "decode_crashed": not self._cluster.decode.process.alive,
             "refusals": dict(self._texts.most_common()),
             "unclear": dict(self._unclear.most_common()),
