@@ -93,7 +93,7 @@ SCENARIOS = {
         Scenario(
             "poisoned",
             "prefill's write fails (MC_TRANSFER_TIMEOUT) and its bytes still land",
-            24,
+            12,
             5,
             ending=Ending.FAILURE,
             slow_env={"MC_TRANSFER_TIMEOUT": "5"},
