@@ -179,7 +179,7 @@ def reclaim_table(result: dict[str, Any]) -> str:
     return "\n".join(["", title, *lines, ""])
 
 
-_SOAK_ROWS = (
+SOAK_ROWS = (
     "requests", "right", "aborted", "hung_up", "refused", "unanswered", "corrupted_outputs",
     "corrupted_kv", "leaked_tokens", "leaked_metadata", "held_tokens", "aborts", "kills", "stalls",
     "fences",
@@ -188,9 +188,9 @@ _SOAK_ROWS = (
 
 def soak_table(result: dict[str, Any]) -> str:
     """The counts, one a line; then proofs and what refused requests were told."""
-    width = max(len(name) for name in _SOAK_ROWS)
+    width = max(len(name) for name in SOAK_ROWS)
     lines = ["", f"SGLang {result['release']}, soak of {result['minutes']:g} min, {result['half']}"]
-    lines += [f"{name.replace('_', ' '):<{width}}  {result[name]:>6}" for name in _SOAK_ROWS]
+    lines += [f"{name.replace('_', ' '):<{width}}  {result[name]:>6}" for name in SOAK_ROWS]
     proofs = ", ".join(f"{name} {count}" for name, count in result["frees_by_proof"].items())
     lines.append(f"{'frees by proof':<{width}}  {proofs or 'none'}")
     lines += [f"{count:>6} x {words}" for words, count in result["refusals"].items()]

@@ -126,7 +126,7 @@ def test_an_unknown_scenario_is_one_line_that_names_all(capsys: pytest.CaptureFi
 
 
 RESULT: dict[str, Any] = {
-    **dict.fromkeys(cli._SOAK_ROWS, 0),
+    **dict.fromkeys(cli.SOAK_ROWS, 0),
     "release": "0.5.23",
     "minutes": 1.0,
     "half": "fixed",
