@@ -41,6 +41,7 @@ ABORTED, HUNG_UP = 0.2, 0.1  # shares of the requests
 GIVE_UP_S = (0.0, 2.5)
 STALL_EVERY_S, STALL_S = (6.0, 20.0), (1.0, 15.0)
 KILL_EVERY_S = (15.0, 45.0)
+WAITING_S = 60  # decode's own time-out: below ANSWER_S, so that no answer is a hang
 SETTLE_S = 180.0
 EVENTS_S = 5.0
 _STEADY_S = 1.0
@@ -68,6 +69,7 @@ def run(
             run_dir,
             extra_flags=() if stock else FIXED_FLAGS,
             prefill_flags=("--prefill-max-requests", "1"),
+            decode_env={"SGLANG_DISAGGREGATION_WAITING_TIMEOUT": str(WAITING_S)},
             max_total_tokens=POOL_TOKENS,
         ) as cluster:
             progress(f"ready after {cluster.ready_s:.0f} s")
@@ -125,6 +127,7 @@ class Soak:
         self._texts: Counter[str] = Counter()
         self._unclear: Counter[str] = Counter()
         self._wrong: list[str] = []
+        self._later: list[tuple[Known, str]] = []
         self._errors: list[BaseException] = []
         self._known = self._references()
         self._start = self._steady_pool()
@@ -244,7 +247,11 @@ class Soak:
             self._count("hung_up")
         else:
             self._judge(known, outcome, aborted)
-        self._check_memory(known, rid)
+        if self._ended(rid):
+            self._check_memory(known, rid)
+        else:
+            with self._lock:
+                self._later.append((known, rid))
 
     def _judge(self, known: Known, outcome: Outcome, aborted: bool) -> None:
         if outcome.ids is not None:
@@ -264,13 +271,6 @@ class Soak:
 
     def _check_memory(self, known: Known, rid: str) -> None:
         """The digests of whatever the request owned, from its admission to its end."""
-        deadline = time.monotonic() + EVENTS_S
-        while True:
-            events = self._cluster.observations.of(rid)
-            admitted = "admitted" in events
-            if "final" in events or not admitted or time.monotonic() > deadline:
-                break
-            time.sleep(0.02)
         for digests in self._cluster.observations.digests(rid):
             wrong = sum(a != b for a, b in zip(digests, known.digests, strict=True))
             self._count("digested")
@@ -278,6 +278,16 @@ class Soak:
                 self._count("corrupted_kv", wrong)
                 self._wrong.append(f"{rid} had {wrong} wrong KV slots")
         self._cluster.observations.forget(rid)
+
+    def _ended(self, rid: str) -> bool:
+        """Whether the decode server has given up the request's memory; waits a moment for it."""
+        deadline = time.monotonic() + EVENTS_S
+        while time.monotonic() < deadline:
+            events = self._cluster.observations.of(rid)
+            if "final" in events or "admitted" not in events:
+                return "final" in events
+            time.sleep(0.02)
+        return False
 
     def _count(self, name: str, by: int = 1) -> None:
         with self._lock:
@@ -333,6 +343,8 @@ class Soak:
             if not still or time.monotonic() - began > SETTLE_S:
                 break
             time.sleep(0.5)
+        for known, rid in self._later:
+            self._check_memory(known, rid)
         counts = {
             name: self._counts[name]
             for name in (
