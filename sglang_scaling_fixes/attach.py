@@ -96,6 +96,7 @@ ATTACH_POINTS: tuple[AttachPoint, ...] = (
         ("kv_indices", "aux_index", "state_indices"),
         uses=("bootstrap_infos", "bootstrap_room", "kv_mgr", "conclude_state"),
     ),
+    AttachPoint(_FIX, "decode", f"{_MOONCAKE}:MooncakeKVReceiver.poll", uses=("conclude_state",)),
     AttachPoint(_FIX, "decode", f"{_MOONCAKE}:MooncakeKVReceiver.clear"),
     AttachPoint(_FIX, "decode", f"{_MOONCAKE}:MooncakeKVReceiver.failure_exception"),
     AttachPoint(

@@ -51,6 +51,7 @@ DECODE = (
     Metric("asks_resent", "counter", "Of them, repetitions."),
     Metric("refusals", "counter", "Requests refused, by reason.", "reason"),
     Metric("fences", "counter", "Fences: receiving engines replaced."),
+    Metric("stale", "counter", "Answers that came late, twice, or for nobody."),
     Metric("garbage", "counter", "Unreadable control messages, dropped."),
 )
 

@@ -24,10 +24,10 @@ def arm(config: Config) -> str:
     """
     os.environ.setdefault("MC_TRANSFER_TIMEOUT", TRANSFER_TIMEOUT)
     from sglang_scaling_fixes.attach import ATTACH_POINTS, is_wrapped
-    from sglang_scaling_fixes.reclaim import decode, prefill, probe
+    from sglang_scaling_fixes.reclaim import attach_decode, prefill, probe
 
     if not is_wrapped(probe.SENTINEL):
-        decode.attach(config)
+        attach_decode.attach(config)
         prefill.attach()
     for point in ATTACH_POINTS:
         if point.fix == "safe-reclaim" and point.wrapped and not is_wrapped(point.target):

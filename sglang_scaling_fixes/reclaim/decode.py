@@ -16,7 +16,6 @@ The ledger is shared by the two threads, under one lock.
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import threading
 import time
@@ -26,7 +25,6 @@ from typing import Any
 
 import numpy as np
 
-from sglang_scaling_fixes.attach import wrap_method
 from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.metrics import DECODE, of_process
 from sglang_scaling_fixes.reclaim import fence, layout, messages
@@ -36,7 +34,7 @@ from sglang_scaling_fixes.reclaim.liveness import Liveness
 from sglang_scaling_fixes.reclaim.quarantine import GRACE, Hold, Quarantine
 from sglang_scaling_fixes.reclaim.retry_after import REFUSAL
 from sglang_scaling_fixes.reclaim.stock_ack import StockAborts
-from sglang_scaling_fixes.reclaim.taps import Passthrough, ReceiveTap, is_success
+from sglang_scaling_fixes.reclaim.taps import Passthrough, ReceiveTap, is_number, is_success
 from sglang_scaling_fixes.reclaim.transport import endpoint, new_incarnation, send_now
 
 logger = logging.getLogger(__name__)
@@ -50,9 +48,7 @@ REQUIRE_RETRY = 30.0
 SHOW_EVERY = 1.0
 """Seconds between two updates of the gauges while something is held."""
 
-_MOONCAKE = "sglang.srt.disaggregation.mooncake.conn"
-_SCHEDULER = "sglang.srt.managers.scheduler"
-_FAILED, _SUCCESS = 0, 4
+FAILED, WAITING, SUCCESS = 0, 2, 4
 """KVPoll values in every supported release (contract-tested)."""
 _SESSION_FRAME = 3
 """Where both of stock's messages to prefill name decode's session (contract-tested)."""
@@ -72,6 +68,8 @@ class DecodeGuard:
         self._lock = threading.Lock()
         self._routes: dict[str, Callable[[], tuple[Any, Any]]] = {}
         """Rank -> stock's own look-up of its socket and lock (stock may replace them)."""
+        self._hello_on: dict[str, Any] = {}
+        """Rank -> the socket its last Hello left on."""
         self._sending: Exposure | None = None
         self._stock_success: dict[int, set[bytes]] = {}
         self._next_say: dict[str, float] = {}
@@ -170,15 +168,17 @@ class DecodeGuard:
             self._sending = None
 
     def outgoing(
-        self, rank: str, route: Callable[[], tuple[Any, Any]], frames: list[bytes]
+        self,
+        rank: str,
+        route: Callable[[], tuple[Any, Any]],
+        frames: list[bytes],
+        socket: Any = None,
     ) -> list[bytes]:
-        """Add our trailer to what stock sends to a prefill rank."""
+        """Add our trailer to what stock sends to a prefill rank, under the socket's lock."""
         self._routes[rank] = route
         if frames[0] == b"None":  # stock's registration of this decode's buffers
             self._registrations[rank] = frames
-            with self._lock:
-                self.ledger.forget(rank)  # it may be another process by now
-            return messages.ride(frames, messages.Hello(self._reply_to, rank))
+            return self._greeted(rank, frames, socket)
         if frames[0] == b"ABORT":
             self._stock_abort(int(frames[1]), rank, frames)
             return frames
@@ -191,9 +191,17 @@ class DecodeGuard:
         if rank not in exposure.writers:
             return frames
         with self._lock:
-            self.ledger.sent(exposure, rank)
+            same = self._hello_on.get(rank) is socket
+            self.ledger.sent(exposure, rank, after_hello=same)
         bind = messages.Bind(self._reply_to, rank, exposure.gen, exposure.epoch)
         return messages.ride(frames, bind)
+
+    def _greeted(self, rank: str, frames: list[bytes], socket: Any) -> list[bytes]:
+        """Stock's registration with a numbered Hello: who serves `rank` is asked anew."""
+        self._hello_on[rank] = socket
+        with self._lock:
+            seq = self.ledger.hello(rank)
+        return messages.ride(frames, messages.Hello(self._reply_to, rank, seq=seq))
 
     def _stock_abort(self, room: int, rank: str, frames: list[bytes]) -> None:
         if self._stock_aborts is None:
@@ -227,6 +235,33 @@ class DecodeGuard:
 
     # -- endings ------------------------------------------------------------------
 
+    def poll(self, stock: Callable[..., Any], receiver: Any) -> Any:
+        """Stock's poll; a success that stock has counted is shown only if it is this attempt's.
+
+        Stock counts by room, some time after the success was admitted: one of the
+        attempt before may be counted for this one. Then the room waits on, so that
+        stock's own time-out and failure paths see it waiting. A mark is in the ledger
+        before stock counts the success that carries it, so looking again after the
+        change loses none.
+        """
+        with getattr(receiver, "_lifecycle_lock", contextlib.nullcontext()):
+            status = stock(receiver)
+            if status != SUCCESS or self._complete(receiver):
+                return status
+            waiting = type(status)(WAITING)
+            receiver.conclude_state = None
+            self._manager.request_status[receiver.bootstrap_room] = waiting
+            if self._complete(receiver):
+                self._manager.update_status(receiver.bootstrap_room, status)
+            return waiting
+
+    def _complete(self, receiver: Any) -> bool:
+        exposure: Exposure | None = getattr(receiver, "sglang_scaling_fixes_exposure", None)
+        if exposure is None:
+            return True
+        with self._lock:
+            return self.ledger.complete(exposure)
+
     def failing(self, receiver: Any) -> None:
         """Stock is about to end this receiver as failed, on every TP rank alike."""
         receiver.sglang_scaling_fixes_failed = True
@@ -240,7 +275,7 @@ class DecodeGuard:
         assert self.gate is not None
         # What the ranks agreed on when they polled; the room's own status may have
         # been changed since, on this rank alone.
-        landed = receiver.conclude_state == _SUCCESS
+        landed = receiver.conclude_state == SUCCESS
         if landed and not getattr(receiver, "sglang_scaling_fixes_failed", False):
             with self._lock:
                 self.ledger.landed(exposure)
@@ -248,7 +283,7 @@ class DecodeGuard:
             self.metrics.inc("landed")
             return
         room = receiver.bootstrap_room
-        success = self._manager.request_status.get(room) == _SUCCESS
+        success = self._manager.request_status.get(room) == SUCCESS
         with self._lock:
             self.ledger.give_up(exposure, time.monotonic(), success_seen=success)
             # Ranks without safe-reclaim that reported before the owner gave up.
@@ -273,8 +308,8 @@ class DecodeGuard:
         with self._lock:
             held = self.ledger.held
             proven = [not exposure.unproven for exposure in held]
-        over, fence = self._past_the_bound(held)
-        *agreed, bounded, spared = self._agree([*proven, not over, not fence])
+        over, to_fence = self._past_the_bound(held)
+        *agreed, bounded, spared = self._agree([*proven, not over, not to_fence])
         for exposure, returns in zip(held, agreed, strict=True):
             if returns:
                 self._give_back(exposure)
@@ -417,18 +452,18 @@ class DecodeGuard:
         with self._lock:
             lost = self.ledger.fence()
         for exposure in lost:
-            if self._manager.request_status.get(exposure.room) != _SUCCESS:
+            if self._manager.request_status.get(exposure.room) != SUCCESS:
                 self._manager.record_failure(
                     exposure.room,
                     "this decode fenced its memory (safe-reclaim) while the KV was on its way: "
                     "retry the request",
                 )
-                self._manager.update_status(exposure.room, _FAILED)
+                self._manager.update_status(exposure.room, FAILED)
         for rank, frames in self._registrations.items():
             frames[_SESSION_FRAME] = self._session()
-            with self._lock:
-                self.ledger.forget(rank)
-            self._send(rank, messages.ride(frames, messages.Hello(self._reply_to, rank)))
+            socket, lock = self._routes[rank]()
+            with lock:
+                send_now(socket, self._greeted(rank, frames, socket))
         self.metrics.inc("fences")
         logger.error(
             "safe-reclaim: fenced in %.1f s: session %s is gone, %s took its place; %d transfers "
@@ -471,23 +506,15 @@ class DecodeGuard:
     def _read(self, frames: list[bytes]) -> list[bytes] | None:
         """Runs on stock's receive thread: sort out what is ours, leave the rest."""
         stock, message = messages.split(frames)
+        if message is messages.GARBAGE or not self._for_decode(stock, message):
+            self.metrics.inc("garbage")
+            return None
         if is_success(stock):
             mark = message if isinstance(message, messages.Mark) else None
             return stock if self._admits(int(stock[0]), mark, stock[2]) else None
-        with self._lock:
-            if isinstance(message, messages.Here):
-                self.ledger.here(message.rank, message.incarnation, message.gen)
-            elif isinstance(message, messages.Answer):
-                waited = self.ledger.answer(
-                    message.rank,
-                    message.incarnation,
-                    message.gen,
-                    message.verdict,
-                    message.reason,
-                )
-                if waited is not None:
-                    self.metrics.observe("ack_seconds", time.monotonic() - waited.gave_up_at)
-        if not stock:
+        if isinstance(message, messages.Here | messages.Answer):
+            with self._lock:
+                self._hear(message)
             return None
         if stock[0] == b"ABORT_ACK" and self._stock_aborts is not None:
             self._acked(stock)
@@ -506,6 +533,30 @@ class DecodeGuard:
                     if exposure.room == room:
                         self.ledger.acked(room, len(exposure.writers))
 
+    def _for_decode(self, stock: list[bytes], message: messages.Message | None) -> bool:
+        """Something a prefill rank says, as far as it is read here."""
+        if isinstance(message, messages.Here | messages.Answer):
+            return message.rank in self._routes
+        if message is not None and not (isinstance(message, messages.Mark) and is_success(stock)):
+            return False
+        if not stock:
+            return False
+        if stock[0] == b"AUX_DATA":
+            return len(stock) > 3 and is_number(stock[1]) and is_number(stock[3])
+        return not stock[0].isdigit() or is_number(stock[0])
+
+    def _hear(self, message: messages.Here | messages.Answer) -> None:
+        if isinstance(message, messages.Here):
+            self.ledger.here(message.rank, message.incarnation, message.gen, message.seq)
+            return
+        exposure = self.ledger.answer(
+            message.rank, message.incarnation, message.gen, message.verdict, message.reason
+        )
+        if exposure is None:
+            self.metrics.inc("stale")
+        elif exposure.writers[message.rank].proof is not None:
+            self.metrics.observe("ack_seconds", time.monotonic() - exposure.gave_up_at)
+
     def _admits(self, room: int, mark: messages.Mark | None, prefill_rank: bytes) -> bool:
         """A success: stock learns of it only if it is the open generation's."""
         with self._lock:
@@ -515,7 +566,12 @@ class DecodeGuard:
                 reported = self._stock_success.setdefault(room, set())
                 reported.add(prefill_rank)
                 self.ledger.success(room, len(reported))
-            return self.ledger.admits_success(room, mark.gen if mark is not None else None)
+            admitted = self.ledger.admits_success(
+                room, mark.gen if mark is not None else None, prefill_rank
+            )
+        if not admitted:
+            self.metrics.inc("stale")
+        return admitted
 
     # -- reporting --------------------------------------------------------------------
 
@@ -548,90 +604,10 @@ class OutgoingTap(Passthrough):
         self._guard = guard
 
     def send_multipart(self, frames: list[bytes], *args: Any, **kwargs: Any) -> Any:
-        frames = self._guard.outgoing(self._rank, self._route, list(frames))
+        frames = self._guard.outgoing(self._rank, self._route, list(frames), self._stock)
         return self._stock.send_multipart(frames, *args, **kwargs)
 
 
 def rank_of(bootstrap_info: dict[str, Any]) -> str:
     """How this decode addresses a prefill rank: `"ip:port"`."""
     return f"{bootstrap_info['rank_ip']}:{bootstrap_info['rank_port']}"
-
-
-def attach(config: Config) -> None:
-    """Wrap the decode-side attach points. They do nothing until a decode manager starts."""
-
-    def start_decode_thread(stock: Callable[..., Any], manager: Any) -> Any:
-        DecodeGuard(manager, config)
-        return stock(manager)
-
-    def queue_init(stock: Callable[..., Any], queue: Any, *args: Any, **kwargs: Any) -> Any:
-        DecodeGuard.current = None
-        stock(queue, *args, **kwargs)
-        if DecodeGuard.current is not None:
-            DecodeGuard.current.install_gate(queue)
-
-    def add(
-        stock: Callable[..., Any],
-        queue: Any,
-        req: Any,
-        is_retracted: bool = False,
-        is_rebootstrap: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """Admission, before a request has anything. One that comes back is not refused."""
-        guard = DecodeGuard.current
-        back = is_retracted or is_rebootstrap
-        if guard is not None and guard.refusing and not back and not layout.is_fake(req):
-            return guard.refuse(queue, req)
-        if is_rebootstrap:
-            kwargs["is_rebootstrap"] = True
-        return stock(queue, req, is_retracted, **kwargs)
-
-    def connect(stock: Callable[..., Any], cls: Any, bootstrap_info: dict[str, Any]) -> Any:
-        route = functools.partial(stock, cls, bootstrap_info)
-        socket, lock = route()
-        guard = DecodeGuard.current
-        if guard is None:
-            return socket, lock
-        return OutgoingTap(socket, rank_of(bootstrap_info), route, guard), lock
-
-    def send_metadata(stock: Callable[..., Any], receiver: Any, *args: Any, **kwargs: Any) -> Any:
-        guard = DecodeGuard.current
-        if guard is None:
-            return stock(receiver, *args, **kwargs)
-        return guard.send_metadata(stock, receiver, *args, **kwargs)
-
-    def clear(stock: Callable[..., Any], receiver: Any) -> Any:
-        if (guard := DecodeGuard.current) is not None:
-            guard.clearing(receiver)
-        return stock(receiver)
-
-    def failure_exception(stock: Callable[..., Any], receiver: Any) -> Any:
-        if (guard := DecodeGuard.current) is not None:
-            guard.failing(receiver)
-        return stock(receiver)
-
-    def process_input_requests(
-        stock: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        # Every iteration of every loop, on all TP ranks alike, paused or not.
-        if (guard := DecodeGuard.current) is not None:
-            guard.tick()
-        return stock(scheduler, *args, **kwargs)
-
-    def is_fully_idle(
-        stock: Callable[..., Any], scheduler: Any, for_health_check: bool = False, **kwargs: Any
-    ) -> Any:
-        idle = stock(scheduler, for_health_check, **kwargs)
-        guard = DecodeGuard.current
-        return idle and (for_health_check or guard is None or not guard.holding())
-
-    wrap_method(f"{_MOONCAKE}:MooncakeKVManager.start_decode_thread", start_decode_thread)
-    wrap_method("sglang.srt.disaggregation.decode:DecodePreallocQueue.__init__", queue_init)
-    wrap_method("sglang.srt.disaggregation.decode:DecodePreallocQueue.add", add)
-    wrap_method(f"{_MOONCAKE}:MooncakeKVReceiver._connect_to_bootstrap_server", connect)
-    wrap_method(f"{_MOONCAKE}:MooncakeKVReceiver.send_metadata", send_metadata)
-    wrap_method(f"{_MOONCAKE}:MooncakeKVReceiver.clear", clear)
-    wrap_method(f"{_MOONCAKE}:MooncakeKVReceiver.failure_exception", failure_exception)
-    wrap_method(f"{_SCHEDULER}:Scheduler.process_input_requests", process_input_requests)
-    wrap_method(f"{_SCHEDULER}:Scheduler.is_fully_idle", is_fully_idle)

@@ -59,20 +59,32 @@ class Kept:
 class Slots:
     """What one exposure made reachable, and the frees kept for it.
 
-    Page numbers are sorted, unique, int64, in the allocator's space. `own` are the
-    request's; `pages` adds those of a shared prefix that state transfers may write
-    too. `aux`: the metadata slot, None when the exposure has none.
+    `sent` and `shared` are page numbers as they were sent, in the allocator's space:
+    the request's own, and those of a shared prefix that state transfers may write
+    too. Most exposures land and nobody looks, so they are sorted on demand: `own` and
+    `pages` (both) are unique, int64. `aux`: the metadata slot, None when there is none.
     """
 
     exposure: Exposure
-    own: np.ndarray
-    pages: np.ndarray
+    sent: np.ndarray
+    shared: Sequence[np.ndarray]
     aux: int | None
     aux_back: bool = False
     kept: list[Kept] = field(default_factory=list)
     seen: set[int] = field(default_factory=set)
     tokens: int = 0
     """Token slots in kept frees, for reporting."""
+
+    @functools.cached_property
+    def own(self) -> np.ndarray:
+        unique: np.ndarray = np.unique(self.sent.astype(np.int64))
+        return unique
+
+    @functools.cached_property
+    def pages(self) -> np.ndarray:
+        parts = [self.own, *(pages.astype(np.int64) for pages in self.shared)]
+        unique: np.ndarray = np.unique(np.concatenate(parts))
+        return unique
 
     @property
     def given_up(self) -> bool:
@@ -102,9 +114,7 @@ class Gate:
         self, exposure: Exposure, own: np.ndarray, shared: Sequence[np.ndarray], aux: int | None
     ) -> None:
         """Remember what `exposure` makes reachable: page numbers, any order, and `aux`."""
-        unique = np.unique(np.asarray(own, dtype=np.int64))
-        pages = np.unique(np.concatenate([unique, *(np.asarray(s, np.int64) for s in shared)]))
-        slots = self._open[exposure.gen] = Slots(exposure, unique, pages, aux)
+        slots = self._open[exposure.gen] = Slots(exposure, np.array(own), shared, aux)
         if aux is not None:
             self._aux[aux] = slots
 

@@ -83,7 +83,7 @@ def page_states(kv_args: Any, state_indices: list[Any] | None) -> list[np.ndarra
     if len(kinds) == 1 and len(state_indices) != 1:
         state_indices = [state_indices]  # 0.5.11: one flat list
     return [
-        np.asarray(indices, dtype=np.int64)
+        np.array(indices, dtype=np.int64)
         for kind, indices in zip(kinds, state_indices, strict=False)
         if kind in PAGE_STATES and indices is not None
     ]

@@ -57,7 +57,7 @@ from collections import OrderedDict, deque
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 
-from sglang_scaling_fixes.reclaim.messages import Rank
+from sglang_scaling_fixes.reclaim.messages import Rank, Verdict
 
 
 class Proof(enum.StrEnum):
@@ -98,13 +98,17 @@ class Writer:
     """One prefill rank that may write into an exposure's slots."""
 
     rank: Rank
-    incarnation: str | None
-    """The process that served the rank when the destinations were sent, when known."""
+    incarnation: str | None = None
+    """A process that served the rank before the destinations were sent, when known."""
+    hello: int = 0
+    """Number of the Hello that went ahead of them on the same socket, 0 without one."""
     bound_by: str | None = None
     """The process that confirmed it received them."""
     disputed: bool = False
     """Two processes say they received the same destinations: only a fence proves it."""
     sent: bool = False
+    reported: bool = False
+    """It reported success of this generation."""
     proof: Proof | None = None
     stuck: str = ""
     """Why an answer did not prove anything, for the operator. Empty: no answer yet."""
@@ -123,6 +127,8 @@ class Exposure:
     writers: dict[Rank, Writer]
     state: State = State.EXPOSED
     gave_up_at: float = 0.0
+    unmarked: set[Hashable] = field(default_factory=set)
+    """Prefill ranks, as stock numbers them, whose success of it was admitted without a mark."""
 
     @property
     def unproven(self) -> list[Writer]:
@@ -173,6 +179,8 @@ class DecodeLedger:
         self._max_wait = max_wait
         self.peers: dict[Rank, str] = {}
         """Ranks known to run safe reclaim, with the process that said so."""
+        self._hellos: dict[Rank, int] = {}
+        """Rank -> the number of the last Hello sent to it."""
         self._exposed: dict[str, Exposure] = {}
         self._held: OrderedDict[str, Exposure] = OrderedDict()
         self._given_up_rooms: OrderedDict[int, str] = OrderedDict()
@@ -182,33 +190,75 @@ class DecodeLedger:
 
     # -- events ---------------------------------------------------------------
 
-    def here(self, rank: Rank, incarnation: str, gen: str | None = None) -> None:
-        """A prefill process said it serves `rank` (and, with `gen`, that it bound it)."""
-        self.peers[rank] = incarnation
-        if gen is not None and (exposure := self._find(gen)) is not None:
-            writer = exposure.writers.get(rank)
-            if writer is not None and writer.bound_by is None:
-                writer.bound_by = incarnation
-            elif writer is not None and writer.bound_by != incarnation:
-                writer.disputed = True
+    def hello(self, rank: Rank) -> int:
+        """Decode registers with `rank` anew: the number its Hello carries.
 
-    def forget(self, rank: Rank) -> None:
-        """Decode registers with `rank` anew: who serves it now is not known until it says so."""
+        Call under the lock of the socket, right before the Hello goes out. Who
+        serves the rank is not known until it says so.
+        """
         self.peers.pop(rank, None)
+        self._hellos[rank] = self._hellos.get(rank, 0) + 1
+        return self._hellos[rank]
+
+    def here(
+        self, rank: Rank, incarnation: str, gen: str | None = None, seq: int | None = None
+    ) -> None:
+        """A prefill process said it serves `rank`.
+
+        With `gen` it bound that generation; with `seq` it received that Hello.
+        """
+        exposure = self._find(gen) if gen is not None else None
+        writer = exposure.writers.get(rank) if exposure is not None else None
+        number = seq or (writer.hello if writer is not None else 0)
+        if number in (0, self._hellos.get(rank, 0)):  # later Hellos: it may be gone by now
+            self.peers[rank] = incarnation
+        if seq:
+            self._served_before(rank, incarnation, seq)
+        if writer is not None and writer.bound_by is None:
+            writer.bound_by = incarnation
+        elif writer is not None and writer.bound_by != incarnation:
+            writer.disputed = True
+
+    def _served_before(self, rank: Rank, incarnation: str, seq: int) -> None:
+        """This process received the Hello that went ahead of these destinations.
+
+        Then its "unknown" proves: on one ordered socket the destinations lie between
+        that Hello and the Ask it answers, a port has one owner at a time, so nobody
+        but this process can have received them.
+        """
+        for exposure in self.exposures():
+            writer = exposure.writers.get(rank)
+            if writer is not None and writer.hello == seq:
+                writer.incarnation = writer.incarnation or incarnation
 
     def expose(self, room: int, ranks: Iterable[Rank]) -> Exposure:
         """Destinations are about to be sent to `ranks`. Call before the first send."""
         # TP ranks expose the same requests in the same order: the number is common.
         number = next(self._counter)
         gen, epoch = f"{self._incarnation}-{number}", f"{self.group}-{number}"
-        writers = {rank: Writer(rank, self.peers.get(rank)) for rank in ranks}
-        exposure = Exposure(gen, epoch, room, writers)
+        exposure = Exposure(gen, epoch, room, {rank: Writer(rank) for rank in ranks})
         self._exposed[gen] = exposure
         return exposure
 
-    def sent(self, exposure: Exposure, rank: Rank) -> None:
-        """The destinations are handed to the socket for `rank` (call before, not after)."""
-        exposure.writers[rank].sent = True
+    def sent(self, exposure: Exposure, rank: Rank, *, after_hello: bool = True) -> None:
+        """The destinations are handed to the socket for `rank` (call before, not after).
+
+        Under the socket's lock, like `hello`: the order of the calls is that of the
+        messages. `after_hello`: the last Hello to `rank` left on this very socket.
+        """
+        writer = exposure.writers[rank]
+        writer.sent = True
+        writer.incarnation = self.peers.get(rank)
+        writer.hello = self._hellos.get(rank, 0) if after_hello else 0
+
+    def complete(self, exposure: Exposure) -> bool:
+        """Has every writer's success been admitted for this very generation?
+
+        Stock counts successes by room alone, some time after `admits_success`: one
+        of the attempt before may be counted for this one.
+        """
+        silent = [w for w in exposure.writers.values() if w.sent and not w.reported]
+        return len(silent) <= len(exposure.unmarked)
 
     def landed(self, exposure: Exposure) -> None:
         """Every writer reported success and the owner takes the KV: P3 for all."""
@@ -223,12 +273,14 @@ class DecodeLedger:
         Whether a rank holds must follow from what all TP ranks share (the agreed
         failure), never from what this rank alone has seen; hence PROVEN, which
         still waits for agreement, rather than a release on the spot.
-        `success_seen`: this rank had every writer's success before the failure.
+        `success_seen`: stock had counted every writer's success before the failure
+        (which it may have done for the attempt before, see `complete`).
         """
+        landed = success_seen and self.complete(exposure)
         for writer in exposure.writers.values():
             if not writer.sent:
                 writer.proof = Proof.NEVER_SENT
-            elif success_seen:
+            elif writer.reported or landed:
                 writer.proof = writer.proof or Proof.LANDED
             writer.next_ask = now
         exposure.gave_up_at = now
@@ -248,14 +300,15 @@ class DecodeLedger:
     ) -> Exposure | None:
         """A prefill rank answered an Ask. Late, repeated and foreign answers change nothing.
 
-        Returns the exposure when the answer proved its writer.
+        Returns the exposure it is about, None when it was one of those.
         """
         writer = self._in_question(gen, rank)
         if writer is None:
             return None
+        exposure = self._held[gen]
         if verdict == "poisoned":
             writer.stuck = f"a write failed and may still land ({reason})"
-            return None
+            return exposure
         if verdict == "drained":
             # Only a process that received these destinations says "drained".
             credible = writer.bound_by in (None, incarnation)
@@ -266,39 +319,60 @@ class DecodeLedger:
                 writer.bound_by or writer.incarnation
             )
         if credible and not writer.disputed:
-            exposure = self._held[gen]
             self._prove(exposure, writer, Proof.DRAINED)
-            return exposure
-        writer.stuck = "it cannot vouch for the process that may have had the destinations"
-        return None
+        else:
+            writer.stuck = "it cannot vouch for the process that may have had the destinations"
+        return exposure
 
-    def admits_success(self, room: int, gen: str | None) -> bool:
+    def admits_success(self, room: int, gen: str | None, reporter: Hashable = None) -> bool:
         """May stock be told that a prefill rank reports success of `room`?
 
         Stock's message names no generation, so a late one would be taken for the
         next attempt's. Prefill ranks with safe reclaim mark theirs; without a mark
-        the message counts only where the room cannot be confused.
+        the message counts only where the room cannot be confused. `reporter`: the
+        prefill rank as stock numbers it.
         """
         waiting = [e for e in self._exposed.values() if e.room == room]
         if gen is not None:
             return any(e.gen == gen for e in waiting)
         if room in self._given_up_rooms:
             return False
-        return not waiting or any(r not in self.peers for r in waiting[-1].writers)
+        if waiting and all(r in self.peers for r in waiting[-1].writers):
+            return False
+        for exposure in waiting[-1:]:
+            exposure.unmarked.add(reporter)
+        return True
 
     def marked(self, gen: str, rank: Rank) -> None:
         """`rank` reports success of generation `gen`: P3 for it, if the owner gave up meanwhile."""
-        if (writer := self._in_question(gen, rank)) is not None:
-            self._prove(self._held[gen], writer, Proof.LANDED)
+        exposure = self._find(gen)
+        if exposure is None or (writer := exposure.writers.get(rank)) is None:
+            return
+        writer.reported = True
+        if exposure.state is State.HELD and writer.proof is None:
+            self._prove(exposure, writer, Proof.LANDED)
 
     def success(self, room: int, ranks_reporting: int) -> bool:
         """An unmarked success of a room whose owner gave up: P3 from a rank without safe reclaim.
 
         Stock prefill of old releases never learns of the abort and reports success
-        when its write has landed. `ranks_reporting` counts distinct prefill ranks
-        since the owner gave up; all writers must have reported. A room that was
-        given up before, or is exposed again, proves nothing: the message names no
-        generation. Returns True when it proved the exposure.
+        when its write has landed. True when it proved the exposure.
+        """
+        return self._unmarked(room, ranks_reporting, Proof.LANDED)
+
+    def acked(self, room: int, ranks_reporting: int) -> bool:
+        """Stock's own acknowledgement of an abort: P2 from a rank without safe reclaim.
+
+        Only for an operator who trusts it. True when it proved the exposure.
+        """
+        return self._unmarked(room, ranks_reporting, Proof.DRAINED)
+
+    def _unmarked(self, room: int, ranks_reporting: int, proof: Proof) -> bool:
+        """Stock's word for a room, from `ranks_reporting` distinct ranks since its owner gave up.
+
+        All writers must have given it. A room that was given up before, or is exposed
+        again, proves nothing: the word names no generation. Nor does it where a rank
+        with safe reclaim is unproven: that one can be asked.
         """
         open_gens = [e for e in self.exposures() if e.room == room]
         if len(open_gens) != 1 or open_gens[0].state is not State.HELD:
@@ -307,33 +381,28 @@ class DecodeLedger:
         unproven = exposure.unproven
         if (
             self._given_up_rooms.get(room) != exposure.gen
-            or any(w.rank in self.peers for w in unproven)
+            or any(self._speaks(w) for w in unproven)
             or ranks_reporting < len(exposure.writers)
         ):
             return False
         for writer in unproven:
-            self._prove(exposure, writer, Proof.LANDED)
+            self._prove(exposure, writer, proof)
         return True
 
-    def fenced(self, gen: str, rank: Rank) -> None:
-        """The writer can no longer reach this memory (P4)."""
-        if (writer := self._in_question(gen, rank)) is not None:
-            self._prove(self._held[gen], writer, Proof.FENCED)
-
     def fence(self) -> list[Exposure]:
-        """TEMP"""
-        lost = list(self._exposed.values())
-        for exposure in self.exposures():
-            for writer in exposure.writers.values():
-                if writer.sent and writer.proof is None:
-                    writer.proof = Proof.FENCED
-            if exposure.state is State.HELD and not exposure.unproven:
-                exposure.move("last writer proven")
-        return lost
+        """Nothing that was ever sent can be reached any more: P4 for every writer that has any.
 
-    def acked(self, room: int, ranks_reporting: int) -> bool:
-        """TEMP"""
-        return False
+        The adapter made it so before this call. Returns the exposures whose owners
+        still wait: their transfers cannot complete, except where the success is on
+        its way already, and that may be taken: it says that all had landed before.
+        """
+        for exposure in self.exposures():
+            for writer in exposure.unproven:
+                if writer.sent:
+                    writer.proof = Proof.FENCED
+            if exposure.state is State.HELD:
+                exposure.move("last writer proven")
+        return list(self._exposed.values())
 
     def returned(self, exposure: Exposure) -> None:
         """Every TP rank agreed; the adapter puts the slots back right after this call."""
@@ -399,6 +468,11 @@ class DecodeLedger:
 
     # -- internals ------------------------------------------------------------
 
+    def _speaks(self, writer: Writer) -> bool:
+        """It runs safe reclaim, or did when it had these destinations."""
+        known = writer.incarnation or writer.bound_by or writer.reported
+        return writer.rank in self.peers or bool(known)
+
     def _find(self, gen: str) -> Exposure | None:
         return self._exposed.get(gen) or self._held.get(gen)
 
@@ -426,7 +500,7 @@ class SendAnswer:
     reply_to: str
     rank: Rank
     gen: str
-    verdict: str
+    verdict: Verdict
     reason: str = ""
 
 
@@ -685,7 +759,7 @@ class PrefillLedger:
     def _answers(self, attempt: Attempt) -> list[Action]:
         if not (attempt.closed and attempt.quiet):
             return []
-        verdict = "poisoned" if attempt.poisoned else "drained"
+        verdict: Verdict = "poisoned" if attempt.poisoned else "drained"
         answers: list[Action] = []
         for gen in sorted(attempt.asked):
             reply_to, rank = attempt.bindings[gen]

@@ -15,36 +15,58 @@ message stock sends anyway, far behind every frame a release reads (`ride`), and
 that has answered `Here`. `Here`, `Mark` and `Answer` go only to whoever spoke first.
 
 Wire format: one frame, `TAG` followed by a msgpack-encoded tagged struct. `Ask`,
-`Here` and `Answer` travel alone as a single-frame message.
+`Here` and `Answer` travel alone as a single-frame message; `Mark` trails a success.
+
+A receive thread must outlive whatever arrives. A message that claims to be ours and
+is not readable, out of bounds or misplaced is `GARBAGE`: dropped as a whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import Enum
+from typing import Annotated, Final, Literal
 
 import msgspec
+from msgspec import Meta
 
 TAG = b"\x00ssf1\x00"
 """Opens every frame of ours. Stock frames open with ASCII digits, letters or packed
-pointers; seven fixed bytes make an accidental match on a trailing frame negligible,
-and a frame that matches but does not decode is left to stock."""
+pointers; seven fixed bytes make an accidental match on a trailing frame negligible."""
+
+MAX_FRAME = 65536
+"""Bytes. Ours have a few hundred."""
 
 TRAILER_AT = 32
 """Frame index of a trailer from decode: beyond any frame a stock prefill reads."""
 
-Rank = str
+Rank = Annotated[str, Meta(max_length=256)]
 """A prefill rank as decode addresses it: `"ip:port"` of its ZMQ endpoint."""
+Name = Annotated[str, Meta(max_length=256)]
+"""A generation, epoch or incarnation."""
+Address = Annotated[
+    str, Meta(max_length=256, pattern=r"^tcp://(\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}\Z")
+]
+"""`"tcp://ip:port"`. Whoever receives it connects to it."""
+Verdict = Literal["drained", "poisoned", "unknown"]
+"""See `Answer`."""
+MAX_REASON = 4096
+Room = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Number = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Stock = Annotated[int, Meta(ge=0, le=TRAILER_AT)]
+"""How many frames of the message are stock's (see `ride`)."""
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
-    """Decode's first word to a prefill rank. `reply_to` is `"tcp://ip:port"`.
+    """Decode's first word to a prefill rank, and again whenever it registers anew.
 
-    `stock` counts the frames of the message that are stock's (see `ride`).
+    `seq` numbers the Hellos from one decode rank to one prefill rank, from 1.
     """
 
-    reply_to: str
+    reply_to: Address
     rank: Rank
-    stock: int = 0
+    stock: Stock = 0
+    seq: Number = 0
 
 
 class Bind(msgspec.Struct, frozen=True, tag="bind"):
@@ -53,38 +75,39 @@ class Bind(msgspec.Struct, frozen=True, tag="bind"):
     `epoch` is common to all decode ranks that send destinations for one attempt.
     """
 
-    reply_to: str
+    reply_to: Address
     rank: Rank
-    gen: str
-    epoch: str
-    stock: int = 0
+    gen: Name
+    epoch: Name
+    stock: Stock = 0
 
 
 class Ask(msgspec.Struct, frozen=True, tag="ask"):
     """The owner of generation `gen` gave up: stop writing, and say when nothing is left."""
 
-    reply_to: str
+    reply_to: Address
     rank: Rank
-    room: int
-    gen: str
+    room: Room
+    gen: Name
 
 
 class Here(msgspec.Struct, frozen=True, tag="here"):
     """A prefill process with safe reclaim in force serves `rank`.
 
     `incarnation` is unique per process: a restarted prefill cannot vouch for
-    writes its predecessor posted. `gen` echoes a Bind, None for a Hello.
+    writes its predecessor posted. `gen` echoes a Bind, `seq` a Hello.
     """
 
     rank: Rank
-    incarnation: str
-    gen: str | None = None
+    incarnation: Name
+    gen: Name | None = None
+    seq: Number | None = None
 
 
 class Mark(msgspec.Struct, frozen=True, tag="mark"):
     """This success is of generation `gen`, by `rank`."""
 
-    gen: str
+    gen: Name
     rank: Rank
 
 
@@ -97,13 +120,22 @@ class Answer(msgspec.Struct, frozen=True, tag="answer"):
     """
 
     rank: Rank
-    incarnation: str
-    gen: str
-    verdict: str
-    reason: str = ""
+    incarnation: Name
+    gen: Name
+    verdict: Verdict
+    reason: Annotated[str, Meta(max_length=MAX_REASON)] = ""
 
 
 Message = Hello | Bind | Ask | Here | Mark | Answer
+
+
+class Garbage(Enum):
+    """A message that opens like ours and is none."""
+
+    GARBAGE = "garbage"
+
+
+GARBAGE: Final = Garbage.GARBAGE
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Message)
@@ -114,14 +146,16 @@ def encode(message: Message) -> bytes:
     return TAG + _encoder.encode(message)
 
 
-def decode(frame: bytes) -> Message | None:
-    """The message in `frame`, or None when the frame is not (readably) ours."""
+def decode(frame: bytes) -> Message | Garbage | None:
+    """The message in `frame`; None when the frame does not open with `TAG`."""
     if not frame.startswith(TAG):
         return None
+    if len(frame) > MAX_FRAME:
+        return GARBAGE
     try:
         message: Message = _decoder.decode(memoryview(frame)[len(TAG) :])
-    except msgspec.MsgspecError:
-        return None
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+        return GARBAGE
     return message
 
 
@@ -137,15 +171,23 @@ def ride(frames: Sequence[bytes], message: Hello | Bind) -> list[bytes]:
     return [*frames, *padding, encode(trailer)]
 
 
-def split(frames: Sequence[bytes]) -> tuple[list[bytes], Message | None]:
+def split(frames: Sequence[bytes]) -> tuple[list[bytes], Message | Garbage | None]:
     """Separate a received multipart message into stock's frames and our part.
 
     Ours alone gives `([], message)`; a stock message without a trailer gives
-    `(frames, None)`.
+    `(frames, None)`; garbage gives `([], GARBAGE)`, nothing of it is for stock.
     """
     message = decode(frames[-1]) if frames else None
     if message is None:
+        if frames and frames[0].startswith(TAG):
+            return [], GARBAGE  # something was put behind ours
         return list(frames), None
+    ahead = frames[:-1]
     if isinstance(message, Hello | Bind):
-        return list(frames[: message.stock]), message
-    return list(frames[:-1]), message
+        carried, padding = ahead[: message.stock], ahead[message.stock :]
+        if len(carried) != message.stock or any(padding):
+            return [], GARBAGE
+        return list(carried), message
+    if bool(ahead) != isinstance(message, Mark):
+        return [], GARBAGE
+    return list(ahead), message

@@ -39,6 +39,7 @@ from sglang_scaling_fixes.reclaim.taps import (
     QueueTap,
     ReceiveTap,
     StatusTap,
+    is_number,
 )
 from sglang_scaling_fixes.reclaim.transport import ReplySockets, new_incarnation
 
@@ -98,6 +99,9 @@ class PrefillGuard:
 
     def _read(self, frames: list[bytes]) -> list[bytes] | None:
         stock, message = messages.split(frames)
+        if message is messages.GARBAGE or not self._for_prefill(stock, message):
+            self.metrics.inc("garbage")
+            return None
         if isinstance(message, messages.Ask):
             self.metrics.inc("asked")
             with self._lock:
@@ -107,13 +111,23 @@ class PrefillGuard:
             self._act(actions)
             return None
         if isinstance(message, messages.Hello):
-            self._here(message.reply_to, message.rank)
+            self._here(message.reply_to, message.rank, seq=message.seq)
             return stock
         if isinstance(message, messages.Bind):
             return self._bind(stock, message)
-        if message is not None:
-            return None  # ours, and not for prefill
         return self._bind_stranger(stock) if stock[0].isdigit() else stock
+
+    def _for_prefill(self, stock: list[bytes], message: messages.Message | None) -> bool:
+        """Something a decode rank says, as far as it is read here."""
+        if isinstance(message, messages.Ask):
+            return True
+        if isinstance(message, messages.Hello):
+            return stock[:1] == [b"None"]
+        if isinstance(message, messages.Bind):
+            return is_metadata(stock)
+        if message is not None or not stock:
+            return False
+        return not stock[0].isdigit() or is_metadata(stock)
 
     def _bind(self, stock: list[bytes], bind: messages.Bind) -> list[bytes] | None:
         with self._lock:
@@ -135,7 +149,7 @@ class PrefillGuard:
         From a decode that runs without safe-reclaim (say so, once each), or none at
         all: the empty ones of a rank that only has to know of the request.
         """
-        source = f"{stock[1].decode()}:{stock[2].decode()}"
+        source = f"{stock[1].decode('ascii', 'replace')}:{stock[2].decode('ascii', 'replace')}"
         if stock[4] and source not in self._warned:
             self._warned.add(source)
             logger.warning(
@@ -161,8 +175,10 @@ class PrefillGuard:
         self._deferred.extend(waiting)
         return frames
 
-    def _here(self, reply_to: str, rank: str, gen: str | None = None) -> None:
-        here = messages.Here(rank, self._ledger.incarnation, gen)
+    def _here(
+        self, reply_to: str, rank: str, gen: str | None = None, seq: int | None = None
+    ) -> None:
+        here = messages.Here(rank, self._ledger.incarnation, gen, seq)
         self._replies.send(reply_to, messages.encode(here))
 
     # -- stock's senders ---------------------------------------------------------------
@@ -264,7 +280,11 @@ class PrefillGuard:
     def _answer(self, action: SendAnswer) -> None:
         self.metrics.inc("answers", action.verdict)
         answer = messages.Answer(
-            action.rank, self._ledger.incarnation, action.gen, action.verdict, action.reason
+            action.rank,
+            self._ledger.incarnation,
+            action.gen,
+            action.verdict,
+            action.reason[: messages.MAX_REASON],
         )
         self._replies.send(action.reply_to, messages.encode(answer))
 
@@ -281,6 +301,11 @@ class PrefillGuard:
     def report(self) -> dict[str, Any]:
         """Counters for `/server_info` and the lab."""
         return self.metrics.report()
+
+
+def is_metadata(stock: list[bytes]) -> bool:
+    """A room and at least the 7 frames behind it that every release sends."""
+    return len(stock) >= 8 and is_number(stock[0])
 
 
 def attach() -> None:

@@ -256,7 +256,7 @@ def _prove_prefill() -> None:
     manager = _manager(engine=_Engine(), transfer_queues=[queue])
     guard = PrefillGuard(manager)
     guard.tap_socket()
-    answers: list[messages.Message | None] = []
+    answers: list[messages.Message | messages.Garbage | None] = []
 
     def keep_answer(to: str, frame: bytes) -> bool:
         del to

@@ -82,9 +82,14 @@ class StatusTap(Passthrough):
         return self._stock.send_multipart(frames, *args, **kwargs)
 
 
+def is_number(frame: bytes) -> bool:
+    """Digits that `int` reads as a room, slot or port: no more than 20 of them."""
+    return len(frame) <= 20 and frame.isdigit()
+
+
 def is_success(frames: list[bytes]) -> bool:
     """Stock's `[room, status, prefill rank, ...]` with KVPoll.Success."""
-    return len(frames) >= 3 and frames[1] == StatusTap.SUCCESS and frames[0].isdigit()
+    return len(frames) >= 3 and frames[1] == StatusTap.SUCCESS and is_number(frames[0])
 
 
 class ChunkLedger(Protocol):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
+from collections import OrderedDict
 from typing import Any
 
 import zmq
@@ -33,21 +34,43 @@ def send_now(socket: Any, frames: list[bytes]) -> bool:
 
 
 class ReplySockets:
-    """PUSH sockets to decode ranks, made on first use, shared by all threads."""
+    """PUSH sockets to decode ranks, made on first use, shared by all threads.
 
-    def __init__(self) -> None:
+    Addresses come from the network: one that cannot be connected to is not, and of
+    more than `limit` the one unused longest is closed (its decode rank asks again).
+    A ZMQ context has 1023 in all.
+    """
+
+    def __init__(self, limit: int = 512) -> None:
         self._lock = threading.Lock()
-        self._sockets: dict[str, zmq.Socket[bytes]] = {}
+        self._limit = limit
+        self._sockets: OrderedDict[str, zmq.Socket[bytes]] = OrderedDict()
 
     def send(self, to: str, frame: bytes) -> bool:
-        """One single-frame message to `to` (`"tcp://ip:port"`); never blocks."""
+        """One single-frame message to `to` (`"tcp://ip:port"`); never blocks, never raises."""
         with self._lock:
-            socket = self._sockets.get(to)
+            socket = self._sockets.get(to) or self._connect(to)
             if socket is None:
-                socket = zmq.Context.instance().socket(zmq.PUSH)
-                socket.setsockopt(zmq.LINGER, 0)
-                if "[" in to:
-                    socket.setsockopt(zmq.IPV6, 1)
-                socket.connect(to)
-                self._sockets[to] = socket
+                return False
+            self._sockets.move_to_end(to)
             return send_now(socket, [frame])
+
+    def _connect(self, to: str) -> zmq.Socket[bytes] | None:
+        try:
+            socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
+        except zmq.ZMQError as error:
+            logger.warning("safe-reclaim: no socket for %s: %s", to, error)
+            return None
+        try:
+            socket.setsockopt(zmq.LINGER, 0)
+            if "[" in to:
+                socket.setsockopt(zmq.IPV6, 1)
+            socket.connect(to)
+        except zmq.ZMQError as error:
+            logger.warning("safe-reclaim: cannot connect to %s: %s", to, error)
+            socket.close()
+            return None
+        self._sockets[to] = socket
+        if len(self._sockets) > self._limit:
+            self._sockets.popitem(last=False)[1].close()
+        return socket

@@ -66,7 +66,7 @@ def test_an_abort_is_held_until_stock_reports_success(cluster: Cluster) -> None:
         assert "runs without safe-reclaim" in held["held"][0]["why"]
     pending.wait()
     wait_for(lambda: report(cluster)["held_tokens"] == 0, "success did not give the slots back")
-    assert report(cluster)["frees_by_proof"]["P3"] == 1
+    assert report(cluster)["frees"]["P3"] == 1
     outcome = cluster.send(cluster.fast, prompt(1200), "after", max_new_tokens=8).wait()
     assert outcome.ids is not None
 

@@ -126,10 +126,18 @@ SMALL: dict[str, Config] = {
     "unknown peer": Config(greeted=False, tick=1, lose=1),
     "decode restart": replace(_REUSE, restart=1),
     "short memory": replace(_REUSE, memory=1),
+    "unknown peer, crash": Config(greeted=False, crash=1, tick=1, lose=2),
+    "unknown peer, dup": Config(greeted=False, crash=1, dup=1),
+    "decode's stock lags behind the verdict on a success": replace(_REUSE, split_admit=True),
+    "unknown peer, stock lags": replace(_REUSE, greeted=False, split_admit=True),
+    "stock prefill, decode's stock lags": replace(_REUSE, plugged=(False,), split_admit=True),
+    "fence, slot reuse": Config(rooms=(7, 8), slots=1, fence=1),
+    "fence, stock lags": replace(_REUSE, fence=1, split_admit=True),
 }
 """What continuous integration explores completely."""
 
 BIG: dict[str, Config] = {
+    "fence, room reuse": replace(_REUSE, fence=1),
     "room reuse, lost": replace(_REUSE, tick=1, lose=1),
     "room reuse, fan-in": replace(_REUSE, decodes=2),
     "room reuse, everything": replace(_REUSE, tick=1, lose=1, dup=1, swap=1, fail=1),
@@ -153,6 +161,9 @@ CONTROLS: dict[str, Config] = {
     "no generations": replace(_REUSE, generations=False, tick=1),
     "no poison": Config(poison=False, fail=1),
     "no marks": replace(_REUSE, marks=False),
+    "polls are not masked": replace(_REUSE, split_admit=True, masks=False),
+    "Hellos are not numbered": Config(greeted=False, crash=1, lose=2, tick=1, numbered=False),
+    "a fence that stops nothing": Config(fence=1, stops=False),
     "old destinations forgotten outside the lock": replace(
         _REUSE, split_bind=True, split_forget=True, drop=1
     ),
@@ -160,7 +171,6 @@ CONTROLS: dict[str, Config] = {
 """One rule off: the exploration must find the corruption, or it proves nothing."""
 
 OPEN: dict[str, Config] = {
-    "decode's stock lags behind the verdict on a success": replace(_REUSE, split_admit=True),
     "decode restarts, prefill runs without the plugin": replace(
         _REUSE, plugged=(False,), restart=1
     ),

@@ -110,6 +110,10 @@ class Config:
     generations: bool = True
     poison: bool = True
     marks: bool = True
+    masks: bool = True
+    numbered: bool = True
+    stops: bool = True
+    """A fence stops what was posted. Off: it only says so."""
 
 
 BUDGETED = ("lose", "dup", "swap", "tick", "fail", "crash", "fence", "restart", "abort", "drop")
@@ -133,6 +137,15 @@ class Unpoisoned(PrefillLedger):
         return []
 
 
+class Credulous(DecodeLedger):
+    """Negative control: whoever says Here is taken for who got the destinations."""
+
+    def _served_before(self, rank: str, incarnation: str, seq: int) -> None:
+        for exposure in self.exposures():
+            writer = exposure.writers[rank]
+            writer.incarnation = writer.incarnation or incarnation
+
+
 class Msg(NamedTuple):
     """One message. Unused fields stay empty."""
 
@@ -144,9 +157,11 @@ class Msg(NamedTuple):
     verdict: str = ""
     slot: int = -1
     epoch: int = 0
-    """Of the decode memory the address belongs to; a fence makes older ones unreachable."""
+    """Of the decode memory the address belongs to."""
     attempt: str = ""
     """What the metadata of all decode ranks for one attempt share (`Exposure.epoch`)."""
+    seq: int = 0
+    """Of a Hello and of the Here that answers it."""
 
     def __str__(self) -> str:
         return f"{self.kind}({' '.join(filter(None, (self.gen, self.verdict)))})"
@@ -196,7 +211,8 @@ class Decode:
     """room -> prefill ranks that reported success after the owner gave up."""
     admitted: tuple[tuple[str, int], ...] = ()
     """Successes (prefill rank, room) let through that stock has not counted yet."""
-    epochs: dict[str, int] = field(default_factory=dict)
+    epoch: int = 0
+    """Of its memory: a fence makes the addresses of older ones unreachable."""
     number: int = 0
     blob: bytes = b""
 
@@ -252,6 +268,11 @@ class World:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.said: list[str] = []
+        self._own: set[str] = set()
+        self.private = False
+        """Never cloned: ranks may be changed in place."""
+        self.lost: frozenset[str] = frozenset()
+        """Kinds of messages that were."""
         self.left = {name: getattr(config, name) for name in BUDGETED}
         self.request = ("new",) * len(config.rooms)
         self.gens: dict[str, int] = {}
@@ -261,8 +282,8 @@ class World:
         self.wire: tuple[Write, ...] = ()
         self.arrived: frozenset[str] = frozenset()
         """Requests a prefill rank has a sender for, or had."""
-        self.exposed_in: dict[tuple[str, str], tuple[int, int]] = {}
-        """(generation, prefill rank) -> epoch of the address, life of the process."""
+        self.exposed_in: dict[tuple[str, str], int] = {}
+        """(generation, prefill rank) -> life of the process then."""
         self.decodes = {f"d{i}": self._new_decode(f"d{i}", 0) for i in range(config.decodes)}
         self.prefills = {f"p{i}": self._new_prefill(f"p{i}", 0) for i in range(config.prefills)}
         self.strange: frozenset[tuple[str, str]] = frozenset()
@@ -272,18 +293,16 @@ class World:
             for p in self.prefills:
                 self.channels |= {f"{d}>{p}": (), f"{p}>{d}": (), f"{p}*{d}": ()}
                 if not config.greeted:
-                    self._send(d, p, Msg("hello"))
+                    self._hello(d, p)
                 elif self.prefills[p].ledger is not None:
                     self.decodes[d].ledger.here(p, self.prefills[p].incarnation)
         if config.bare:
             self.channels |= {f"{STRANGER}>{p}": () for p in self.prefills}
-        self._own: set[str] = set()
-        self.private = False
-        """Never cloned: ranks may be changed in place."""
 
     def _new_decode(self, name: str, life: int) -> Decode:
         age = ("", "a", "b", "c")[life]
-        ledger = DecodeLedger(name + age, first_wait=1.0, max_wait=5.0, memory=self.config.memory)
+        rules = DecodeLedger if self.config.numbered else Credulous
+        ledger = rules(name + age, first_wait=1.0, max_wait=5.0, memory=self.config.memory)
         ledger.group = "d0" + age
         ledger._counter = Counter()  # type: ignore[assignment]
         return Decode(name, ledger, [None] * self.config.slots, life)
@@ -334,6 +353,11 @@ class World:
     def _send(self, source: str, target: str, message: Msg, stock: bool = False) -> None:
         channel = f"{source}{'*' if stock else '>'}{target}"
         self.channels[channel] = (*self.channels[channel], message)
+
+    def _hello(self, d: str, p: str) -> None:
+        """Stock's registration of decode's buffers, with ours."""
+        seq = self._decode(d).ledger.hello(p)
+        self._send(d, p, Msg("hello", seq=seq))
 
     def _becomes(self, i: int, state: str) -> None:
         self.request = (*self.request[:i], state, *self.request[i + 1 :])
@@ -441,12 +465,12 @@ class World:
         for p in self.prefills.values():
             if self.left["crash"]:
                 events.append(f"crash {p.name}")
-            if self.left["fence"]:
-                events += [f"fence {d} {p.name}" for d in self.decodes]
             if self.left["abort"]:
                 events += [f"abort r{i} {p.name}" for i in p.senders]
             if self.left["drop"]:
                 events += [f"drop r{i} {p.name}" for i in p.senders]
+        if self.left["fence"]:
+            events += [f"fence {d}" for d in self.decodes]
         if self.left["restart"] and len(self.decodes) == 1:
             events += [f"restart {d}" for d in self.decodes]
         return events
@@ -465,7 +489,9 @@ class World:
             return False  # what it does with it is its own affair
         room = self.config.rooms[i]
         return all(
-            room in d.receivers and d.receivers[room][1] == set(self.prefills)
+            room in d.receivers
+            and d.receivers[room][1] == set(self.prefills)
+            and (d.ledger.complete(d.exposure(i)) or not self.config.masks)
             for d in self.decodes.values()
         )
 
@@ -510,11 +536,10 @@ class World:
             self.say(f"{d.name}: slot {slot} exposed as {exposure.gen}, room {room}")
             for p in self.prefills:
                 d.ledger.sent(exposure, p)
-                epoch = d.epochs.get(p, 0)
                 life = self.prefills[p].life
-                self.exposed_in = {**self.exposed_in, (exposure.gen, p): (epoch, life)}
+                self.exposed_in = {**self.exposed_in, (exposure.gen, p): life}
                 meta = Msg(
-                    "meta", exposure.gen, room, slot=slot, epoch=epoch, attempt=exposure.epoch
+                    "meta", exposure.gen, room, slot=slot, epoch=d.epoch, attempt=exposure.epoch
                 )
                 self._send(d.name, p, meta)
         if not self.config.late_arrival:
@@ -536,8 +561,6 @@ class World:
             if not self.config.gate:
                 self._free(d, i)
                 continue
-            for p in self.prefills:
-                self._fence_stale(d, exposure, p)
             self.say(f"{d.name}: {exposure.gen} {exposure.state.value}")
         self._ask(0.0)
 
@@ -593,39 +616,38 @@ class World:
             self._becomes(i, "done")
         d = self.decodes[name] = self._new_decode(name, old.life + 1)
         self.wire = tuple(w for w in self.wire if w.decode != name)
+        d.epoch = old.epoch + 1
         for p in self.prefills:
-            d.epochs[p] = old.epochs.get(p, 0) + 1
             self.channels[f"{name}>{p}"] = ()
-            self._send(name, p, Msg("hello"))
+            self._hello(name, p)
         self.say(f"{name}: restarted")
 
     def do_register(self, name: str, p: str) -> None:
-        """Stock's registration of decode's buffers, with Hello."""
         self.strange -= {(name, p)}
-        self._decode(name).ledger.forget(p)
-        self._send(name, p, Msg("hello"))
+        self._hello(name, p)
 
-    def do_fence(self, name: str, p: str) -> None:
-        """Every address `p` knows of `name` dies, and with it what is posted to it."""
+    def do_fence(self, name: str) -> None:
+        """Every address `name` ever sent dies, and with it what is posted there."""
         d = self._decode(name)
-        d.epochs[p] = d.epochs.get(p, 0) + 1
-        for write in [w for w in self.wire if w.decode == name and w.prefill == p]:
-            if self._watched(write):
-                self._fails(write)
-            self.wire = tuple(w for w in self.wire if w.name != write.name)
+        if self.config.stops:
+            d.epoch += 1
+            for write in [w for w in self.wire if w.decode == name]:
+                if self._watched(write):
+                    self._fails(write)
+                self.wire = tuple(w for w in self.wire if w.name != write.name)
+        for exposure in d.ledger.fence():
+            self.say(f"{name}: {exposure.gen} cannot complete")
         for exposure in d.ledger.held:
-            self._fence_stale(d, exposure, p)
-        self.say(f"{name}: fenced {p}")
-
-    def _fence_stale(self, d: Decode, exposure: Exposure, p: str) -> None:
-        if self.exposed_in[exposure.gen, p][0] < d.epochs.get(p, 0):
-            d.ledger.fenced(exposure.gen, p)
+            self.say(f"{name}: {exposure.gen} {exposure.state.value}")
+        for p in self.prefills:
+            self._hello(name, p)
 
     # -- messages ---------------------------------------------------------------------
 
     def do_lose(self, channel: str) -> None:
         first, *rest = self.channels[channel]
         self.channels[channel] = tuple(rest)
+        self.lost |= {first.kind}
         self.say(f"lost: {first}")
 
     def do_dup(self, channel: str) -> None:
@@ -650,7 +672,7 @@ class World:
 
     def _at_decode(self, d: Decode, p: str, m: Msg) -> None:
         if m.kind == "here":
-            d.ledger.here(p, m.incarnation, m.gen or None)
+            d.ledger.here(p, m.incarnation, m.gen or None, m.seq or None)
         elif m.kind == "answer":
             for gen in self._meant(d, m):
                 d.ledger.answer(p, m.incarnation, gen, m.verdict, "a write failed")
@@ -672,7 +694,7 @@ class World:
             reports.add(p)
             if d.ledger.success(m.room, len(reports)):
                 self.say(f"{d.name}: room {m.room} proven by stock's success")
-        if self.config.marks and not d.ledger.admits_success(m.room, gen):
+        if self.config.marks and not d.ledger.admits_success(m.room, gen, p):
             self.say(f"{d.name}: kept from stock")
             return
         d.admitted += ((p, m.room),)
@@ -700,7 +722,7 @@ class World:
                 self._store(p, d, m)
             return
         if m.kind == "hello":
-            self._send(p.name, d, Msg("here", incarnation=p.incarnation))
+            self._send(p.name, d, Msg("here", incarnation=p.incarnation, seq=m.seq))
         elif m.kind == "ask":
             self._act(p, p.ledger.ask(m.room, m.gen, d, p.name))
         else:
@@ -853,7 +875,7 @@ class World:
             if self.config.helpers and p.ledger is not None and chunk.attempt is not None:
                 p.ledger.opened(chunk.attempt)
                 p.helpers[write.name] = chunk.attempt
-            if d in self.decodes and m.epoch < self.decodes[d].epochs.get(name, 0):
+            if d in self.decodes and m.epoch < self.decodes[d].epoch:
                 self._fails(write)  # the address is dead, and nothing stays on the wire
                 self.wire = self.wire[:-1]
 
@@ -1014,15 +1036,17 @@ class World:
         p = self.prefills[rank]
         if p.ledger is None:
             return "no plugin"
-        if rank not in d.ledger.peers and self.left["lose"] < self.config.lose:
+        hellos = d.ledger._hellos.get(rank, 0)
+        more = hellos > 1 or self.left["lose"] < self.config.lose - 1
+        if rank not in d.ledger.peers and self.lost & {"hello", "here"} and more:
             return "its words were lost; the next exposure heals it"
         if exposure.writers[rank].disputed:
             return "two processes have them"
         known = exposure.writers[rank].incarnation
-        if p.life != self.exposed_in[exposure.gen, rank][1] or known not in (None, p.incarnation):
+        if p.life != self.exposed_in[exposure.gen, rank] or known not in (None, p.incarnation):
             return "replaced"
         attempt = p.ledger._by_gen.get(exposure.gen)
-        if attempt is None and known is None:
+        if attempt is None and known is None and (p.life or self.lost & {"hello", "here"}):
             return "nobody knows which process would have had them"
         return "poisoned" if attempt is not None and attempt.poisoned else None
 
@@ -1041,6 +1065,7 @@ class World:
             *(p.number for p in self.prefills.values()),
             self.arrived,
             self.strange,
+            self.lost,
             frozenset(self.gens.items()),
             frozenset(self.exposed_in.items()),
         )
@@ -1071,10 +1096,20 @@ def canonical(rank: Any, key: Any, met: Met) -> Any:
 
 def exposure_key(e: Exposure) -> Any:
     writers = tuple(
-        (w.rank, w.incarnation, w.bound_by, w.disputed, w.sent, w.proof, bool(w.stuck))
+        (
+            w.rank,
+            w.incarnation,
+            w.hello,
+            w.bound_by,
+            w.disputed,
+            w.sent,
+            w.reported,
+            w.proof,
+            bool(w.stuck),
+        )
         for w in e.writers.values()
     )
-    return (e.gen, e.epoch, e.room, e.state, writers)
+    return (e.gen, e.epoch, e.room, e.state, tuple(sorted(e.unmarked)), writers)
 
 
 def decode_key(d: Decode) -> Any:
@@ -1091,7 +1126,8 @@ def decode_key(d: Decode) -> Any:
         d.admitted,
         tuple(sorted((r, i, tuple(sorted(s))) for r, (i, s) in d.receivers.items())),
         tuple(sorted((r, tuple(sorted(s))) for r, s in d.late_reports.items())),
-        tuple(sorted(d.epochs.items())),
+        tuple(sorted(d.ledger._hellos.items())),
+        d.epoch,
     )
 
 

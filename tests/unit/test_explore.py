@@ -16,10 +16,10 @@ from sglang_scaling_fixes.reclaim.ledger import (
 from tests.model.explore import CONTROLS, OPEN, SMALL, explore, story
 
 KNOWN = {
-    Writer: "rank incarnation bound_by disputed sent proof stuck asks next_ask",
-    Exposure: "gen epoch room writers state gave_up_at",
+    Writer: "rank incarnation hello bound_by disputed sent reported proof stuck asks next_ask",
+    Exposure: "gen epoch room writers state gave_up_at unmarked",
     Attempt: "room epoch bindings asked sender sender_gone active closed poisoned",
-    DecodeLedger: "_incarnation group _counter _first_wait _max_wait peers _exposed _held "
+    DecodeLedger: "_incarnation group _counter _first_wait _max_wait peers _hellos _exposed _held "
     "_given_up_rooms _memory",
     PrefillLedger: "incarnation _memory _rooms _by_epoch _by_gen _senders _waiting _finished "
     "_unsent _aborted_unseen _deferred",

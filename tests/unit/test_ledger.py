@@ -156,10 +156,25 @@ class TestProofs:
 
     def test_p3_success_before_the_failure(self) -> None:
         ledger = decode("p0")
-        exposure = exposed(ledger)
+        exposure = exposed(ledger, 7, "p0", "stock")
+        ledger.marked(exposure.gen, "p0")
+        assert ledger.admits_success(7, None, 1)
         ledger.give_up(exposure, now=0.0, success_seen=True)
         assert exposure.state is State.PROVEN
         assert exposure.writers["p0"].proof is Proof.LANDED
+
+    def test_p3_a_success_stock_counted_for_the_wrong_attempt_is_no_proof(self) -> None:
+        ledger = decode("p0")
+        exposure = exposed(ledger)
+        ledger.give_up(exposure, now=0.0, success_seen=True)
+        assert exposure.unproven
+
+    def test_p3_each_writers_own_word_counts_when_the_owner_gives_up(self) -> None:
+        ledger = decode("p0", "p1")
+        exposure = exposed(ledger, 7, "p0", "p1")
+        ledger.marked(exposure.gen, "p1")
+        ledger.give_up(exposure, now=0.0)
+        assert [w.rank for w in exposure.unproven] == ["p0"]
 
     def test_p3_late_success_of_a_prefill_without_the_plugin(self) -> None:
         ledger = decode()
@@ -183,10 +198,82 @@ class TestProofs:
     def test_p3_late_success_proves_nothing_of_a_room_given_up_before(self) -> None:
         ledger = decode()
         first = held(ledger)
-        ledger.fenced(first.gen, "p0")
+        ledger.fence()
         ledger.returned(first)
         held(ledger)
         assert not ledger.success(7, 1), "it may be the first one's"
+
+    def test_p2_stocks_own_acknowledgement_of_an_abort(self) -> None:
+        ledger = decode()
+        exposure = held(ledger, 7, "p0", "p1")
+        assert not ledger.acked(8, 2), "another room"
+        assert not ledger.acked(7, 1), "one of two ranks"
+        assert ledger.acked(7, 2)
+        assert exposure.state is State.PROVEN
+        assert {w.proof for w in exposure.writers.values()} == {Proof.DRAINED}
+        assert not ledger.acked(7, 2)
+
+    def test_p2_stocks_acknowledgement_proves_nothing_of_a_room_used_again(self) -> None:
+        ledger = decode()
+        first = held(ledger)
+        second = exposed(ledger)
+        assert not ledger.acked(7, 1), "which of the two?"
+        ledger.give_up(second, now=0.0)
+        assert not ledger.acked(7, 1)
+        ledger.fence()
+        ledger.returned(first)
+        ledger.returned(second)
+        held(ledger)
+        assert not ledger.acked(7, 1), "it may be the first one's"
+
+    def test_p2_stocks_acknowledgement_counts_for_nothing_from_a_rank_that_can_be_asked(
+        self,
+    ) -> None:
+        ledger = decode("p0")
+        exposure = exposed(ledger, 7, "p0", "stock")
+        ledger.hello("p0")
+        ledger.give_up(exposure, now=0.0)
+        assert not ledger.acked(7, 2), "it spoke when it was sent the destinations"
+        ledger.here("p0", "p0-process", seq=1)
+        ledger.answer("p0", "p0-process", exposure.gen, "drained")
+        assert ledger.acked(7, 2)
+
+    def test_p2_whoever_answered_the_hello_before_them_would_have_had_them(self) -> None:
+        ledger = decode()
+        seq = ledger.hello("p0")
+        exposure = held(ledger)
+        ledger.here("p0", "first", seq=seq)
+        ledger.answer("p0", "successor", exposure.gen, "unknown")
+        assert exposure.unproven
+        ledger.answer("p0", "first", exposure.gen, "unknown")
+        assert exposure.state is State.PROVEN
+
+    @pytest.mark.parametrize("after_hello", [True, False])
+    def test_an_answer_to_another_hello_or_on_another_socket_says_nothing(
+        self, after_hello: bool
+    ) -> None:
+        ledger = decode()
+        first = ledger.hello("p0")
+        exposure = ledger.expose(7, ["p0"])
+        ledger.sent(exposure, "p0", after_hello=after_hello)
+        second = ledger.hello("p0")
+        assert second == first + 1
+        ledger.give_up(exposure, now=0.0)
+        ledger.here("p0", "process", seq=first if not after_hello else second)
+        ledger.answer("p0", "process", exposure.gen, "unknown")
+        assert exposure.unproven
+
+    def test_a_late_word_from_before_the_last_hello_makes_no_peer(self) -> None:
+        ledger = decode()
+        first = ledger.hello("p0")
+        exposure = exposed(ledger)
+        ledger.hello("p0")
+        ledger.here("p0", "process", seq=first)
+        ledger.here("p0", "process", exposure.gen)
+        assert ledger.peers == {}
+        assert exposure.writers["p0"].bound_by == "process"
+        ledger.here("p0", "process", seq=2)
+        assert ledger.peers == {"p0": "process"}
 
     def test_two_processes_that_claim_one_generation_are_not_believed(self) -> None:
         ledger = decode("p0")
@@ -204,10 +291,42 @@ class TestProofs:
         exposure = held(ledger)
         ledger.answer("p0", "p0-process", exposure.gen, "poisoned", "write returned -1")
         assert "write returned -1" in ledger.why_held(exposure)
-        ledger.fenced(exposure.gen, "p0")
+        assert ledger.fence() == []
         assert exposure.writers["p0"].proof is Proof.FENCED
         assert exposure.state is State.PROVEN
-        ledger.fenced(exposure.gen, "p0")
+        assert ledger.fence() == []
+        ledger.answer("p0", "p0-process", exposure.gen, "poisoned", "late")
+        ledger.returned(exposure)
+
+    def test_p4_a_fence_is_for_what_was_sent_before_it(self) -> None:
+        ledger = decode("p0", "p1")
+        landed, waits = exposed(ledger, 7), ledger.expose(8, ["p0", "p1"])
+        ledger.landed(landed)
+        ledger.sent(waits, "p0")
+        assert ledger.fence() == [waits]
+        assert waits.state is State.EXPOSED
+        ledger.sent(waits, "p1")
+        after = exposed(ledger, 9)
+        ledger.give_up(waits, now=0.0)
+        ledger.give_up(after, now=0.0)
+        assert [w.rank for w in waits.unproven] == ["p1"], "sent after the fence"
+        assert after.unproven
+
+    def test_p4_a_fenced_exposure_given_up_later_is_proven_at_once(self) -> None:
+        ledger = decode("p0")
+        exposure = exposed(ledger)
+        ledger.fence()
+        ledger.give_up(exposure, now=0.0)
+        assert exposure.state is State.PROVEN
+        assert exposure.writers["p0"].proof is Proof.FENCED
+
+    def test_p4_a_success_on_its_way_during_a_fence_may_be_taken(self) -> None:
+        ledger = decode("p0")
+        exposure = exposed(ledger)
+        ledger.fence()
+        ledger.marked(exposure.gen, "p0")
+        assert ledger.complete(exposure)
+        ledger.landed(exposure)
 
     def test_generations_are_never_reused(self) -> None:
         ledger = decode("p0")
@@ -256,6 +375,26 @@ class TestWhatStockMaySee:
         assert not ledger.admits_success(7, None)
         exposed(ledger, 8, "p0", "stock")
         assert ledger.admits_success(8, None)
+
+    def test_complete_when_every_writer_reported_this_generation(self) -> None:
+        ledger = decode("p0", "p1")
+        held(ledger, 7, "p0", "p1")
+        exposure = exposed(ledger, 7, "p0", "p1")
+        assert not ledger.complete(exposure)
+        ledger.marked(exposure.gen, "p0")
+        ledger.marked(exposure.gen, "stranger")
+        ledger.marked("other", "p1")
+        assert not ledger.complete(exposure)
+        ledger.marked(exposure.gen, "p1")
+        assert ledger.complete(exposure)
+
+    def test_complete_with_one_unmarked_success_per_rank_without_safe_reclaim(self) -> None:
+        ledger = decode("p0")
+        exposure = exposed(ledger, 7, "p0", "stock", "stock2")
+        ledger.marked(exposure.gen, "p0")
+        for reporter, complete in ((1, False), (1, False), (2, True)):
+            assert ledger.admits_success(7, None, reporter)
+            assert ledger.complete(exposure) == complete
 
     def test_given_up_rooms_are_remembered_within_bounds(self) -> None:
         ledger = DecodeLedger("d", memory=10)

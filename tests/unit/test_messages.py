@@ -2,48 +2,108 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_scaling_fixes.reclaim import messages as m
 
+REPLY, RANK = "tcp://127.0.0.1:1", "127.0.0.1:2"
 MESSAGES = [
-    m.Hello("tcp://127.0.0.1:1", "127.0.0.1:2"),
-    m.Bind("tcp://127.0.0.1:1", "127.0.0.1:2", "g-1", "e-1"),
-    m.Mark("g-1", "127.0.0.1:2"),
-    m.Ask("tcp://127.0.0.1:1", "127.0.0.1:2", 2**63 - 1, "g-1"),
-    m.Here("127.0.0.1:2", "inc"),
-    m.Here("127.0.0.1:2", "inc", "g-1"),
-    m.Answer("127.0.0.1:2", "inc", "g-1", "poisoned", "returned -1"),
+    m.Hello(REPLY, RANK),
+    m.Hello("tcp://[::1]:1", RANK, seq=3),
+    m.Bind(REPLY, RANK, "g-1", "e-1"),
+    m.Mark("g-1", RANK),
+    m.Ask(REPLY, RANK, 2**63 - 1, "g-1"),
+    m.Here(RANK, "inc"),
+    m.Here(RANK, "inc", "g-1"),
+    m.Here(RANK, "inc", seq=3),
+    m.Answer(RANK, "inc", "g-1", "poisoned", "returned -1"),
+]
+LONG = "x" * 300
+OUT_OF_BOUNDS = [
+    m.Hello("127.0.0.1:1", RANK),
+    m.Hello("ipc:///tmp/x", RANK),
+    m.Hello("tcp://127.0.0.1:1;tcp://127.0.0.1:2", RANK),
+    m.Hello("tcp://*:1", RANK),
+    m.Hello("tcp://127.0.0.1:1\n", RANK),
+    m.Hello(f"tcp://{LONG}:1", RANK),
+    m.Hello(REPLY, LONG),
+    m.Hello(REPLY, RANK, seq=-1),
+    m.Bind(REPLY, RANK, LONG, "e-1"),
+    m.Bind(REPLY, RANK, "g-1", LONG),
+    m.Bind(REPLY, RANK, "g-1", "e-1", stock=-1),
+    m.Bind(REPLY, RANK, "g-1", "e-1", stock=m.TRAILER_AT + 1),
+    m.Mark(LONG, RANK),
+    m.Ask(REPLY, RANK, -1, "g-1"),
+    m.Here(RANK, LONG),
+    m.Here(RANK, "inc", seq=-1),
+    m.Answer(RANK, "inc", "g-1", "gone"),  # type: ignore[arg-type]
+    m.Answer(RANK, "inc", "g-1", "poisoned", "x" * 5000),
+    m.Answer(RANK, "inc", "g-1", "poisoned", "x" * m.MAX_FRAME),
 ]
 
 
-@pytest.mark.parametrize("message", MESSAGES, ids=lambda x: type(x).__name__)
-def test_round_trip_alone_and_as_a_trailer(message: m.Message) -> None:
+@pytest.mark.parametrize("message", MESSAGES, ids=repr)
+def test_round_trip(message: m.Message) -> None:
     frame = m.encode(message)
     assert m.decode(frame) == message
-    assert m.split([frame]) == ([], message)
     if isinstance(message, m.Hello | m.Bind):
         frames = m.ride([b"77", b"127.0.0.1"], message)
         assert len(frames) == m.TRAILER_AT + 1
         assert set(frames[2:-1]) == {b""}
+        stock, received = m.split(frames)
+        assert stock == [b"77", b"127.0.0.1"]
+        assert type(received) is type(message)
+    elif isinstance(message, m.Mark):
+        assert m.split([b"77", b"4", b"0", frame]) == ([b"77", b"4", b"0"], message)
     else:
-        frames = [b"77", b"127.0.0.1", frame]
-    stock, received = m.split(frames)
-    assert stock == [b"77", b"127.0.0.1"]
-    assert type(received) is type(message)
+        assert m.split([frame]) == ([], message)
+
+
+@pytest.mark.parametrize("message", OUT_OF_BOUNDS, ids=lambda x: type(x).__name__)
+def test_out_of_bounds_is_garbage(message: m.Message) -> None:
+    assert m.decode(m.encode(message)) is m.GARBAGE
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=repr)
+def test_in_the_wrong_place_is_garbage(message: m.Message) -> None:
+    frame = m.encode(message)
+    assert m.split([frame, b"1"]) == ([], m.GARBAGE)
+    if isinstance(message, m.Hello | m.Bind):
+        more = msgspec.structs.replace(message, stock=3)
+        assert m.split([b"77", b"x", m.encode(more)]) == ([], m.GARBAGE), "fewer than it says"
+        less = msgspec.structs.replace(message, stock=1)
+        assert m.split([b"77", b"x", m.encode(less)]) == ([], m.GARBAGE), "it cuts stock's off"
+    elif isinstance(message, m.Mark):
+        assert m.split([frame]) == ([], m.GARBAGE)
+    else:
+        assert m.split([b"77", frame]) == ([], m.GARBAGE)
+
+
+def test_peers_of_before_the_numbers_are_understood() -> None:
+    """A Hello without a number, a Here without an echo: as if nobody counted."""
+
+    def bare(kind: str, **fields: object) -> bytes:
+        return m.TAG + msgspec.msgpack.encode({"type": kind, **fields})
+
+    hello = m.decode(bare("hello", reply_to=REPLY, rank=RANK, stock=2))
+    assert isinstance(hello, m.Hello) and hello.seq == 0
+    here = m.decode(bare("here", rank=RANK, incarnation="inc"))
+    assert isinstance(here, m.Here) and here.seq is None
+    newer = m.decode(bare("here", rank=RANK, incarnation="inc", more=1))
+    assert newer == here, "what we do not know yet is skipped"
 
 
 @given(st.lists(st.binary(max_size=64), max_size=12))
 def test_stock_messages_pass_untouched(frames: list[bytes]) -> None:
-    if frames and frames[-1].startswith(m.TAG):
+    if frames and (frames[-1].startswith(m.TAG) or frames[0].startswith(m.TAG)):
         return
     assert m.split(frames) == (frames, None)
 
 
 @given(st.binary(max_size=64))
-def test_a_frame_with_our_tag_and_rubbish_is_left_to_stock(rubbish: bytes) -> None:
-    decoded = m.decode(m.TAG + rubbish)
-    if decoded is None:
-        assert m.split([b"1", m.TAG + rubbish]) == ([b"1", m.TAG + rubbish], None)
+def test_our_tag_and_rubbish_is_garbage(rubbish: bytes) -> None:
+    if m.decode(m.TAG + rubbish) is m.GARBAGE:
+        assert m.split([b"1", m.TAG + rubbish]) == ([], m.GARBAGE)

@@ -1,0 +1,1 @@
+"""What the project's fixes cost, measured against stock in the same run."""

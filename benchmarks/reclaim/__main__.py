@@ -1,0 +1,132 @@
+"""What safe reclaim costs; from the repository root. How to read it: README.md beside this."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import sys
+from pathlib import Path
+
+from benchmarks.reclaim import holds, interleaved, ledger, pair, report, throughput
+from benchmarks.reclaim.load import Shape
+from sglang_scaling_fixes.errors import ScalingFixesError
+from sglang_scaling_fixes.lab.errors import LabError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0 measured, 1 an armed answer was wrong, 2 it could not run."""
+    args = _parser().parse_args(argv)
+    try:
+        pair.refuse_settings(dict(os.environ))
+        return int(args.run(args))
+    except (ScalingFixesError, LabError, ValueError) as error:
+        print(f"benchmarks.reclaim: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.reclaim", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="BENCHMARK")
+    installed = importlib.metadata.version("sglang")
+    output = argparse.ArgumentParser(add_help=False)
+    output.add_argument(
+        "--output", type=Path, metavar="FILE", help="default: results/RELEASE.json beside this"
+    )
+    common = argparse.ArgumentParser(add_help=False, parents=[output])
+    common.add_argument("--release", default=installed, help=f"default {installed}")
+    load = argparse.ArgumentParser(add_help=False, parents=[common])
+    load.add_argument("--concurrency", type=int, default=8)
+    load.add_argument("--prompt-tokens", type=int, default=64)
+    load.add_argument("--new-tokens", type=int, default=8)
+    load.add_argument("--seed", type=int, default=1)
+    fresh = argparse.ArgumentParser(add_help=False, parents=[load])
+    fresh.add_argument("--runs", type=int, default=5, help="of each half (default 5)")
+    fresh.add_argument("--requests", type=int, default=600, help="in each run (default 600)")
+
+    plain = commands.add_parser("throughput", parents=[fresh], help="fresh servers for each run")
+    plain.set_defaults(run=_load, part="throughput", abort_share=0.0, abort_within=0.0)
+    aborts = commands.add_parser("aborts", parents=[fresh], help="some requests are aborted")
+    aborts.add_argument("--abort-share", type=float, default=0.1)
+    aborts.add_argument(
+        "--abort-within", type=float, default=0.3, help="seconds after the sending (default 0.3)"
+    )
+    aborts.set_defaults(run=_load, part="aborts")
+
+    close = commands.add_parser(
+        "interleaved", parents=[load], help="both pairs warm, short bursts in turn"
+    )
+    close.add_argument("--sessions", type=int, default=5, help="of fresh servers (default 5)")
+    close.add_argument("--bursts", type=int, default=12, help="of each half in a session")
+    close.add_argument("--requests", type=int, default=150, help="in each burst (default 150)")
+    close.add_argument("--control", action="store_true", help="stock against stock")
+    close.set_defaults(run=_interleaved, abort_share=0.0, abort_within=0.0)
+
+    hold = commands.add_parser(
+        "holds", parents=[common], help="hold time beside the remaining write; root"
+    )
+    hold.add_argument("--rounds", type=int, default=10)
+    hold.add_argument("--rate-mbit", type=float, default=48.0)
+    hold.add_argument("--seed", type=int, default=1)
+    hold.set_defaults(run=_holds)
+
+    alone = commands.add_parser("ledger", parents=[output], help="no servers, one core")
+    alone.add_argument("--requests", type=int, default=100_000)
+    alone.add_argument("--repeats", type=int, default=5)
+    alone.set_defaults(run=_ledger, release=installed)
+    return parser
+
+
+def _shape(args: argparse.Namespace) -> Shape:
+    return Shape(
+        args.requests,
+        args.concurrency,
+        args.prompt_tokens,
+        args.new_tokens,
+        args.seed,
+        args.abort_share,
+        args.abort_within,
+    )
+
+
+def _load(args: argparse.Namespace) -> int:
+    result = throughput.measure(args.release, _shape(args), args.runs, _say)
+    report.save(_path(args), args.release, args.part, result)
+    print(report.throughput_table(result))
+    return 1 if throughput.wrong(result) else 0
+
+
+def _interleaved(args: argparse.Namespace) -> int:
+    result = interleaved.measure(
+        args.release, _shape(args), args.sessions, args.bursts, _say, control=args.control
+    )
+    part = "interleaved_control" if args.control else "interleaved"
+    report.save(_path(args), args.release, part, result)
+    print(report.interleaved_table(result))
+    return 1 if throughput.wrong(result) else 0
+
+
+def _holds(args: argparse.Namespace) -> int:
+    result = holds.measure(args.release, args.rounds, args.seed, args.rate_mbit, _say)
+    report.save(_path(args), args.release, "holds", result)
+    print(report.holds_table(result))
+    return 0
+
+
+def _ledger(args: argparse.Namespace) -> int:
+    result = ledger.measure(args.requests, args.repeats)
+    report.save(_path(args), args.release, "ledger", result)
+    print(report.ledger_table(result))
+    return 0
+
+
+def _path(args: argparse.Namespace) -> Path:
+    return args.output or report.RESULTS / f"{args.release}.json"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""A fresh prefill and decode server, stock or armed, for one run of a load."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.reclaim.load import Burst, Load, Shape, each_prompt_once
+from sglang_scaling_fixes.config import ENV_PREFIX
+from sglang_scaling_fixes.lab import model as lab_model
+from sglang_scaling_fixes.lab.cluster import Cluster
+from sglang_scaling_fixes.lab.errors import LabError
+from sglang_scaling_fixes.lab.install import Environment, install
+from sglang_scaling_fixes.lab.link import link
+from sglang_scaling_fixes.lab.runtime import OBSERVE
+
+Progress = Callable[[str], None]
+
+HALVES = ("stock", "fixed")
+FLAGS: dict[str, tuple[str, ...]] = {"stock": (), "fixed": ("--plugin",)}
+POOL_TOKENS = 4096
+WARM_UPS = 2
+UNOBSERVED = {OBSERVE: ""}
+"""The lab's observer digests every request's KV: not part of what is measured."""
+KEPT = {"SGLANG_TIMEOUT_KEEP_ALIVE": "600"}
+"""Seconds: one slow answer must not make the other server hang up on a client."""
+
+_HELD_S = 60.0
+
+
+class Bench:
+    """What all runs of one benchmark share: the release, its checkpoint, a folder for logs."""
+
+    def __init__(self, release: str, folder: Path, progress: Progress) -> None:
+        self.environment: Environment = install(release, progress)
+        self.checkpoint = lab_model.checkpoint(self.environment)
+        self.folder = folder
+        self.progress = progress
+
+    @contextlib.contextmanager
+    def load(self, half: str, shape: Shape) -> Iterator[tuple[Cluster, Load, Burst]]:
+        """A warm pair, and the answers of its last warm-up (each prompt once, no aborts)."""
+        run_dir = Path(tempfile.mkdtemp(prefix=f"{half}-", dir=self.folder))
+        with (
+            link(0, run_dir, shaped=False) as way,
+            Cluster(
+                self.environment,
+                self.checkpoint,
+                way,
+                run_dir,
+                prefills=1,
+                extra_flags=FLAGS[half],
+                extra_env={**UNOBSERVED, **KEPT},
+                max_total_tokens=POOL_TOKENS,
+            ) as cluster,
+        ):
+            load = Load(cluster, shape)
+            for _ in range(WARM_UPS):
+                warm = load.run(each_prompt_once())
+            check(warm)
+            yield cluster, load, warm
+
+
+def check(burst: Burst) -> None:
+    """LabError when a request that was not aborted has no answer."""
+    if burst.errors:
+        raise LabError(f"{len(burst.errors)} requests failed, the first: {burst.errors[0]}")
+
+
+@contextlib.contextmanager
+def folder_for_logs(progress: Progress) -> Iterator[Path]:
+    """A temporary folder that stays, and is named, when the benchmark does not end well."""
+    folder = Path(tempfile.mkdtemp(prefix="ssf-bench-"))
+    try:
+        yield folder
+    except BaseException:
+        progress(f"the servers' logs are in {folder}")
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def refuse_settings(env: dict[str, str]) -> None:
+    """LabError when the environment would arm or change a half behind the flags."""
+    found = sorted(n for n in env if n.startswith(ENV_PREFIX) and "_LAB" not in n)
+    if found:
+        raise LabError(f"unset {', '.join(found)}: the halves are set by flags alone")
+
+
+def alternating(runs: int) -> list[str]:
+    """stock, fixed, fixed, stock, ...: adjacent pairs, so that slow drift cancels."""
+    order: list[str] = []
+    for i in range(runs):
+        order += HALVES if i % 2 == 0 else HALVES[::-1]
+    return order
+
+
+def decode_report(cluster: Cluster) -> dict[str, Any]:
+    """Safe reclaim's own counters on the decode server."""
+    state = cluster.decode.get("/server_info").body["internal_states"][0]
+    report: dict[str, Any] = state["sglang_scaling_fixes"]["safe_reclaim_decode"]
+    return report
+
+
+def report_when_nothing_is_held(cluster: Cluster) -> dict[str, Any]:
+    """The counters once every hold is over; LabError if that does not happen."""
+    deadline = time.monotonic() + _HELD_S
+    while (report := decode_report(cluster))["held"]:
+        if time.monotonic() > deadline:
+            raise LabError(f"still held {_HELD_S:.0f} s after the load: {report['held']}")
+        time.sleep(0.2)
+    return report

@@ -1,0 +1,110 @@
+"""Past the bound: refuse, and fence once the writer is gone. Real servers, real Mooncake."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sglang_scaling_fixes.lab.cluster import Cluster
+from sglang_scaling_fixes.lab.install import Environment
+from sglang_scaling_fixes.lab.link import link
+from sglang_scaling_fixes.reclaim.quarantine import RETRY_AFTER
+from sglang_scaling_fixes.reclaim.retry_after import REFUSAL
+
+FLAGS = ("--plugin", "--safe-reclaim-audit", "--enable-metrics")
+
+
+@pytest.fixture
+def cluster(new: Environment, checkpoint: Path, tmp_path: Path) -> Iterator[Cluster]:
+    with (
+        link(0, tmp_path, shaped=False) as way,
+        Cluster(new, checkpoint, way, tmp_path, extra_flags=FLAGS) as cluster,
+    ):
+        yield cluster
+
+
+def report(cluster: Cluster) -> dict[str, Any]:
+    state = cluster.decode.get("/server_info").body["internal_states"][0]
+    result: dict[str, Any] = state["sglang_scaling_fixes"]["safe_reclaim_decode"]
+    return result
+
+
+def wait_for(holds: Any, otherwise: str, timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline, otherwise
+        time.sleep(0.2)
+
+
+def prompt(length: int) -> list[int]:
+    draw = random.Random(length)
+    return [draw.randrange(10, 900) for _ in range(length)]
+
+
+def refused(cluster: Cluster) -> tuple[int, str, str]:
+    """Status, Retry-After and text of decode's answer to one more request."""
+    payload = {
+        "input_ids": prompt(20),
+        "sampling_params": {"max_new_tokens": 4},
+        "bootstrap_host": cluster.fast.place.address,
+        "bootstrap_port": cluster.fast.bootstrap_port,
+        "bootstrap_room": 99,
+    }
+    server = cluster.decode
+    request = urllib.request.Request(
+        f"http://{server.place.address}:{server.port}/generate",
+        json.dumps(payload).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(request, timeout=60)
+    error = caught.value
+    return error.code, error.headers.get("Retry-After", ""), error.read().decode()
+
+
+def test_a_writer_that_does_not_answer_is_waited_for_and_one_that_is_gone_is_fenced(
+    cluster: Cluster,
+) -> None:
+    reference = cluster.send(cluster.fast, prompt(600), "before", max_new_tokens=8).wait()
+    assert reference.ids is not None
+    # Decode meets the other prefill while that can still be met.
+    assert cluster.send(cluster.slow, prompt(20), "met", max_new_tokens=2).wait().ids is not None
+    held_tokens = "sglang_scaling_fixes_reclaim_held_tokens"
+    pids = cluster.slow.process.pids()
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    lost = cluster.send(cluster.slow, prompt(1000), "lost", max_new_tokens=8)
+    wait_for(lambda: report(cluster)["exposures"] == 3, "destinations were never sent")
+    cluster.abort(lost.rid)
+    wait_for(lambda: report(cluster)["refusing"], "the hold was never too old")
+
+    # Alive and silent: no proof and no reason to fence. New requests go elsewhere.
+    status, retry_after, text = refused(cluster)
+    assert (status, retry_after) == (503, str(RETRY_AFTER))
+    assert REFUSAL in text
+    time.sleep(3)
+    held = report(cluster)
+    assert held["held_tokens"] == 1000 and held["fences"] == 0
+    assert "no answer yet" in held["held"][0]["why"]
+    metrics = cluster.decode.get("/metrics").body
+    assert f"{held_tokens}{{" in metrics and 'reason="no answer yet"' in metrics
+
+    # Gone: bytes of it may still be in some buffer, so fence, then give back.
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: report(cluster)["held_tokens"] == 0, "the slots never came back")
+    after = report(cluster)
+    assert after["fences"] == 1 and after["frees"] == {"P4": 1} and not after["refusing"]
+    again = cluster.send(cluster.fast, prompt(600), "after", max_new_tokens=8).wait()
+    assert again.ids == reference.ids
+    assert report(cluster)["landed"] == 3

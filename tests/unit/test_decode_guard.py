@@ -1,0 +1,233 @@
+"""DecodeGuard past the bound, over stand-ins for stock's manager and queue."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sglang_scaling_fixes.config import Config
+from sglang_scaling_fixes.reclaim import fence, messages
+from sglang_scaling_fixes.reclaim.decode import DecodeGuard, OutgoingTap
+from sglang_scaling_fixes.reclaim.ledger import Exposure, Proof
+from sglang_scaling_fixes.reclaim.quarantine import GRACE
+
+torch = pytest.importorskip("torch")
+allocators = pytest.importorskip("sglang.srt.mem_cache.allocator")
+utils = pytest.importorskip("sglang.srt.disaggregation.utils")
+
+OLD, NEW = "192.0.2.2:1", "192.0.2.2:2"
+POOL = 100
+
+
+class Socket:
+    def __init__(self) -> None:
+        self.sent: list[list[bytes]] = []
+
+    def send_multipart(self, frames: list[bytes], *_: Any, **__: Any) -> None:
+        self.sent.append(frames)
+
+
+class Manager(SimpleNamespace):
+    def __init__(self) -> None:
+        super().__init__(
+            server_socket=SimpleNamespace(),
+            local_ip="192.0.2.2",
+            rank_port=1,
+            kv_args=SimpleNamespace(state_types=[]),
+            request_status={},
+            prefill_response_tracker={},
+            session=OLD,
+            failures={},
+        )
+
+    def get_session_id(self) -> str:
+        return str(self.session)
+
+    def record_failure(self, room: int, reason: str) -> None:
+        self.failures[room] = reason
+
+    def update_status(self, room: int, status: int) -> None:
+        self.request_status[room] = status
+
+
+class Decode:
+    """One decode rank with one prefill rank it has registered at."""
+
+    def __init__(self, config: Config) -> None:
+        self.prefill = socket.create_server(("127.0.0.1", 0))
+        """Alive: its port is open."""
+        self.port = self.prefill.getsockname()[1]
+        self.manager = Manager()
+        self.guard = DecodeGuard(self.manager, config)
+        self.tokens = allocators.TokenToKVPoolAllocator(POOL, torch.float32, "cpu", None, False)
+        self.aux = utils.ReqToMetadataIdxAllocator(8)
+        self.guard.install_gate(
+            SimpleNamespace(
+                token_to_kv_pool_allocator=self.tokens,
+                req_to_metadata_buffer_idx_allocator=self.aux,
+                gloo_group=None,
+                metadata_buffers=None,
+                tree_cache=None,
+            )
+        )
+        self.socket = Socket()
+        self.tap = OutgoingTap(
+            self.socket,
+            f"127.0.0.1:{self.port}",
+            lambda: (self.socket, threading.Lock()),
+            self.guard,
+        )
+        self.tap.send_multipart([b"None", b"192.0.2.2", b"1", OLD.encode(), b"pointers"])
+
+    def expose(self, room: int, count: int, session: str = OLD) -> tuple[Any, Any, int]:
+        """A request of `count` token slots, its destinations sent as stock sends them."""
+        slots, aux = self.tokens.alloc(count), self.aux.alloc()
+        info = {"rank_ip": "127.0.0.1", "rank_port": self.port, "is_dummy": False}
+        receiver = SimpleNamespace(bootstrap_room=room, bootstrap_infos=[info], conclude_state=None)
+        self.manager.request_status[room] = 2
+
+        def stock(receiver: Any, *_: Any) -> None:
+            room = str(receiver.bootstrap_room).encode()
+            self.tap.send_multipart([room, b"", b"1", session.encode(), b"", b"", b"", b"1"])
+
+        self.guard.send_metadata(stock, receiver, slots.numpy().astype(np.int32), aux, [])
+        return receiver, slots, aux
+
+    def give_up(self, receiver: Any, slots: Any, aux: int, age: float = GRACE + 1) -> Exposure:
+        """The owner gave up `age` seconds ago, and stock frees everything."""
+        exposure: Exposure = receiver.sglang_scaling_fixes_exposure
+        self.guard.clearing(receiver)
+        exposure.gave_up_at = time.monotonic() - age
+        self.tokens.free(slots)
+        self.aux.free(aux)
+        return exposure
+
+    def free(self) -> tuple[int, int]:
+        return self.tokens.available_size(), self.aux.available_size()
+
+
+@pytest.fixture
+def fenced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What had been freed by ledger and allocators when the engine was replaced."""
+    seen: list[str] = []
+
+    def renew(manager: Any) -> tuple[str, str]:
+        held = DecodeGuard.current.ledger.held if DecodeGuard.current is not None else []
+        seen.append(",".join(str(w.proof) for e in held for w in e.writers.values()))
+        manager.session = NEW
+        return OLD, NEW
+
+    monkeypatch.setattr(fence, "renew", renew)
+    return seen
+
+
+@pytest.fixture(autouse=True)
+def restored() -> Iterator[None]:
+    saved = DecodeGuard.current
+    yield
+    DecodeGuard.current = saved
+
+
+def test_below_the_bound_nothing_is_refused_and_nothing_fenced(fenced: list[str]) -> None:
+    decode = Decode(Config(max_held=0.5, fence=True))
+    decode.give_up(*decode.expose(7, 50))
+    decode.guard.tick()
+    assert not decode.guard.refusing and not fenced
+    assert decode.free() == (POOL - 50, 7)
+
+
+def test_young_holds_do_not_count(fenced: list[str]) -> None:
+    decode = Decode(Config(fence=True))
+    decode.give_up(*decode.expose(7, 90), age=0.0)
+    decode.guard.tick()
+    assert not decode.guard.refusing and not fenced
+
+
+def test_past_the_bound_without_leave_to_fence_it_only_refuses(fenced: list[str]) -> None:
+    decode = Decode(Config())
+    decode.give_up(*decode.expose(7, 50))
+    decode.guard.tick()
+    looked = decode.guard._liveness._thread
+    assert looked is not None
+    looked.join()
+    decode.guard.tick()
+    assert decode.guard.refusing and not fenced
+    assert decode.free() == (POOL - 50, 7)
+
+
+def test_a_writer_that_is_gone_is_fenced_without_being_asked_for(fenced: list[str]) -> None:
+    decode = Decode(Config())
+    decode.prefill.close()
+    decode.give_up(*decode.expose(7, 50))
+    decode.guard.tick()
+    looked = decode.guard._liveness._thread
+    assert looked is not None and not fenced
+    looked.join()
+    decode.guard.tick()
+    decode.guard.tick()
+    assert len(fenced) == 1 and decode.free() == (POOL, 8)
+
+
+def test_the_engine_goes_before_the_ledger_learns_of_it(fenced: list[str]) -> None:
+    decode = Decode(Config(fence=True))
+    exposure = decode.give_up(*decode.expose(7, 50))
+    decode.guard.tick()
+    assert fenced == ["None"], "no writer was proven when the engine went"
+    assert [w.proof for w in exposure.writers.values()] == [Proof.FENCED]
+    assert decode.free() == (POOL - 50, 7), "not in the same tick: the ranks agree first"
+    decode.guard.tick()
+    assert decode.free() == (POOL, 8)
+    assert not decode.guard.refusing
+    assert decode.guard.report()["frees"] == {"P4": 1}
+
+
+def test_a_fence_ends_what_is_in_flight_and_tells_every_prefill_the_new_session(
+    fenced: list[str],
+) -> None:
+    decode = Decode(Config(fence=True))
+    flying, flying_slots, flying_aux = decode.expose(8, 10)
+    decode.give_up(*decode.expose(7, 50))
+    decode.guard.tick()
+    assert decode.manager.request_status[8] == 0
+    assert "fenced" in decode.manager.failures[8] and "retry" in decode.manager.failures[8]
+    stock, hello = messages.split(decode.socket.sent[-1])
+    assert stock == [b"None", b"192.0.2.2", b"1", NEW.encode(), b"pointers"]
+    assert isinstance(hello, messages.Hello)
+    # Its owner gives up: proven at once, for the write can no longer land.
+    exposure = decode.give_up(flying, flying_slots, flying_aux, age=0.0)
+    assert not exposure.unproven
+    # A receiver made before the fence still names the old session; prefill must not see it.
+    decode.expose(9, 10, session=OLD)
+    stock, _ = messages.split(decode.socket.sent[-1])
+    assert stock[3] == NEW.encode()
+
+
+def test_a_success_before_the_fence_is_not_taken_back(fenced: list[str]) -> None:
+    decode = Decode(Config(fence=True))
+    decode.expose(8, 10)
+    decode.manager.request_status[8] = 4
+    decode.give_up(*decode.expose(7, 50))
+    decode.guard.tick()
+    assert len(fenced) == 1
+    assert decode.manager.request_status[8] == 4 and 8 not in decode.manager.failures
+
+
+def test_stocks_drained_answer_counts_only_when_it_is_believed() -> None:
+    for peer, back in (("hold", False), ("stock-ack", True)):
+        decode = Decode(Config(peer=peer))
+        receiver, slots, aux = decode.expose(7, 50)
+        decode.tap.send_multipart([b"ABORT", b"7", b"192.0.2.2", b"1"])
+        decode.give_up(receiver, slots, aux, age=0.0)
+        decode.guard._read([b"ABORT_ACK", b"7"])  # "received"
+        decode.guard.tick()
+        assert decode.free() == (POOL - 50, 7)
+        assert decode.guard._read([b"ABORT_ACK", b"7", b"0"]) is not None, "stock's own"
+        decode.guard.tick()
+        assert (decode.free() == (POOL, 8)) is back
