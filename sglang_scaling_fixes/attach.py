@@ -98,7 +98,12 @@ ATTACH_POINTS: tuple[AttachPoint, ...] = (
     ),
     AttachPoint(_FIX, "decode", f"{_MOONCAKE}:MooncakeKVReceiver.poll", uses=("conclude_state",)),
     AttachPoint(_FIX, "decode", f"{_MOONCAKE}:MooncakeKVReceiver.clear"),
-    AttachPoint(_FIX, "decode", f"{_MOONCAKE}:MooncakeKVReceiver.failure_exception"),
+    AttachPoint(
+        _FIX,
+        "decode",
+        f"{_DECODE}:DecodeTransferQueue._commit_transfer_to_req",
+        ("decode_req",),
+    ),
     AttachPoint(
         _FIX,
         "decode",

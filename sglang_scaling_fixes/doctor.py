@@ -74,13 +74,14 @@ def _without_mooncake(statuses: list[dict[str, str]], mooncake: release.Mooncake
 
 def _probe(names: tuple[str, ...]) -> tuple[list[dict[str, str]], bool]:
     """The states as a server process would find them, and whether stand-ins were used."""
-    env = {**os.environ, PLUGIN_ENV: ",".join(names) or "none"}
-    standins = False
-    if not has_gpu():
+    asked = {PLUGIN_ENV: ",".join(names) or "none"}
+    standins = not has_gpu()
+    if standins:
         from sglang_scaling_fixes.lab.runtime import cpu_env
 
-        env = cpu_env(env)
-        standins = True
+        env = cpu_env(asked)
+    else:
+        env = {**os.environ, **asked}
     done = subprocess.run(
         [sys.executable, "-c", _PROBE],
         env=env,

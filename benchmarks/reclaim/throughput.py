@@ -21,7 +21,7 @@ from sglang_scaling_fixes.lab.cluster import Cluster
 from sglang_scaling_fixes.lab.errors import LabError
 
 _BACK = re.compile(r"token slots back after ([0-9.]+) s")
-_COUNTED = ("gave_up", "returned", "asks", "held_tokens_max", "frees_by_proof")
+_COUNTED = ("gave_up", "returned", "asks", "held_tokens_max", "frees")
 
 
 def measure(release: str, shape: Shape, runs: int, progress: Progress) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from sglang_scaling_fixes.reclaim import layout
 from sglang_scaling_fixes.reclaim.decode import DecodeGuard, OutgoingTap, rank_of
 
 _MOONCAKE = "sglang.srt.disaggregation.mooncake.conn"
-_QUEUE = "sglang.srt.disaggregation.decode:DecodePreallocQueue"
+_DECODE = "sglang.srt.disaggregation.decode"
+_QUEUE = f"{_DECODE}:DecodePreallocQueue"
 _SCHEDULER = "sglang.srt.managers.scheduler"
 
 
@@ -65,16 +66,18 @@ def _attach_receiver() -> None:
             guard.clearing(receiver)
         return stock(receiver)
 
-    def failure_exception(stock: Callable[..., Any], receiver: Any) -> Any:
-        if (guard := DecodeGuard.current) is not None:
-            guard.failing(receiver)
-        return stock(receiver)
+    def commit(stock: Callable[..., Any], queue: Any, request: Any) -> Any:
+        guard = DecodeGuard.current
+        if guard is None:
+            return stock(queue, request)
+        with guard.committing(request.kv_receiver):
+            return stock(queue, request)
 
     wrap_method(f"{_MOONCAKE}:MooncakeKVReceiver._connect_to_bootstrap_server", connect)
     wrap_method(f"{_MOONCAKE}:MooncakeKVReceiver.send_metadata", send_metadata)
     wrap_method(f"{_MOONCAKE}:MooncakeKVReceiver.poll", poll)
     wrap_method(f"{_MOONCAKE}:MooncakeKVReceiver.clear", clear)
-    wrap_method(f"{_MOONCAKE}:MooncakeKVReceiver.failure_exception", failure_exception)
+    wrap_method(f"{_DECODE}:DecodeTransferQueue._commit_transfer_to_req", commit)
 
 
 def _attach_scheduler() -> None:

@@ -262,9 +262,14 @@ class DecodeGuard:
         with self._lock:
             return self.ledger.complete(exposure)
 
-    def failing(self, receiver: Any) -> None:
-        """Stock is about to end this receiver as failed, on every TP rank alike."""
-        receiver.sglang_scaling_fixes_failed = True
+    @contextlib.contextmanager
+    def committing(self, receiver: Any) -> Iterator[None]:
+        """Stock hands the KV to its request, which it does on every TP rank or on none."""
+        receiver.sglang_scaling_fixes_commit = True
+        try:
+            yield
+        finally:
+            receiver.sglang_scaling_fixes_commit = False
 
     def clearing(self, receiver: Any) -> None:
         """Stock is about to forget the room: the owner takes its KV, or gives it up."""
@@ -273,10 +278,9 @@ class DecodeGuard:
             return
         receiver.sglang_scaling_fixes_exposure = None
         assert self.gate is not None
-        # What the ranks agreed on when they polled; the room's own status may have
-        # been changed since, on this rank alone.
-        landed = receiver.conclude_state == SUCCESS
-        if landed and not getattr(receiver, "sglang_scaling_fixes_failed", False):
+        # Not the receiver's own success: a rank may have that alone when stock ends the
+        # request on all of them (aborted, failed elsewhere, no room to restore a prefix).
+        if getattr(receiver, "sglang_scaling_fixes_commit", False):
             with self._lock:
                 self.ledger.landed(exposure)
             self.gate.landed(exposure)

@@ -188,12 +188,36 @@ def _prove_decode() -> None:
     back = tokens.available_size(), aux.available_size()
     check(back == (before[0] + 4, before[1] + 1), "slots did not come back with proof")
 
+    _prove_success(guard, manager, expose, tokens, aux)
+
+
+def _prove_success(guard: DecodeGuard, manager: Any, expose: Any, tokens: Any, aux: Any) -> None:
+    """A success is a landing only if stock hands the KV to its request."""
+
+    def free() -> tuple[int, int]:
+        tokens.free(slots)
+        aux.free(slot)
+        return available()
+
+    def available() -> tuple[int, int]:
+        return tokens.available_size(), aux.available_size()
+
+    before = available()
     receiver, slots, slot = expose(_ROOM + 1)
     manager.request_status[_ROOM + 1] = receiver.conclude_state = 4
-    receiver.clear()  # success: ordinary slots from here on
-    tokens.free(slots)
-    aux.free(slot)
-    check((tokens.available_size(), aux.available_size()) == back, "a landed request was held")
+    with guard.committing(receiver):
+        receiver.clear()
+    check(free() == before, "a landed request was held")
+
+    receiver, slots, slot = expose(_ROOM + 2)
+    mark = messages.encode(messages.Mark(receiver.sglang_scaling_fixes_exposure.gen, _RANK))
+    success = manager.server_socket._read([str(_ROOM + 2).encode(), b"4", b"0", mark])
+    check(success is not None, "this attempt's own success did not reach stock")
+    manager.request_status[_ROOM + 2] = receiver.conclude_state = 4
+    receiver.clear()  # success here, and yet ended: another rank may have no proof
+    check(free() != before, "a success of one rank was taken for all")
+    guard.tick()
+    check(available() == before, "a proven hold stayed")
 
 
 class _StopWorker(BaseException):

@@ -35,7 +35,8 @@ _REFUSED_BACKENDS = {
 """Transfer backends whose writes are not accounted for, and what is missing."""
 
 _REFUSED_ON_DECODE = {
-    "pp_size": "pipeline-parallel decode has a scheduler loop of its own",
+    "pp_size": "pipeline stages take requests in one after another, and one that still holds "
+    "slots the others have back keeps a request waiting for ever",
     "dcp_size": "decode context parallelism lays pages out differently",
 }
 
