@@ -240,6 +240,7 @@ class Cluster:
         prefills: int = 2,
         extra_flags: Sequence[str] = (),
         prefill_flags: Sequence[str] = (),
+        extra_env: Mapping[str, str] | None = None,
         decode_env: Mapping[str, str] | None = None,
         slow_env: Mapping[str, str] | None = None,
         max_total_tokens: int = 1500,
@@ -253,6 +254,7 @@ class Cluster:
         self._prefills = prefills
         self._flags = [*extra_flags]
         self._prefill_flags = [*prefill_flags]
+        self._env = dict(extra_env or {})
         self._decode_env = dict(decode_env or {})
         self._slow_env = dict(slow_env or {})
         self._tokens = max_total_tokens
@@ -316,7 +318,7 @@ class Cluster:
             client=self._link.near,
             run_dir=self._run_dir,
             flags=[*flags, *self._flags],
-            env=env,
+            env={**env, **self._env},
         )
         self._stack.callback(server.end)
         return server
