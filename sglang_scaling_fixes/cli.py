@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from sglang_scaling_fixes import __version__, doctor
 from sglang_scaling_fixes.errors import ScalingFixesError
 from sglang_scaling_fixes.lab.errors import LabError
+from sglang_scaling_fixes.lab.scenarios import SCENARIOS
+
+SOAK_RELEASE = "0.5.23"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,7 +58,13 @@ def _parser() -> argparse.ArgumentParser:
         "reclaim", help="abort while KV is on the wire: stock, then with --plugin"
     )
     reclaim.add_argument("--release", required=True, metavar="RELEASE")
-    reclaim.add_argument("--scenario", default="abort", help="abort (default), abort-slow-link")
+    reclaim.add_argument(
+        "--scenario",
+        default="abort",
+        metavar="NAME",
+        help="default abort; "
+        + "; ".join(f"{plan.name}: {plan.what}" for plan in SCENARIOS.values()),
+    )
     reclaim.add_argument(
         "--rounds", type=_positive, default=3, help="rounds in each half (default 3)"
     )
@@ -62,6 +72,15 @@ def _parser() -> argparse.ArgumentParser:
     reclaim.add_argument("--json", action="store_true", help="print the result as JSON")
     reclaim.add_argument("--output", type=Path, metavar="FILE", help="also write the JSON to FILE")
     reclaim.set_defaults(run=_reclaim)
+
+    soak = labs.add_parser("soak", help="random load, aborts, kills and stalls; is all right?")
+    soak.add_argument("--release", default=SOAK_RELEASE, metavar="RELEASE")
+    soak.add_argument("--minutes", type=_minutes, default=10.0, help="of load (default 10)")
+    soak.add_argument("--seed", type=int, default=1, help="of everything random (default 1)")
+    soak.add_argument("--stock", action="store_true", help="without the plugin: the control")
+    soak.add_argument("--json", action="store_true", help="print the result as JSON")
+    soak.add_argument("--output", type=Path, metavar="FILE", help="also write the JSON to FILE")
+    soak.set_defaults(run=_soak)
     return parser
 
 
@@ -69,6 +88,16 @@ def _positive(text: str) -> int:
     value = int(text) if text.isdigit() else 0
     if not 1 <= value <= 1000:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 1000")
+    return value
+
+
+def _minutes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 24 * 60:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of minutes up to a day")
     return value
 
 
@@ -111,18 +140,28 @@ def _reclaim(args: argparse.Namespace) -> int:
     result = reclaim.run(
         args.release, args.scenario, seed=args.seed, rounds=args.rounds, progress=_say
     )
+    _show(args, result, reclaim_table)
+    return 0 if reclaim.intact(result["fixed"]) else 1
+
+
+def _soak(args: argparse.Namespace) -> int:
+    from sglang_scaling_fixes.lab import soak
+
+    result = soak.run(args.release, args.minutes, args.seed, progress=_say, stock=args.stock)
+    _show(args, result, soak_table)
+    return 0 if soak.passed(result) else 1
+
+
+def _show(
+    args: argparse.Namespace, result: dict[str, Any], table: Callable[[dict[str, Any]], str]
+) -> None:
     if args.output is not None:
         args.output.write_text(json.dumps(result, indent=2) + "\n")
         _say(f"lab: result written to {args.output}")
-    print(json.dumps(result, indent=2) if args.json else reclaim_table(result))
-    return 0 if _clean(result["fixed"]) else 1
+    print(json.dumps(result, indent=2) if args.json else table(result))
 
 
-def _clean(half: dict[str, int]) -> bool:
-    return half["corrupted_pages"] == 0 and half["wrong_outputs"] == 0
-
-
-_COLUMNS = ("requests", "aborted", "victims", "corrupted_pages", "wrong_outputs")
+_COLUMNS = ("requests", "aborted", "victims", "refused", "corrupted_pages", "wrong_outputs")
 
 
 def reclaim_table(result: dict[str, Any]) -> str:
@@ -135,7 +174,29 @@ def reclaim_table(result: dict[str, Any]) -> str:
         "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(pairs))
         for pairs in (list(zip(row, widths, strict=True)) for row in rows)
     ]
+    if result["stock_safe"]:
+        lines.append("Stock is safe here: nothing of its victims was corrupted in these rounds.")
     return "\n".join(["", title, *lines, ""])
+
+
+SOAK_ROWS = (
+    "requests", "right", "aborted", "hung_up", "refused", "unanswered", "corrupted_outputs",
+    "corrupted_kv", "leaked_tokens", "leaked_metadata", "held_tokens", "aborts", "kills", "stalls",
+    "fences",
+)  # fmt: skip
+
+
+def soak_table(result: dict[str, Any]) -> str:
+    """The counts, one a line; then proofs and what refused requests were told."""
+    width = max(len(name) for name in SOAK_ROWS)
+    lines = ["", f"SGLang {result['release']}, soak of {result['minutes']:g} min, {result['half']}"]
+    lines += [f"{name.replace('_', ' '):<{width}}  {result[name]:>6}" for name in SOAK_ROWS]
+    proofs = ", ".join(f"{name} {count}" for name, count in result["frees_by_proof"].items())
+    lines.append(f"{'frees by proof':<{width}}  {proofs or 'none'}")
+    lines += [f"{count:>6} x {words}" for words, count in result["refusals"].items()]
+    if result["decode_crashed"]:
+        lines.append(f"The decode server ended by itself: logs in {result['run_dir']}")
+    return "\n".join([*lines, ""])
 
 
 def _say(text: str) -> None:

@@ -7,20 +7,22 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-from sglang_scaling_fixes.lab.client import Answer, call
+from sglang_scaling_fixes.lab.client import Answer, Call, call
 from sglang_scaling_fixes.lab.errors import LabError
 from sglang_scaling_fixes.lab.install import Environment
 from sglang_scaling_fixes.lab.link import Link, Place
+from sglang_scaling_fixes.lab.observations import Observations
 from sglang_scaling_fixes.lab.process import Guarded
 from sglang_scaling_fixes.lab.runtime import OBSERVE, cpu_env
 from sglang_scaling_fixes.lab.standins import gpu
@@ -29,6 +31,7 @@ Role = Literal["prefill", "decode"]
 
 READY_S = 300.0
 ANSWER_S = 180.0
+_OBSERVED = "observations.jsonl"
 _MODEL_MODULES = ("llama", "registry", "utils")
 
 COMMON_FLAGS = (
@@ -65,24 +68,45 @@ class Server:
         self.place = place
         self.client = client
         self.port, self.bootstrap_port = place.free_ports(2)
-        self._started = time.monotonic()
-        scratch = tempfile.mkdtemp(prefix="ssf-lab-")
-        command = [
+        self._environment = environment
+        self._env = dict(env or {})
+        self._log = run_dir / f"{name}.log"
+        self._command = [
             str(environment.python), "-m", "sglang.launch_server",
             "--model-path", str(model), "--host", place.address, "--port", str(self.port),
             "--disaggregation-mode", role,
             "--disaggregation-bootstrap-port", str(self.bootstrap_port),
             *COMMON_FLAGS, *_release_flags(environment, role), *flags,
         ]  # fmt: skip
+        self._start()
+
+    def _start(self) -> None:
+        self._started = time.monotonic()
+        scratch = tempfile.mkdtemp(prefix="ssf-lab-")
         options = ["--scratch", scratch]
-        if place.netns is not None:
-            options += ["--netns", place.netns]
+        if self.place.netns is not None:
+            options += ["--netns", self.place.netns]
         self.process = Guarded(
-            command,
-            log=run_dir / f"{name}.log",
-            env=_server_env(environment, place, scratch, env or {}),
+            self._command,
+            log=self._log,
+            env=_server_env(self._environment, self.place, scratch, self._env),
             guard_options=options,
         )
+
+    def restart(self) -> None:
+        """Start anew at the same address and ports, as an operator's supervisor would."""
+        self.process.end()
+        self._start()
+
+    def end(self) -> None:
+        """Kill the server with all its processes and wait until they are gone."""
+        self.process.end()
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to each of the server's processes."""
+        for pid in self.process.pids():
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     def wait_ready(self, timeout_s: float = READY_S) -> float:
         """Seconds from start until the server answered; LabError if it ends or never does."""
@@ -104,6 +128,9 @@ class Server:
             self.client, self.place.address, self.port, path, payload=payload, timeout_s=timeout_s
         )
 
+    def calling(self, path: str, payload: object) -> Call:
+        return Call(self.client, self.place.address, self.port, path, payload=payload)
+
     def _obituary(self, what: str) -> str:
         return f"lab server {self.name} {what}; log {self.process.log}, its end:\n" + (
             self.process.tail()
@@ -120,23 +147,55 @@ class Outcome:
     decode: Answer
     prefill: Answer | None  # None if prefill had not answered by then
 
+    @property
+    def refusal(self) -> str | None:
+        """The error decode answered in words; None for an answer, silence or garbage."""
+        return None if self.ids is not None else refusal(self.decode)
+
+
+def refusal(answer: Answer) -> str | None:
+    """The words of an error answer: an HTTP error with a message, or a 200 that says abort."""
+    if answer.status == 0 or not isinstance(answer.body, dict):
+        return None
+    if answer.status == 200:
+        reason = (answer.body.get("meta_info") or {}).get("finish_reason") or {}
+        words = reason.get("message") if reason.get("type") == "abort" else None
+    else:
+        error = answer.body.get("error") or answer.body.get("detail") or answer.body
+        words = error.get("message") if isinstance(error, dict) else error
+    return words if isinstance(words, str) and words.strip() else None
+
 
 class Pending:
     """A request on its way to both servers."""
 
     def __init__(
-        self, prefill: Server, decode: Server, rid: str, payload: Mapping[str, object]
+        self,
+        prefill: Server,
+        decode: Server,
+        rid: str,
+        room: int,
+        payload: Mapping[str, object],
     ) -> None:
         self.rid = rid
+        self.room = room
         self._answers: dict[Role, Answer] = {}
         self._threads: dict[Role, threading.Thread] = {}
-        for server in (prefill, decode):
-            thread = threading.Thread(target=self._send, args=(server, payload), daemon=True)
-            self._threads[server.role] = thread
+        self._calls = {
+            server.role: server.calling("/generate", payload) for server in (prefill, decode)
+        }
+        for role, ringing in self._calls.items():
+            thread = threading.Thread(target=self._send, args=(role, ringing), daemon=True)
+            self._threads[role] = thread
             thread.start()
 
-    def _send(self, server: Server, payload: Mapping[str, object]) -> None:
-        self._answers[server.role] = server.post("/generate", payload)
+    def _send(self, role: Role, ringing: Call) -> None:
+        self._answers[role] = ringing.run(ANSWER_S)
+
+    def hang_up(self) -> None:
+        """Close both connections, as a client that goes away."""
+        for ringing in self._calls.values():
+            ringing.hang_up()
 
     def done(self, role: Role) -> bool:
         return role in self._answers
@@ -180,7 +239,10 @@ class Cluster:
         *,
         prefills: int = 2,
         extra_flags: Sequence[str] = (),
+        prefill_flags: Sequence[str] = (),
         extra_env: Mapping[str, str] | None = None,
+        decode_env: Mapping[str, str] | None = None,
+        slow_env: Mapping[str, str] | None = None,
         max_total_tokens: int = 1500,
     ) -> None:
         if prefills not in (1, 2):
@@ -191,11 +253,14 @@ class Cluster:
         self._run_dir = run_dir
         self._prefills = prefills
         self._flags = [*extra_flags]
+        self._prefill_flags = [*prefill_flags]
         self._env = dict(extra_env or {})
+        self._decode_env = dict(decode_env or {})
+        self._slow_env = dict(slow_env or {})
         self._tokens = max_total_tokens
         self._stack = ExitStack()
         self._room = 1000 * (os.getpid() % 1000) + 1
-        self.observations = run_dir / "observations.jsonl"
+        self.observations = Observations(run_dir / _OBSERVED)
         self.requests = 0
         self.ready_s = 0.0
 
@@ -225,18 +290,20 @@ class Cluster:
 
     def _start(self) -> list[Server]:
         capacity = ["--max-total-tokens", str(self._tokens)]
+        prefill = [*capacity, *self._prefill_flags]
+        observed = self._run_dir / _OBSERVED
         near, far = self._link.near, self._link.far
         self.decode = self._server(
             "decode",
             "decode",
             near,
             [*capacity, "--num-reserved-decode-tokens", "16"],
-            {OBSERVE: str(self.observations)},
+            {OBSERVE: str(observed), **self._decode_env},
         )
-        self.fast = self._server("prefill-fast", "prefill", near, capacity, {})
+        self.fast = self._server("prefill-fast", "prefill", near, prefill, {})
         if self._prefills == 1:
             return [self.decode, self.fast]
-        self.slow = self._server("prefill-slow", "prefill", far, capacity, {})
+        self.slow = self._server("prefill-slow", "prefill", far, prefill, self._slow_env)
         return [self.decode, self.fast, self.slow]
 
     def _server(
@@ -253,14 +320,26 @@ class Cluster:
             flags=[*flags, *self._flags],
             env={**env, **self._env},
         )
-        self._stack.callback(server.process.end)
+        self._stack.callback(server.end)
         return server
 
     def send(
-        self, prefill: Server, prompt: Sequence[int], rid: str, *, max_new_tokens: int
+        self,
+        prefill: Server,
+        prompt: Sequence[int],
+        rid: str,
+        *,
+        max_new_tokens: int,
+        room: int | None = None,
+        options: Mapping[str, object] | None = None,
     ) -> Pending:
-        """Send one greedy request to `prefill` and the decode server; returns at once."""
-        self._room += 1
+        """Send one greedy request to `prefill` and the decode server; returns at once.
+
+        `room`: one to use again; a new one by default. `options` go into the JSON.
+        """
+        if room is None:
+            self._room += 1
+            room = self._room
         self.requests += 1
         payload = {
             "input_ids": list(prompt),
@@ -272,9 +351,10 @@ class Cluster:
             "rid": rid,
             "bootstrap_host": prefill.place.address,
             "bootstrap_port": prefill.bootstrap_port,
-            "bootstrap_room": self._room,
+            "bootstrap_room": room,
+            **(options or {}),
         }
-        return Pending(prefill, self.decode, rid, payload)
+        return Pending(prefill, self.decode, rid, room, payload)
 
     def abort(self, rid: str) -> None:
         """Abort a request on the decode server, as a router or a client library does."""

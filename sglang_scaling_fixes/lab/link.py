@@ -104,8 +104,14 @@ class Link:
 
 
 @contextlib.contextmanager
-def link(rate_mbit: float, run_dir: Path, *, shaped: bool = True) -> Iterator[Link]:
-    """A link of `rate_mbit` megabits per second; a stalled one if not `shaped` or impossible."""
+def link(
+    rate_mbit: float, run_dir: Path, *, shaped: bool = True, buffer_bytes: int | None = None
+) -> Iterator[Link]:
+    """A link of `rate_mbit` megabits per second; a stalled one if not `shaped` or impossible.
+
+    `buffer_bytes`: what the slow side's sockets and the link's queue may take on, for a
+    sender that hands over much and dies; by default what the kernel and 400 ms give.
+    """
     missing = _missing_for_shaping() if shaped else "asked for"
     if missing:
         yield Link(
@@ -128,7 +134,7 @@ def link(rate_mbit: float, run_dir: Path, *, shaped: bool = True) -> Iterator[Li
             stack.callback(holder.end)
             holders.append(holder)
         near, far = (_namespace_pid(holder) for holder in holders)
-        _connect(near, far, rate_mbit)
+        _connect(near, far, rate_mbit, buffer_bytes)
         yield Link(
             "shaped",
             Place(_NEAR_ADDRESS, f"/proc/{near}/ns/net"),
@@ -161,7 +167,7 @@ def _namespace_pid(holder: Guarded) -> int:
     raise LabError(f"no network namespace: {holder.tail(1) or 'its holder did not start'}")
 
 
-def _connect(near: int, far: int, rate_mbit: float) -> None:
+def _connect(near: int, far: int, rate_mbit: float, buffer_bytes: int | None) -> None:
     _run(
         "ip", "link", "add", _DEVICE, "netns", str(near),
         "type", "veth", "peer", "name", _DEVICE, "netns", str(far),
@@ -171,11 +177,21 @@ def _connect(near: int, far: int, rate_mbit: float) -> None:
         _run(*inside, "ip", "address", "add", f"{address}/{_PREFIX_BITS}", "dev", _DEVICE)
         _run(*inside, "ip", "link", "set", "lo", "up")
         _run(*inside, "ip", "link", "set", _DEVICE, "up")
+    if buffer_bytes is not None:
+        for pid in (near, far):
+            for name in ("tcp_wmem", "tcp_rmem"):
+                _write_in(pid, f"/proc/sys/net/ipv4/{name}", f"4096 {buffer_bytes} {buffer_bytes}")
+    queue = ["latency", "400ms"] if buffer_bytes is None else ["limit", f"{buffer_bytes}"]
     _run(
         "nsenter", f"--net=/proc/{far}/ns/net",
         "tc", "qdisc", "add", "dev", _DEVICE, "root", "tbf",
-        "rate", f"{round(rate_mbit * 1000)}kbit", "burst", "32kbit", "latency", "400ms",
+        "rate", f"{round(rate_mbit * 1000)}kbit", "burst", "32kbit", *queue,
     )  # fmt: skip
+
+
+def _write_in(pid: int, path: str, text: str) -> None:
+    """Write a setting of the namespace of process `pid`."""
+    _run("nsenter", f"--net=/proc/{pid}/ns/net", "sh", "-c", f"echo '{text}' > {path}")
 
 
 def _run(*command: str) -> None:

@@ -3,13 +3,16 @@
 The stand-ins load this where SGLANG_SCALING_FIXES_LAB_OBSERVE names a file.  One
 JSON line per event:
 
+* `exposed`: the request's destinations have been sent to a prefill server;
 * `admitted`: stock has accepted the transfer and will decode from these slots;
-* `final`: the request gives its memory up (contents are still those it owned).
+* `final`: the request gives its memory up (contents are still those it owned);
+* `pool`: free token and metadata slots, when they have changed.
 
-Both carry one CRC-32 per prompt token, over the bytes of that token's slot in every
-registered KV buffer.  The buffers are the ones stock hands to the transfer engine,
+`admitted` and `final` carry one CRC-32 per prompt token, over the bytes of that token's
+slot in every registered KV buffer.  The buffers are the ones stock hands to the transfer engine,
 so that what is digested is exactly what a remote write can touch.  A request that
-was never admitted has no digests, only its slots.
+was never admitted has no digests, only its slots; one that was retracted and resumed has
+several `final` events.
 
 Nothing is replaced or delayed on the way of a transfer: both hooks run in the
 scheduler's own loop, and transfers run in other threads and processes.
@@ -28,6 +31,7 @@ from types import ModuleType
 from typing import Any
 
 MODULE = "sglang.srt.disaggregation.decode"
+POOL_S = 0.1
 
 
 def attacher(path: str) -> Callable[[ModuleType], None]:
@@ -36,26 +40,46 @@ def attacher(path: str) -> Callable[[ModuleType], None]:
     def attach(module: ModuleType) -> None:
         queue_class: Any = module.DecodeTransferQueue
         stock_pop = queue_class.pop_transferred
+        stock_extend = queue_class.extend
+
+        def observer_of(queue: Any) -> Observer:
+            observer: Observer | None = queue.__dict__.get("_lab_observer")
+            if observer is None:
+                observer = queue._lab_observer = Observer(
+                    path, queue.scheduler, queue.req_to_metadata_buffer_idx_allocator
+                )
+            return observer
 
         @functools.wraps(stock_pop)
         def pop_transferred(self: Any, *args: Any, **kwargs: Any) -> Any:
-            observer = self.__dict__.get("_lab_observer")
-            if observer is None:
-                observer = self._lab_observer = Observer(path, self.scheduler)
+            observer = observer_of(self)
+            observer.pool()
             popped = stock_pop(self, *args, **kwargs)
             for req in popped:
                 observer.admitted(req)
             return popped
 
+        @functools.wraps(stock_extend)
+        def extend(self: Any, entries: Any) -> Any:
+            for entry in entries:
+                observer_of(self).exposed(entry.req)
+            return stock_extend(self, entries)
+
         queue_class.pop_transferred = pop_transferred
+        queue_class.extend = extend
 
     return attach
+
+
+def losses(path: str) -> Callable[[int], None]:
+    """What a lossy socket calls with the room of a message it has dropped."""
+    return lambda room: _append(path, {"event": "lost", "bootstrap_room": room})
 
 
 class Observer:
     """Digests the slots of one scheduler's requests."""
 
-    def __init__(self, path: str, scheduler: Any) -> None:
+    def __init__(self, path: str, scheduler: Any, metadata: Any) -> None:
         self._path = path
         self._rank = int(getattr(scheduler, "tp_rank", 0) or 0)
         self._rows = scheduler.req_to_token_pool
@@ -64,6 +88,10 @@ class Observer:
         pointers, _sizes, item_bytes = allocator.get_kvcache().get_contiguous_buf_infos()
         self._buffers = list(zip(pointers, item_bytes, strict=True))
         self._open: dict[str, list[int]] = {}
+        self._retracted: set[str] = set()
+        self._allocators = (allocator, metadata)
+        self._free: tuple[int, ...] = ()
+        self._next_count = 0.0
         self._watch_release()
 
     def _watch_release(self) -> None:
@@ -77,6 +105,22 @@ class Observer:
 
         self._rows.free = free
 
+    def pool(self) -> None:
+        """Once per scheduler iteration: count what is free, ten times a second at most."""
+        now = time.time()
+        if now < self._next_count:
+            return
+        self._next_count = now + POOL_S
+        free = tuple(int(allocator.available_size()) for allocator in self._allocators)
+        if free != self._free:
+            self._free = free
+            tokens, metadata = free
+            event = {"event": "pool", "free_tokens": tokens, "free_metadata": metadata}
+            _append(self._path, {**event, "time": now})
+
+    def exposed(self, req: Any) -> None:
+        self._write("exposed", req, self._slots(req), None)
+
     def admitted(self, req: Any) -> None:
         slots = self._slots(req)
         self._open[req.rid] = slots
@@ -84,10 +128,16 @@ class Observer:
 
     def final(self, req: Any) -> None:
         slots = self._open.pop(req.rid, None)
+        if slots is None and req.rid in self._retracted:  # resumed, in other slots
+            slots = self._slots(req)
         if slots is None:
             self._write("final", req, self._slots(req), None)
+            return
+        self._write("final", req, slots, self._digests(slots))
+        if req.finished():
+            self._retracted.discard(req.rid)
         else:
-            self._write("final", req, slots, self._digests(slots))
+            self._retracted.add(req.rid)
 
     def _slots(self, req: Any) -> list[int]:
         kv = getattr(req, "kv", None)
@@ -113,7 +163,8 @@ class Observer:
         return digests
 
     def _write(self, event: str, req: Any, slots: list[int], digests: list[int] | None) -> None:
-        line = json.dumps(
+        _append(
+            self._path,
             {
                 "event": event,
                 "time": time.time(),
@@ -123,10 +174,13 @@ class Observer:
                 "n_prompt": len(req.origin_input_ids),
                 "slots": slots,
                 "digests": digests,
-            }
+            },
         )
-        descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(descriptor, line.encode() + b"\n")
-        finally:
-            os.close(descriptor)
+
+
+def _append(path: str, event: dict[str, Any]) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(descriptor, json.dumps(event).encode() + b"\n")
+    finally:
+        os.close(descriptor)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 STANDINS = "SGLANG_SCALING_FIXES_LAB"
 OBSERVE = "SGLANG_SCALING_FIXES_LAB_OBSERVE"
+LOSE = "SGLANG_SCALING_FIXES_LAB_LOSE"
 
 _SITE = Path(__file__).parent / "site"
 # Proxies: lab servers only talk to each other.  Bytecode: without it each of a

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sglang_scaling_fixes.lab import reclaim
+from sglang_scaling_fixes.lab import reclaim, scenarios
 
 from .conftest import OLD
 
@@ -39,3 +39,18 @@ def test_the_victims_waited_in_the_very_slots_of_the_aborted_requests(
     for half in ("stock", "fixed"):
         for one in result["rounds"][half]:
             assert one["slots_shared"] > 0
+
+
+@pytest.fixture(scope="module")
+def lost() -> dict[str, Any]:
+    return reclaim.run(OLD, "lost-abort", rounds=1)
+
+
+def test_decode_repeats_a_stop_that_is_lost(lost: dict[str, Any]) -> None:
+    """The first three Asks never leave decode; had it not asked again, prefill would have
+    written every chunk. Stock of this release has no such message at all."""
+    assert not lost["stock_safe"]
+    assert [one["lost"] for one in lost["rounds"]["fixed"]] == [scenarios.LOST_MESSAGES]
+    fixed = lost["fixed"]
+    assert (fixed["victims"], fixed["refused"]) == (1, 0)
+    assert (fixed["corrupted_pages"], fixed["wrong_outputs"]) == (0, 0)

@@ -12,13 +12,22 @@ from sglang_scaling_fixes import cli, doctor
 from sglang_scaling_fixes.lab import reclaim
 from sglang_scaling_fixes.lab.errors import LabError
 
-HALF = {"requests": 9, "aborted": 3, "victims": 3, "corrupted_pages": 0, "wrong_outputs": 0}
+HALF = {
+    **{"requests": 9, "aborted": 3, "victims": 3, "refused": 0},
+    **{"corrupted_pages": 0, "wrong_outputs": 0},
+}
 
 
 def result(corrupted: int) -> dict[str, Any]:
     stock = {**HALF, "corrupted_pages": 2700, "wrong_outputs": 3}
     fixed = {**HALF, "corrupted_pages": corrupted}
-    return {"release": "0.5.12", "scenario": "abort", "stock": stock, "fixed": fixed}
+    return {
+        "release": "0.5.12",
+        "scenario": "abort",
+        "stock": stock,
+        "fixed": fixed,
+        "stock_safe": False,
+    }
 
 
 @pytest.mark.parametrize(("corrupted", "status"), [(0, 0), (1, 1)])
@@ -39,6 +48,12 @@ def test_reclaim_prints_both_halves_and_fails_if_the_fix_did(
     ]
     assert "2700" in next(line for line in table if line.startswith("stock"))
     assert json.loads(written.read_text()) == result(corrupted)
+
+
+def test_where_stock_is_safe_the_table_says_so() -> None:
+    safe = {**result(0), "stock": HALF, "stock_safe": True}
+    assert "Stock is safe here" in cli.reclaim_table(safe)
+    assert "Stock is safe here" not in cli.reclaim_table(result(0))
 
 
 def test_lab_errors_are_one_line_and_status_2(

@@ -11,7 +11,7 @@ import gc
 import os
 
 from sglang_scaling_fixes.lab.runtime import OBSERVE
-from sglang_scaling_fixes.lab.standins import cuda, gpu, hidden, hooks, kernels
+from sglang_scaling_fixes.lab.standins import cuda, gpu, hidden, hooks, kernels, lossy
 
 _GC_THRESHOLD = (200_000, 20, 20)  # an eighth of a server's start-up is collecting imports
 
@@ -28,3 +28,5 @@ def install() -> None:
         from sglang_scaling_fixes.lab import observer
 
         hooks.after_import(observer.MODULE, observer.attacher(path))
+        if losses := lossy.count():
+            hooks.after_import(lossy.MODULE, lossy.attacher(losses, observer.losses(path)))
