@@ -145,13 +145,10 @@ class Race:
                     sending = time.time()
                     waiting = [self._send(victim) for victim in victims]
                 self._wait_admitted(waiting[0])
-            outcomes = [one.wait() for one in (*waiting, *running)]
             subjects = [*victims, *runners]
-            while running and traffic.quiet_s() < self._quiet_s:  # the load goes on
-                again = [replace(v, rid=f"{v.rid}-{len(outcomes)}") for v in victims]
-                outcomes += [one.wait() for one in [self._send(victim) for victim in again]]
-                subjects += again
-                time.sleep(SAMPLE_S if outcomes[-1].refusal is None else REFUSED_S)
+            outcomes = [one.wait() for one in (*waiting, *running)]
+            if running:
+                subjects += self._load_goes_on(victims, outcomes, traffic)
             self._wait_quiet(traffic)
             if traffic.sent() - sent_at_end < LATE_BYTES:
                 raise Invalid(f"{traffic.sent() - sent_at_end} bytes were sent after the end")
@@ -265,6 +262,18 @@ class Race:
         return self.cluster.send(
             self.cluster.fast, prompt, rid, max_new_tokens=new_tokens, options=options
         ).wait()
+
+    def _load_goes_on(
+        self, victims: list[Subject], outcomes: list[Outcome], traffic: Traffic
+    ) -> list[Subject]:
+        """The same victims again and again until the link is quiet; adds their outcomes."""
+        subjects: list[Subject] = []
+        while traffic.quiet_s() < self._quiet_s:
+            again = [replace(victim, rid=f"{victim.rid}-{len(outcomes)}") for victim in victims]
+            outcomes += [one.wait() for one in [self._send(victim) for victim in again]]
+            subjects += again
+            time.sleep(SAMPLE_S if outcomes[-1].refusal is None else REFUSED_S)
+        return subjects
 
     def _send(self, subject: Subject) -> Pending:
         return self.cluster.send(
