@@ -146,7 +146,7 @@ class Race:
                     waiting = [self._send(victim) for victim in victims]
                 self._wait_admitted(waiting[0])
             subjects = [*victims, *runners]
-            outcomes = [one.wait() for one in (*waiting, *running)]
+            outcomes = [one.wait(prefill=False) for one in (*waiting, *running)]
             if running:
                 subjects += self._load_goes_on(victims, outcomes, traffic)
             self._wait_quiet(traffic)
@@ -261,7 +261,7 @@ class Race:
     ) -> Outcome:
         return self.cluster.send(
             self.cluster.fast, prompt, rid, max_new_tokens=new_tokens, options=options
-        ).wait()
+        ).wait(prefill=False)
 
     def _load_goes_on(
         self, victims: list[Subject], outcomes: list[Outcome], traffic: Traffic
@@ -270,7 +270,8 @@ class Race:
         subjects: list[Subject] = []
         while traffic.quiet_s() < self._quiet_s:
             again = [replace(victim, rid=f"{victim.rid}-{len(outcomes)}") for victim in victims]
-            outcomes += [one.wait() for one in [self._send(victim) for victim in again]]
+            sent = [self._send(victim) for victim in again]
+            outcomes += [one.wait(prefill=False) for one in sent]
             subjects += again
             time.sleep(SAMPLE_S if outcomes[-1].refusal is None else REFUSED_S)
         return subjects

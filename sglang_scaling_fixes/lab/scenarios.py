@@ -24,6 +24,14 @@ LOST_MESSAGES = 3
 IN_FLIGHT_SHARE = 0.75
 """The end must come before this share of the transfers has been sent."""
 
+PATIENT_QUEUE = {
+    "MC_TCP_MAX_QUEUED_TRANSFERS_PER_PEER": "65535",
+    "MC_TCP_MAX_PENDING_ADMISSIONS_PER_PEER": "65535",
+    "MC_TCP_ADMISSION_TIMEOUT_MS": "600000",
+}
+"""A pool in use gives scattered slots, and Mooncake's TCP transport writes each by itself: with
+its usual 1024 places per peer it refuses some, and the prefill gives the session up."""
+
 
 class Ending(Enum):
     """What ends the owners of the transfers."""
@@ -55,6 +63,7 @@ class Scenario:
     flags: tuple[str, ...] = ()
     fixed_flags: tuple[str, ...] = ()
     prefill_flags: tuple[str, ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
     decode_env: Mapping[str, str] = field(default_factory=dict)
     slow_env: Mapping[str, str] = field(default_factory=dict)
     ends_slow: bool = False  # the slow prefill is of no use afterwards
@@ -135,6 +144,7 @@ SCENARIOS = {
             runners=(60, 80),
             runner_tokens=250,
             prefill_flags=("--prefill-max-requests", "1"),
+            env=PATIENT_QUEUE,
         ),
     )
 }
