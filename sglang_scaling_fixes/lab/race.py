@@ -155,11 +155,14 @@ class Race:
         ended = [one.wait(timeout_s=ANSWER_S) for one in late]
         if any(outcome.ids is not None for outcome in ended):
             raise Invalid("the end came too late: a late request completed")
-        if all(outcome.refusal for outcome in outcomes):
-            raise Invalid(f"every victim was refused: {outcomes[0].refusal}")
         after = self._alone(f"{name}-afterwards", victims[0].prompt, plan.new_tokens)
         played = Played(number, attempt, sent_at_end, sending, traffic)
         report = self._judge(played, subjects, outcomes, ended)
+        if report.slots_shared == 0:
+            raise Invalid(
+                f"no victim got a slot of a late request; {report.refused} of {report.victims}"
+                f" were refused: {next((o.refusal for o in outcomes if o.refusal), None)}"
+            )
         report.clean_afterwards = after.ids == victims[0].ids
         report.lost = sum(self.cluster.observations.lost(room) for room in {o.room for o in late})
         return report
