@@ -18,9 +18,10 @@ from __future__ import annotations
 import random
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from sglang_scaling_fixes.lab import model as lab_model
 from sglang_scaling_fixes.lab.cluster import ANSWER_S, Cluster, Outcome, Pending, Server
@@ -33,7 +34,15 @@ LATE_BYTES = 100_000  # less than this after the end is chatter, not KV
 STALL_S = 4.0  # below the two missed heartbeats (10 s) that fail a stopped prefill
 SETTLE_S = 0.05  # bytes already in socket buffers arrive within this
 REUSE_S = 0.5  # a prefill that learns of an abort has ended the request by then
+REFUSED_S = 1.0  # before the load tries again
+CLEAR_TRIES = 20
 _STALL_SAMPLE_S = 0.0005
+
+MARGIN = 1e-3
+"""Least distance, in log-probability, of each reference token to the runner-up: a batch
+rounds sums differently than a request alone, by some 1e-6, and must not be called wrong."""
+WITH_MARGIN = {"return_logprob": True, "top_logprobs_num": 2}
+"""What a request asks for so that `margin` can be told."""
 
 
 @dataclass
@@ -105,11 +114,11 @@ class Race:
         name = f"{plan.name}-{number}-{attempt}"
         late_prompts = [_prompt(draw, length) for length in plan.late]
         victims = [
-            self._subject(f"{name}-victim-{i}", _prompt(draw, length), plan.new_tokens)
+            self._subject(f"{name}-victim-{i}", draw, length, plan.new_tokens)
             for i, length in enumerate(plan.victims)
         ]
         runners = [
-            self._subject(f"{name}-runner-{i}", _prompt(draw, length), plan.runner_tokens)
+            self._subject(f"{name}-runner-{i}", draw, length, plan.runner_tokens)
             for i, length in enumerate(plan.runners)
         ]
         hold = self._hold()
@@ -136,18 +145,24 @@ class Race:
                     sending = time.time()
                     waiting = [self._send(victim) for victim in victims]
                 self._wait_admitted(waiting[0])
-            outcomes = [one.wait() for one in (*waiting, *running)]
+            subjects = [*victims, *runners]
+            outcomes = [one.wait(prefill=False) for one in (*waiting, *running)]
+            if running:
+                subjects += self._load_goes_on(victims, outcomes, traffic)
             self._wait_quiet(traffic)
             if traffic.sent() - sent_at_end < LATE_BYTES:
                 raise Invalid(f"{traffic.sent() - sent_at_end} bytes were sent after the end")
         ended = [one.wait(timeout_s=ANSWER_S) for one in late]
         if any(outcome.ids is not None for outcome in ended):
             raise Invalid("the end came too late: a late request completed")
-        if all(outcome.refusal for outcome in outcomes):
-            raise Invalid(f"every victim was refused: {outcomes[0].refusal}")
         after = self._alone(f"{name}-afterwards", victims[0].prompt, plan.new_tokens)
         played = Played(number, attempt, sent_at_end, sending, traffic)
-        report = self._judge(played, [*victims, *runners], outcomes, ended)
+        report = self._judge(played, subjects, outcomes, ended)
+        if report.slots_shared == 0:
+            raise Invalid(
+                f"no victim got a slot of a late request; {report.refused} of {report.victims}"
+                f" were refused: {next((o.refusal for o in outcomes if o.refusal), None)}"
+            )
         report.clean_afterwards = after.ids == victims[0].ids
         report.lost = sum(self.cluster.observations.lost(room) for room in {o.room for o in late})
         return report
@@ -220,10 +235,19 @@ class Race:
 
     # -- the victims -----------------------------------------------------------------
 
-    def _subject(self, rid: str, prompt: list[int], new_tokens: int) -> Subject:
-        """Run a prompt alone, twice: what is right."""
-        reference = self._alone(f"{rid}-reference-1", prompt, new_tokens)
-        again = self._alone(f"{rid}-reference-2", prompt, new_tokens)
+    def _subject(self, rid: str, draw: random.Random, length: int, new_tokens: int) -> Subject:
+        """Run a prompt alone, twice: what is right.
+
+        Where victims share a batch the prompt is one without near-ties.
+        """
+        for number in range(CLEAR_TRIES):
+            prompt = _prompt(draw, length)
+            first = f"{rid}-reference-{number}"
+            options = WITH_MARGIN if self.plan.runners else None
+            reference = self._alone(first, prompt, new_tokens, options)
+            if not self.plan.runners or margin(reference.decode.body) >= MARGIN:
+                break
+        again = self._alone(f"{rid}-reference-again", prompt, new_tokens)
         if reference.ids is None or reference.ids != again.ids:
             raise Invalid(f"two runs of a prompt alone differ: {reference.decode.body!s:.200}")
         right = self._digests(reference.rid)
@@ -231,8 +255,29 @@ class Race:
             raise Invalid("two runs of the same prompt alone left different KV")
         return Subject(rid, prompt, new_tokens, reference.ids, right)
 
-    def _alone(self, rid: str, prompt: Sequence[int], new_tokens: int) -> Outcome:
-        return self.cluster.send(self.cluster.fast, prompt, rid, max_new_tokens=new_tokens).wait()
+    def _alone(
+        self,
+        rid: str,
+        prompt: Sequence[int],
+        new_tokens: int,
+        options: Mapping[str, object] | None = None,
+    ) -> Outcome:
+        return self.cluster.send(
+            self.cluster.fast, prompt, rid, max_new_tokens=new_tokens, options=options
+        ).wait(prefill=False)
+
+    def _load_goes_on(
+        self, victims: list[Subject], outcomes: list[Outcome], traffic: Traffic
+    ) -> list[Subject]:
+        """The same victims again and again until the link is quiet; adds their outcomes."""
+        subjects: list[Subject] = []
+        while traffic.quiet_s() < self._quiet_s:
+            again = [replace(victim, rid=f"{victim.rid}-{len(outcomes)}") for victim in victims]
+            sent = [self._send(victim) for victim in again]
+            outcomes += [one.wait(prefill=False) for one in sent]
+            subjects += again
+            time.sleep(SAMPLE_S if outcomes[-1].refusal is None else REFUSED_S)
+        return subjects
 
     def _send(self, subject: Subject) -> Pending:
         return self.cluster.send(
@@ -251,13 +296,17 @@ class Race:
         while time.monotonic() < deadline and "admitted" not in self._events(victim.rid):
             time.sleep(0.02)
 
+    @property
+    def _quiet_s(self) -> float:
+        """Nothing sent for so long: the transfer is over."""
+        return max(1.5, 18 / self._link.rate_mbit) if self._link.rate_mbit else 1.5
+
     def _wait_quiet(self, traffic: Traffic) -> None:
-        quiet_s = max(1.5, 18 / self._link.rate_mbit) if self._link.rate_mbit else 1.5
         drain_s = 30.0
         if self._link.rate_mbit:
             drain_s += 2 * self.plan.late_bytes * 8e-6 / self._link.rate_mbit
         deadline = time.monotonic() + drain_s
-        while traffic.quiet_s() < quiet_s:
+        while traffic.quiet_s() < self._quiet_s:
             if time.monotonic() > deadline:
                 raise Invalid(f"the transfer did not end within {drain_s:.0f} s")
             time.sleep(SAMPLE_S)
@@ -355,6 +404,14 @@ class _Stopped:
 
     def __exit__(self, *_error: object) -> None:
         self._server.signal(signal.SIGCONT)
+
+
+def margin(body: Any) -> float:
+    """Least distance of a chosen token to the next one, in log-probability; 0: unknown."""
+    if not isinstance(body, dict):
+        return 0.0
+    tops = body.get("meta_info", {}).get("output_top_logprobs") or []
+    return min((abs(top[0][0] - top[1][0]) for top in tops if top), default=0.0)
 
 
 def differing(ids: Sequence[int], expected: Sequence[int]) -> int:

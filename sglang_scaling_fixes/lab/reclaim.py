@@ -86,6 +86,7 @@ def run(
                 folder,
                 extra_flags=[*plan.flags, *flags],
                 prefill_flags=plan.prefill_flags,
+                extra_env=plan.env,
                 decode_env=plan.decode_env,
                 slow_env=plan.slow_env,
                 max_total_tokens=scenarios.POOL_TOKENS,

@@ -24,7 +24,7 @@ from sglang_scaling_fixes.lab.errors import LabError
 from sglang_scaling_fixes.lab.install import install
 from sglang_scaling_fixes.lab.link import link
 from sglang_scaling_fixes.lab.observations import Event
-from sglang_scaling_fixes.lab.race import differing
+from sglang_scaling_fixes.lab.race import MARGIN, WITH_MARGIN, differing, margin
 from sglang_scaling_fixes.lab.reclaim import Progress, new_run_dir
 
 FIXED_FLAGS = ("--plugin", "--safe-reclaim-fence")
@@ -33,9 +33,6 @@ POOL_TOKENS = 1500
 PROMPTS = 12
 PROMPT_TOKENS = (80, 420)
 NEW_TOKENS = (12, 40)
-MARGIN = 1e-3
-"""Least distance, in log-probability, of each reference token to the runner-up: a batch
-rounds sums differently than a request alone, by some 1e-6, and must not be called wrong."""
 CLIENTS = 5
 ABORTED, HUNG_UP = 0.2, 0.1  # shares of the requests
 GIVE_UP_S = (0.0, 2.5)
@@ -154,7 +151,7 @@ class Soak:
             prompt,
             rid,
             max_new_tokens=new_tokens,
-            options={"return_logprob": True, "top_logprobs_num": 2},
+            options=WITH_MARGIN,
         ).wait()
         digests = self._cluster.observations.digests(rid)
         if outcome.ids is None or not digests:
@@ -377,12 +374,6 @@ class Soak:
             "safe_reclaim_decode", {}
         )
         return ours
-
-
-def margin(body: Any) -> float:
-    """Least distance of a chosen token to the next one, in log-probability."""
-    tops = body["meta_info"]["output_top_logprobs"]
-    return min((abs(top[0][0] - top[1][0]) for top in tops if top), default=0.0)
 
 
 def normal(words: str) -> str:

@@ -10,8 +10,8 @@ from .conftest import OLD
 def test_a_minute() -> None:
     result = soak.run(OLD, 1.0)
     assert soak.passed(result), result
-    assert result["right"] > 20
-    assert result["digested"] > 20
+    assert result["right"] > 0
+    assert result["digested"] > 0
     assert result["aborts"] > 0 and result["kills"] > 0 and result["stalls"] > 0
     assert result["requests"] == sum(
         result[end] for end in ("right", "aborted", "refused", "hung_up")

@@ -15,7 +15,7 @@ from sglang_scaling_fixes.lab.client import Answer
 from sglang_scaling_fixes.lab.cluster import refusal
 from sglang_scaling_fixes.lab.errors import LabError
 from sglang_scaling_fixes.lab.observations import Observations
-from sglang_scaling_fixes.lab.race import differing
+from sglang_scaling_fixes.lab.race import differing, margin
 from sglang_scaling_fixes.lab.standins import lossy
 from sglang_scaling_fixes.reclaim import messages
 
@@ -174,7 +174,8 @@ def test_minutes_are_checked(minutes: str, capsys: pytest.CaptureFixture[str]) -
 def test_the_margin_is_that_of_the_closest_token() -> None:
     tops = [[[-0.1, 5, None], [-2.0, 6, None]], [[-0.5, 5, None], [-0.7, 6, None]]]
     body = {"meta_info": {"output_top_logprobs": tops}}
-    assert soak.margin(body) == pytest.approx(0.2)
+    assert margin(body) == pytest.approx(0.2)
+    assert margin("no answer") == margin({}) == 0.0
 
 
 def test_error_texts_are_counted_without_what_differs() -> None:
