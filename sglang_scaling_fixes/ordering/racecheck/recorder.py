@@ -97,6 +97,7 @@ class Recorder:
         self._ids = itertools.count(1)
         self._regions: list[Region] = []
         self._bases: list[int] = []
+        self._thread: Stream | None = None
         self._seen: set[tuple[str, str, str, str, str]] = set()
         self.stack: list[Stream] = [Stream.__new__(Stream)]
         self.stack[0].adopt(self, "default")
@@ -170,8 +171,22 @@ class Recorder:
         self._csan._handle_event_wait(event, stream.id)
 
     def host_waits_for(self, event: int) -> None:
-        """The host waits: only what the host starts from now on is ordered behind it."""
-        self._csan._handle_event_synchronization(event)
+        """The calling thread waits: what it starts from now on is ordered behind the event.
+
+        A thread that only issues transfers (`thread`) orders nothing but those.
+        """
+        if self._thread is not None:
+            self.wait(event, self._thread)
+        else:
+            self._csan._handle_event_synchronization(event)
+
+    @contextmanager
+    def thread(self, name: str) -> Iterator[Stream]:
+        """Inside, this is another host thread, and its stream is what it does itself."""
+        self._thread = Stream(name=name)
+        with self._thread:
+            yield self._thread
+        self._thread = None
 
     def synchronize(self, stream: Stream | None = None) -> None:
         if stream is None:

@@ -35,15 +35,24 @@ def takes(world: Stack) -> None:
 
 
 def run(wanted: Callable[[ast.stmt], bool], **names: Any) -> bool:
-    """Execute the innermost statements of `Scheduler` that are `wanted`; were there any?"""
+    """Execute the outermost statements of `Scheduler` that are `wanted`; were there any?"""
     found = [node for node in _statements() if wanted(node)]
-    # A statement inside a wanted one has been executed with it.
     inner = {id(child) for node in found for child in ast.walk(node) if child is not node}
     found = [node for node in found if id(node) not in inner]
     for node in found:
         module = ast.Module(body=[node], type_ignores=[])
         exec(compile(module, _path(), "exec"), _globals(), dict(names))
     return bool(found)
+
+
+def sends_early(node: ast.stmt) -> bool:
+    """The `if` of `run_batch` around the early sends of a prefill server."""
+    return isinstance(node, ast.If) and any(
+        isinstance(child, ast.Call)
+        and isinstance(child.func, ast.Attribute)
+        and child.func.attr == "maybe_send_cached_prefix_chunk"
+        for child in ast.walk(node)
+    )
 
 
 def _assigns_fence(node: ast.AST) -> bool:

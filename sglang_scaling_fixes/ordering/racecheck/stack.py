@@ -36,8 +36,11 @@ class NotThere(Exception):
     """This release does not have the part that a hazard is about."""
 
 
-class Lenient(SimpleNamespace):
+class Lenient:
     """Attributes that a release may look at and that do not matter here read as None."""
+
+    def __init__(self, **attributes: Any) -> None:
+        vars(self).update(attributes)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -56,15 +59,20 @@ def find(*targets: str) -> Any:
     raise Moved(f"expected {' or '.join(targets)}")
 
 
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
 def call(function: Callable[..., Any], **offered: Any) -> Any:
     """Call with those of the offered arguments that the function has."""
-    known = inspect.signature(function).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in known.values()):
-        return function(**offered)
+    known = dict(inspect.signature(function).parameters)
+    if inspect.isclass(function) and any(p.kind is p.VAR_KEYWORD for p in known.values()):
+        for base in function.__mro__[1:-1]:  # what a subclass passes on
+            known = {**inspect.signature(base.__init__).parameters, **known}
+        known = {name: p for name, p in known.items() if name != "self"}
     missing = [
         name
         for name, p in known.items()
-        if p.default is p.empty and p.kind is not p.VAR_POSITIONAL and name not in offered
+        if p.default is p.empty and p.kind in _NAMED and name not in offered
     ]
     if missing:
         raise Moved(f"{getattr(function, '__qualname__', function)} now needs {missing}")
