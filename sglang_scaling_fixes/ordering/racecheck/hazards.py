@@ -11,15 +11,18 @@ schedule stream, the forward runs on the forward stream.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from sglang_scaling_fixes import ordering
+from sglang_scaling_fixes.ordering import early_send, loads, probe, statements
 from sglang_scaling_fixes.ordering.racecheck import face, stack
 from sglang_scaling_fixes.ordering.racecheck.recorder import Recorder, Stream, active
-from sglang_scaling_fixes.ordering.racecheck.stack import LAYERS, PAGE, Lenient, NotThere, Stack
+from sglang_scaling_fixes.ordering.racecheck.stack import LAYERS, PAGE, NotThere, Stack
+from sglang_scaling_fixes.ordering.statements import Lenient
+from sglang_scaling_fixes.ordering.transfer import Transfer
 
 Scenario = Callable[[Recorder], None]
 
@@ -124,10 +127,10 @@ def _write_back(recorder: Recorder, pool: Any) -> None:
 
 def _served(recorder: Recorder, pool: Any) -> Stack:
     """A stack that a scheduler of this release has taken into use."""
-    from sglang_scaling_fixes.ordering.racecheck import scheduler
-
     world = stack.build(recorder, pool)
-    scheduler.takes(world)
+    statements.hand_over_streams(world.controller, world.forward)
+    if ordering.binds_streams():
+        loads.bind(world.controller, world.forward)
     return world
 
 
@@ -250,10 +253,6 @@ def _split_prefill(recorder: Recorder) -> None:
 
 # -- early send of a cached prefix (prefill/decode disaggregation) ------------------------
 
-_PREFILL = "sglang.srt.disaggregation.prefill:SchedulerDisaggregationPrefillMixin"
-_ROOM = 7_000_000_007
-_AGENT = "racecheck:1"
-
 
 def early_sends(backend: str) -> Callable[[], Iterator[Scenario]]:
     return lambda: iter([lambda recorder: _early_send(recorder, backend)])
@@ -261,15 +260,20 @@ def early_sends(backend: str) -> Callable[[], Iterator[Scenario]]:
 
 def _early_send(recorder: Recorder, backend: str) -> None:
     """The previous forward still writes the prefix that this batch's request sends early."""
+    _require_early_send()
     world = stack.build(recorder, stack.dsa_pool())
     slots = world.allocator.alloc(2 * PAGE)
+    pages = world.kv_pages(slots)
     with world.forward_batch(-1):
-        recorder.kernel("forward writes KV", writes=world.kv_pages(slots))
-    transfer = _Transfer(recorder, backend, world.kv_pages(slots))
-    this = _prefill_scheduler(world, lambda req, end_idx: transfer.send(req.disagg_kv_sender))
-    req = _request(slots, transfer.sender)
-    _run_batch(this, Lenient(reqs=[req], hicache_consumer_index=-1))
-    transfer.work()
+        recorder.kernel("forward writes KV", writes=pages)
+    transfer = Transfer(
+        backend, look=lambda: recorder.kernel("transfer worker reads KV", reads=pages)
+    )
+    scheduler = probe.prefill_scheduler(lambda _req: transfer.send(), world.forward, PAGE)
+    batch = probe.batch(transfer.sender, loading=False, prefix=len(slots))
+    probe.run_early_sends(scheduler, batch)
+    with recorder.thread("RDMA read"):
+        transfer.work()
 
 
 def early_sends_of_loads() -> Iterator[Scenario]:
@@ -281,171 +285,24 @@ def _early_send_of_load(recorder: Recorder) -> None:
 
     The reader is the best that could be: it waits for whatever event it is given.
     """
+    _require_early_send()
     world = stack.build(recorder, stack.dsa_pool())
-    slots, consumer = world.load()
+    slots, _consumer = world.load()
     nic = Stream(name="RDMA read")
 
-    def send(req: Any, end_idx: int) -> None:
+    def send(req: Any) -> None:
         if (event := req.disagg_kv_sender._early_send_wait_event) is not None:
             event.wait(nic)
         recorder.kernel("send of the cached prefix", reads=world.kv_pages(slots), stream=nic)
 
-    this = _prefill_scheduler(world, send)
-    _run_batch(
-        this, Lenient(reqs=[_request(slots, Lenient())], hicache_consumer_index=consumer)
-    )
+    scheduler = probe.prefill_scheduler(send, world.forward, PAGE)
+    probe.run_early_sends(scheduler, probe.batch(Lenient(), loading=True, prefix=len(slots)))
 
 
-def _prefill_scheduler(world: Stack, send: Callable[[Any, int], None]) -> Any:
-    """As much of a prefill scheduler as the early send asks for, with its own method."""
-    mixin = stack.find(_PREFILL)
-    if not hasattr(mixin, "maybe_send_cached_prefix_chunk"):
+def _require_early_send() -> None:
+    if not probe.sends_early():
+        stack.find(early_send.MIXIN)
         raise NotThere("this release does not send cached prefixes early")
-    modes = stack.find("sglang.srt.disaggregation.utils:DisaggregationMode")
-
-    class Scheduler(Lenient, mixin):  # type: ignore[misc]
-        def send_kv_chunk(self, req: Any, last_chunk: bool = False, end_idx: int = 0) -> None:
-            send(req, end_idx)
-
-    return Scheduler(
-        enable_overlap=True,
-        enable_staging=False,
-        disaggregation_mode=modes.PREFILL,
-        forward_stream=world.forward,
-        token_to_kv_pool_allocator=Lenient(page_size=PAGE),
-    )
-
-
-def _request(slots: Any, sender: Any) -> Any:
-    return Lenient(
-        pending_bootstrap=False,
-        prefix_indices=slots,
-        prefix_len=len(slots),
-        host_hit_length=0,
-        start_send_idx=0,
-        disagg_kv_sender=sender,
-    )
-
-
-def _run_batch(this: Any, batch: Any) -> None:
-    """The part of `Scheduler.run_batch` that sends cached prefixes early."""
-    from sglang_scaling_fixes.ordering.racecheck import scheduler
-
-    if not scheduler.run(scheduler.sends_early, self=this, batch=batch):
-        raise stack.Moved("expected maybe_send_cached_prefix_chunk in Scheduler.run_batch")
-
-
-class _Transfer:
-    """A backend's own sender, manager and transfer worker, up to the first look at the pages."""
-
-    def __init__(self, recorder: Recorder, backend: str, pages: set[int]) -> None:
-        module = f"sglang.srt.disaggregation.{backend}.conn"
-        name = {"nixl": "Nixl", "mooncake": "Mooncake"}[backend]
-        manager = stack.find(f"{module}:{name}KVManager")
-        sender = stack.find(f"{module}:{name}KVSender")
-        self._recorder, self._pages = recorder, pages
-        self._queue: list[Any] = []
-        self._working = False
-        transfer = self
-
-        class Manager(Lenient, manager):  # type: ignore[misc]
-            def check_status(self, _room: int) -> int:
-                return 2
-
-            def update_status(self, *_args: Any) -> None: ...
-
-        class Sender(Lenient, sender):  # type: ignore[misc]
-            def _prepare_send_indices(self, *_args: Any, **_kwargs: Any) -> Any:
-                return _Indices(transfer), slice(0, 2), False, False
-
-            def _record_transfer_indices(self, *_args: Any) -> None: ...
-
-        info = Lenient(
-            room=_ROOM,
-            agent_name=_AGENT,
-            mooncake_session_id=_AGENT,
-            dst_port=1,
-            is_dummy=_No(),
-            dst_kv_indices=(0, 1),
-        )
-        peer = Lenient(decode_tp_size=1, dst_attn_tp_size=1)
-        self._manager = Manager(
-            disaggregation_mode=stack.find(
-                "sglang.srt.disaggregation.utils:DisaggregationMode"
-            ).PREFILL,
-            request_status={_ROOM: 2},
-            transfer_infos={_ROOM: {_AGENT: info}},
-            transfer_queues=[self],
-            decode_kv_args_table={_AGENT: peer},
-            kv_args=Lenient(kv_data_ptrs=[1], engine_rank=0, state_types=[]),
-            session_lock=contextlib.nullcontext(),
-            failed_sessions=(),
-            _staging_outstanding=collections.defaultdict(int),
-            attn_tp_rank=0,
-            attn_cp_rank=0,
-            attn_cp_size=1,
-            pp_rank=0,
-            pp_size=1,
-            prepare_send_state_indices=lambda indices: indices,
-            _get_dsa_cache_transfer_skip_flags=lambda *_a: (False, False),
-        )
-        trace = Lenient(copy_for_thread=lambda: Lenient())
-        self.sender = Sender(
-            kv_mgr=self._manager,
-            bootstrap_room=_ROOM,
-            chunk_id=0,
-            trace_ctx=trace,
-            _transfer_start_time=1.0,
-        )
-
-    def send(self, sender: Any) -> None:
-        sender.send(object())
-        if not self._queue:
-            raise stack.Moved("the sender queued nothing")
-
-    def put(self, chunk: Any) -> None:
-        self._queue.append(chunk)
-
-    def get(self) -> Any:
-        if not self._queue:
-            raise _Done
-        self._working = True
-        return self._queue.pop()
-
-    def work(self) -> None:
-        """The worker thread, as a thread of its own: its host waits order only what it does."""
-        with self._recorder.thread("RDMA read"), contextlib.suppress(_Done):
-            type(self._manager).transfer_worker(self._manager, self, None)
-
-    def look(self) -> None:
-        if self._working:
-            self._recorder.kernel("transfer worker reads KV", reads=self._pages)
-            raise _Done
-
-
-class _Done(BaseException):
-    """Ends a transfer worker's endless loop, which survives every Exception."""
-
-
-class _Indices:
-    """The pages of a chunk. Looking at them is where the transfer begins."""
-
-    def __init__(self, transfer: _Transfer) -> None:
-        self._transfer = transfer
-
-    def __len__(self) -> int:
-        self._transfer.look()
-        return 2
-
-
-class _No:
-    """False, as an attribute and as a method."""
-
-    def __bool__(self) -> bool:
-        return False
-
-    def __call__(self) -> bool:
-        return False
 
 
 HAZARDS = (

@@ -20,6 +20,7 @@ from typing import Any
 from sglang_scaling_fixes.errors import ScalingFixesError
 from sglang_scaling_fixes.ordering.racecheck import face
 from sglang_scaling_fixes.ordering.racecheck.recorder import Recorder, Stream
+from sglang_scaling_fixes.ordering.statements import Lenient
 
 LAYERS = 4
 PAGE = 64
@@ -34,18 +35,6 @@ class Moved(ScalingFixesError):
 
 class NotThere(Exception):
     """This release does not have the part that a hazard is about."""
-
-
-class Lenient:
-    """Attributes that a release may look at and that do not matter here read as None."""
-
-    def __init__(self, **attributes: Any) -> None:
-        vars(self).update(attributes)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return None
 
 
 def find(*targets: str) -> Any:

@@ -37,6 +37,12 @@ def main(arguments: list[str]) -> int:
             if not (error.name or "").startswith("sglang."):
                 raise
     face.replace_kernels()
+    if arguments[0] == "on":
+        from sglang_scaling_fixes import ordering
+        from sglang_scaling_fixes.config import Config
+
+        proof, _ = ordering.arm(Config())
+        print(proof, file=sys.stderr)
     from sglang_scaling_fixes.ordering.racecheck.hazards import HAZARDS
 
     named = arguments[1:]
