@@ -80,7 +80,7 @@ def arm(config: Config) -> tuple[str, bool]:
     Raises `AttachError` naming the first wait that does not hold after attaching.
     """
     del config
-    if not _attached and not _native:
+    if not armed():
         for part in _parts():
             if not part.there():
                 continue
@@ -96,6 +96,11 @@ def arm(config: Config) -> tuple[str, bool]:
         return f"this release does all of it: {', '.join(_native)}", True
     native = f"; native: {', '.join(_native)}" if _native else ""
     return f"attached and proven: {', '.join(_attached)}{native}", False
+
+
+def armed() -> bool:
+    """Whether `arm` has been here."""
+    return bool(_attached or _native)
 
 
 def binds_streams() -> bool:

@@ -37,7 +37,7 @@ class Transfer:
         self._look = look
         chunk = _Indices(self)
 
-        class Manager(Lenient, getattr(module, f"{name}KVManager")):  # type: ignore[misc]
+        class Manager(_Empty, getattr(module, f"{name}KVManager")):  # type: ignore[misc]
             def check_status(self, _room: int) -> int:
                 return _TRANSFERRING
 
@@ -68,6 +68,7 @@ class Transfer:
             failed_sessions=(),
             _staging_outstanding=collections.defaultdict(int),
             attn_tp_rank=0,
+            attn_tp_size=1,
             attn_cp_rank=0,
             attn_cp_size=1,
             pp_rank=0,
@@ -128,6 +129,14 @@ class _Indices:
     def __len__(self) -> int:
         self._transfer.looked()
         return 2
+
+
+class _Empty(Lenient):
+    """A manager whose other tables are empty, and whose other switches are off."""
+
+    def __getattr__(self, name: str) -> Any:
+        super().__getattr__(name)
+        return {}
 
 
 class _Silent:

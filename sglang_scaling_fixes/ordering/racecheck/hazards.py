@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_scaling_fixes import ordering
+from sglang_scaling_fixes.errors import ConfigError
 from sglang_scaling_fixes.ordering import early_send, loads, probe, statements
 from sglang_scaling_fixes.ordering.racecheck import face, stack
 from sglang_scaling_fixes.ordering.racecheck.recorder import Recorder, Stream, active
@@ -222,6 +223,11 @@ class _Broadcasts:
 
 
 def split_prefills() -> Iterator[Scenario]:
+    if ordering.armed():
+        try:
+            ordering.check(Lenient(enable_pdmux=True, enable_hierarchical_cache=True))
+        except ConfigError as refusal:
+            raise NotThere(f"refused at start: {refusal}") from None
     yield _split_prefill
 
 

@@ -39,13 +39,19 @@ class NotThere(Exception):
 
 def find(*targets: str) -> Any:
     """The first `module:name` that exists; `Moved` names the last known place."""
+    why = ""
     for target in targets:
         module, _, name = target.partition(":")
         try:
             return getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError):
+        except ModuleNotFoundError as error:
+            if not (error.name or "").startswith("sglang"):
+                why = f" ({error})"
+        except AttributeError:
             continue
-    raise Moved(f"expected {' or '.join(targets)}")
+        except Exception as error:
+            why = f" ({type(error).__name__}: {error})"
+    raise Moved(f"expected {' or '.join(targets)}{why}")
 
 
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)

@@ -8,9 +8,12 @@ are in the output.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import importlib.util
 import json
 import sys
+import traceback
 from typing import Any
 
 from sglang_scaling_fixes.ordering.racecheck import face, recorder, stack
@@ -31,22 +34,38 @@ _MODULES = (
 def main(arguments: list[str]) -> int:
     face.install()
     for module in _MODULES:
-        try:
+        # A hazard that needs what is missing says so itself.
+        with contextlib.suppress(Exception):
             importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            if not (error.name or "").startswith("sglang."):
-                raise
     face.replace_kernels()
-    if arguments[0] == "on":
-        from sglang_scaling_fixes import ordering
-        from sglang_scaling_fixes.config import Config
-
-        proof, _ = ordering.arm(Config())
-        print(proof, file=sys.stderr)
+    try:
+        fixes = _arm() if arguments[0] == "on" else "not asked for"
+    except Exception as error:
+        return _say({"error": f"the fixes cannot be attached: {error}"})
     from sglang_scaling_fixes.ordering.racecheck.hazards import HAZARDS
 
     named = arguments[1:]
-    report = [play(hazard) for hazard in HAZARDS if not named or hazard.name in named]
+    played = [play(hazard) for hazard in HAZARDS if not named or hazard.name in named]
+    return _say({"sglang": _origin(), "proof": fixes, "hazards": played})
+
+
+def _arm() -> str:
+    """Attach the fixes where there is a plugin loader; older releases come patched."""
+    from sglang_scaling_fixes import ordering
+    from sglang_scaling_fixes.config import Config
+
+    if importlib.util.find_spec("sglang.srt.plugins") is None:
+        return "patch set"
+    stack.settings()
+    return ordering.arm(Config())[0]
+
+
+def _origin() -> str:
+    spec = importlib.util.find_spec("sglang")
+    return (spec.origin if spec is not None else None) or ""
+
+
+def _say(report: dict[str, Any]) -> int:
     print(MARK + json.dumps(report), flush=True)
     return 0
 
@@ -70,8 +89,6 @@ def play(hazard: Any) -> dict[str, Any]:
     except Moved as error:
         return {"name": hazard.name, "verdict": "n/a", "races": 0, "broken": str(error)}
     except Exception as error:
-        import traceback
-
         where = traceback.extract_tb(error.__traceback__)[-1]
         text = f"{type(error).__name__}: {error} ({where.filename}:{where.lineno})"
         return {"name": hazard.name, "verdict": "n/a", "races": 0, "broken": text}
