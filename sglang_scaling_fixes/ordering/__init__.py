@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sglang_scaling_fixes.errors import AttachError, ConfigError
@@ -33,9 +34,9 @@ def _parts() -> list[Part]:
     fences = [
         Part(
             f"{name} ({target.rpartition(':')[2]})",
-            there=lambda target=target, method=method: probe.own_method(target, method),
-            holds=lambda target=target, method=method: probe.fenced(target, method),
-            attach=lambda target=target, method=method: loads.attach_fence(target, method),
+            there=partial(probe.own_method, target, method),
+            holds=partial(probe.fenced, target, method),
+            attach=partial(loads.attach_fence, target, method),
         )
         for name, method in (("load fence", "start_loading"), ("write-back fence", "start_writing"))
         for target in (loads.CONTROLLER, loads.HYBRID)

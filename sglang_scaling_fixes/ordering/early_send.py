@@ -21,11 +21,6 @@ EARLY_SEND = f"{MIXIN}.maybe_send_cached_prefix_chunk"
 RUN_BATCH = "sglang.srt.managers.scheduler:Scheduler.run_batch"
 PACKAGE = "sglang.srt.disaggregation"
 NIXL = "sglang.srt.disaggregation.nixl.conn"
-NIXL_TARGETS = (
-    f"{NIXL}:NixlKVSender.send",
-    f"{NIXL}:NixlKVManager.add_transfer_request",
-    f"{NIXL}:NixlKVManager.transfer_worker",
-)
 
 _LOADING = "sglang_scaling_fixes_loading"
 """Attribute of a scheduler: the batch that it runs has a load under way."""
@@ -104,10 +99,9 @@ def attach_nixl() -> None:
     ) -> Any:
         return stock(manager, _Waiting(queue), *args, **kwargs)
 
-    for target, around in zip(
-        NIXL_TARGETS, (send, add_transfer_request, transfer_worker), strict=True
-    ):
-        wrap_method(target, around)
+    wrap_method(f"{NIXL}:NixlKVSender.send", send)
+    wrap_method(f"{NIXL}:NixlKVManager.add_transfer_request", add_transfer_request)
+    wrap_method(f"{NIXL}:NixlKVManager.transfer_worker", transfer_worker)
 
 
 class _Queue:

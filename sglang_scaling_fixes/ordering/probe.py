@@ -55,7 +55,7 @@ def fenced(target: str, method: str) -> bool:
 
     The stream is handed over as the release's scheduler does, and as our `bind` does.
     """
-    cls, _, _ = resolve(f"{target}.{method}")
+    cls: Any = resolve(f"{target}.{method}")[0]
     forward = object()
     waited: list[Any] = []
 
@@ -76,7 +76,7 @@ def fenced(target: str, method: str) -> bool:
 
     copies = Copies()
     vars(copies).update(host_to_device_stream=copies, device_to_host_stream=copies)
-    controller = Bare(
+    controller: Any = Bare(
         load_queue=[_Any()],
         write_queue=[_Any()],
         layer_done_counter=SimpleNamespace(update_producer=lambda: 0, events=[_Any()]),
@@ -84,7 +84,7 @@ def fenced(target: str, method: str) -> bool:
         write_stream=copies,
     )
     if own_method("sglang.srt.mem_cache.l2_transfer:L2TransferEngine", "submit_host_to_device"):
-        vars(controller)["l2_transfer_engine"] = copies
+        controller.l2_transfer_engine = copies
     statements.hand_over_streams(controller, forward)
     if is_wrapped(f"{target}.{method}"):
         loads.bind(controller, forward)
@@ -101,7 +101,7 @@ def fenced(target: str, method: str) -> bool:
 
 def prefetch_waits() -> bool:
     """Does the broadcast of a layer wait for the load of that layer, on either communicator?"""
-    cls, _, _ = resolve(loads.PREFETCH)
+    cls: Any = resolve(loads.PREFETCH)[0]
     from sglang.srt.managers.cache_controller import LayerDoneCounter
 
     waited: list[int] = []
@@ -192,7 +192,7 @@ def run_early_sends(scheduler: Any, running: Any) -> None:
 
 def prefill_scheduler(send: Any, forward: Any = None, page_size: int = 1) -> Any:
     """As much of a prefill scheduler as an early send asks for, with its own method."""
-    mixin, _, _ = resolve(early_send.EARLY_SEND)
+    mixin: Any = resolve(early_send.EARLY_SEND)[0]
     from sglang.srt.disaggregation.utils import DisaggregationMode
 
     class Scheduler(Lenient, mixin):  # type: ignore[misc]

@@ -19,11 +19,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sglang_scaling_fixes.attach import FIRST_RELEASE
 from sglang_scaling_fixes.errors import ConfigError
 from sglang_scaling_fixes.lab import wheels
 from sglang_scaling_fixes.lab.runtime import STANDINS, cpu_env
 from sglang_scaling_fixes.ordering.racecheck import patches
-from sglang_scaling_fixes.release import sglang_version
+from sglang_scaling_fixes.release import sglang_version, version_tuple
 
 RELEASES = (*wheels.OLDER_RELEASES, *wheels.RELEASES)
 INSTALLED = "installed"
@@ -35,7 +36,9 @@ _TIMEOUT = 600.0
 _PACKAGE = Path(__file__).resolve().parents[3]
 
 
-def check(release: str = INSTALLED, fixes: str = "off", hazards: tuple[str, ...] = ()) -> Any:
+def check(
+    release: str = INSTALLED, fixes: str = "off", hazards: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """`{"release", "fixes", "hazards": [{"name", "verdict", "races", ...}]}` of one build.
 
     `hazards`: only these, by name. Raises `ConfigError` for an unknown release, an
@@ -46,6 +49,14 @@ def check(release: str = INSTALLED, fixes: str = "off", hazards: tuple[str, ...]
     version = sglang_version() if release == INSTALLED else release
     if version is None:
         raise ConfigError("SGLang is not installed in this environment; pip install sglang")
+    if (
+        fixes == "on"
+        and version_tuple(version) < version_tuple(FIRST_RELEASE)
+        and version not in patches.available()
+    ):
+        raise ConfigError(
+            f"sglang {version} loads no plugins, and {patches.FOLDER} has no patches for it"
+        )
     with _source(release, version, fixes) as folder:
         report = _run(folder, fixes, hazards)
     if "error" in report:

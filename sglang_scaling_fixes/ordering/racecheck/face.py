@@ -28,8 +28,8 @@ def install() -> None:
 
     cuda.patch_torch(torch)
     device = torch.cuda
-    device.Stream = device.ExternalStream = Stream  # type: ignore[misc]
-    device.Event = Event  # type: ignore[misc]
+    device.Stream = device.ExternalStream = Stream
+    device.Event = Event
     device.current_stream = device.default_stream = lambda *_a, **_k: active().current
     device.stream = lambda stream: stream if stream is not None else contextlib.nullcontext()
     device.synchronize = lambda *_a, **_k: active().synchronize()
@@ -140,7 +140,7 @@ def replace_kernels() -> None:
         if name.endswith((".index_buf_accessor", ".dsa_index_k_cache")):
             for reader in ("GetK", "GetS", "GetKAndS"):
                 if hasattr(module, reader):
-                    setattr(getattr(module, reader), "execute", _index_reader(reader))
+                    getattr(module, reader).execute = _index_reader(reader)
 
 
 def _transfers(module: ModuleType) -> set[str]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from sglang_scaling_fixes import ordering
@@ -50,7 +51,7 @@ def index_reads() -> Iterator[Scenario]:
         "get_index_k_scale_buffer",
     ):
         if hasattr(cls, name):
-            yield lambda recorder, name=name: _index_read(recorder, name)
+            yield partial(_index_read, accessor=name)
 
 
 def _index_read(recorder: Recorder, accessor: str) -> None:
@@ -81,15 +82,15 @@ def _read_index(pool: Any, accessor: str, layer: int, slots: Any) -> None:
 def kv_reads() -> Iterator[Scenario]:
     for make in (stack.dsa_pool, stack.mha_pool):
         for name in ("get_key_buffer", "get_value_buffer", "get_kv_buffer"):
-            yield lambda recorder, make=make, name=name: _kv_read(recorder, make(), name)
+            yield partial(_kv_read, make=make, accessor=name)
 
 
-def _kv_read(recorder: Recorder, pool: Any, accessor: str) -> None:
-    world = stack.build(recorder, pool)
+def _kv_read(recorder: Recorder, make: Callable[[], Any], accessor: str) -> None:
+    world = stack.build(recorder, make())
     slots, consumer = world.load()
     with world.forward_batch(consumer), face.torch_operations():
         for layer in range(LAYERS):
-            found = getattr(pool, accessor)(layer)
+            found = getattr(world.pool, accessor)(layer)
             for buffer in found if isinstance(found, tuple) else (found,):
                 buffer[slots].clone()
 
@@ -99,12 +100,12 @@ def _kv_read(recorder: Recorder, pool: Any, accessor: str) -> None:
 
 def loads_over_writes() -> Iterator[Scenario]:
     for make in (stack.dsa_pool, stack.mha_pool):
-        yield lambda recorder, make=make: _load_over_write(recorder, make())
+        yield partial(_load_over_write, make=make)
 
 
-def _load_over_write(recorder: Recorder, pool: Any) -> None:
+def _load_over_write(recorder: Recorder, make: Callable[[], Any]) -> None:
     """A request ends while the next forward still writes its last token; its pages are loaded."""
-    world = _served(recorder, pool)
+    world = _served(recorder, make())
     slots = world.allocator.alloc(2 * PAGE)
     with world.forward_batch(-1):
         recorder.kernel("forward writes KV", writes=world.kv_pages(slots))
@@ -114,12 +115,12 @@ def _load_over_write(recorder: Recorder, pool: Any) -> None:
 
 def write_backs() -> Iterator[Scenario]:
     for make in (stack.dsa_pool, stack.mha_pool):
-        yield lambda recorder, make=make: _write_back(recorder, make())
+        yield partial(_write_back, make=make)
 
 
-def _write_back(recorder: Recorder, pool: Any) -> None:
+def _write_back(recorder: Recorder, make: Callable[[], Any]) -> None:
     """A request is cached while the forward that writes its last token is still in flight."""
-    world = _served(recorder, pool)
+    world = _served(recorder, make())
     slots = world.allocator.alloc(2 * PAGE)
     with world.forward_batch(-1):
         recorder.kernel("forward writes KV", writes=world.kv_pages(slots))
@@ -143,7 +144,7 @@ _LAYER_SPLIT = "sglang.srt.mem_cache.dsa_cache_layer_split"
 def prefetches() -> Iterator[Scenario]:
     """On the rank that owns the second half of the layers: prefetch ahead, then attend."""
     for communicator in ("own", "shared"):
-        yield lambda recorder, kind=communicator: _prefetch(recorder, kind == "own")
+        yield partial(_prefetch, own_communicator=communicator == "own")
 
 
 def _prefetch(recorder: Recorder, own_communicator: bool) -> None:
@@ -164,7 +165,7 @@ def _prefetch(recorder: Recorder, own_communicator: bool) -> None:
 
 def split_reads() -> Iterator[Scenario]:
     for communicator in ("own", "shared"):
-        yield lambda recorder, kind=communicator: _split_read(recorder, kind == "own")
+        yield partial(_split_read, own_communicator=communicator == "own")
 
 
 def _split_read(recorder: Recorder, own_communicator: bool) -> None:
@@ -233,7 +234,7 @@ def split_prefills() -> Iterator[Scenario]:
 
 def _split_prefill(recorder: Recorder) -> None:
     """A split prefill of a batch with a load, after a decode batch that had none."""
-    worker = stack.find("sglang.srt.managers.tp_worker:TpModelWorker")
+    stock: Any = stack.find("sglang.srt.managers.tp_worker:TpModelWorker")
     world = stack.build(recorder, stack.dsa_pool())
     slots, consumer = world.load()
 
@@ -242,7 +243,7 @@ def _split_prefill(recorder: Recorder) -> None:
             world.pool.get_key_buffer(layer)[slots].clone()
         return Lenient()
 
-    class Worker(Lenient, worker):  # type: ignore[misc]
+    class Worker(Lenient, stock):  # type: ignore[misc]
         model_runner = Lenient(forward=forward)
 
     this = Worker.__new__(Worker)
@@ -261,7 +262,7 @@ def _split_prefill(recorder: Recorder) -> None:
 
 
 def early_sends(backend: str) -> Callable[[], Iterator[Scenario]]:
-    return lambda: iter([lambda recorder: _early_send(recorder, backend)])
+    return lambda: iter([partial(_early_send, backend=backend)])
 
 
 def _early_send(recorder: Recorder, backend: str) -> None:

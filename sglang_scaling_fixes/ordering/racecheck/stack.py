@@ -62,7 +62,7 @@ def call(function: Callable[..., Any], **offered: Any) -> Any:
     known = dict(inspect.signature(function).parameters)
     if inspect.isclass(function) and any(p.kind is p.VAR_KEYWORD for p in known.values()):
         for base in function.__mro__[1:-1]:  # what a subclass passes on
-            known = {**inspect.signature(base.__init__).parameters, **known}
+            known = {**inspect.signature(vars(base).get("__init__", object)).parameters, **known}
         known = {name: p for name, p in known.items() if name != "self"}
     missing = [
         name
@@ -193,7 +193,7 @@ def settings(**parallel: Any) -> None:
                 if getter in vars(module):
                     setattr(module, getter, lambda answer=answer: answer)
             if "device_module" in vars(module):
-                module.device_module = torch.cuda  # a release may have chosen torch.cpu
+                vars(module)["device_module"] = torch.cuda  # a release may have chosen torch.cpu
 
 
 _KV = ("kv_buffer", "k_buffer", "v_buffer")
