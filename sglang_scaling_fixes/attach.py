@@ -63,7 +63,13 @@ ATTACH_POINTS: tuple[AttachPoint, ...] = (
     AttachPoint("plugin", "server", "sglang.srt.server_args:ServerArgs.add_cli_args", ("parser",)),
     AttachPoint("plugin", "server", "sglang.srt.server_args:ServerArgs.from_cli_args", ("args",)),
     AttachPoint("plugin", "server", "sglang.srt.entrypoints.engine:Engine._launch_subprocesses"),
-    AttachPoint("plugin", "both", f"{_SCHEDULER}:Scheduler.__init__", ("server_args",)),
+    AttachPoint(
+        "plugin",
+        "both",
+        f"{_SCHEDULER}:Scheduler.__init__",
+        ("server_args",),
+        uses=("tree_cache", "tp_worker"),
+    ),
     AttachPoint("plugin", "both", f"{_SCHEDULER}:Scheduler.get_init_info"),
     AttachPoint("plugin", "both", f"{_SCHEDULER}:Scheduler.get_internal_state", ("recv_req",)),
     # -- decode: exposure, gate, tick ----------------------------------------
@@ -151,37 +157,20 @@ ATTACH_POINTS: tuple[AttachPoint, ...] = (
     # -- HiCache: copies behind the forward stream, reads behind the loads ---------
     # Wrapped only where a probe finds the wait missing.
     AttachPoint(
-        _ORDER, "both", f"{_SCHEDULER}:Scheduler.__init__", uses=("tree_cache", "tp_worker")
+        _ORDER, "both", f"{_CONTROLLER}:HiCacheController.start_loading", uses=("load_queue",)
     ),
     AttachPoint(
-        _ORDER,
-        "both",
-        f"{_CONTROLLER}:HiCacheController.start_loading",
-        uses=("load_queue", "load_stream"),
-        last="0.5.17",
-    ),
-    AttachPoint(
-        _ORDER,
-        "both",
-        f"{_CONTROLLER}:HiCacheController.start_writing",
-        uses=("write_queue", "write_stream"),
-        last="0.5.17",
+        _ORDER, "both", f"{_CONTROLLER}:HiCacheController.start_writing", uses=("write_queue",)
     ),
     AttachPoint(_ORDER, "both", f"{_HYBRID}:HybridCacheController.start_loading"),
     AttachPoint(_ORDER, "both", f"{_HYBRID}:HybridCacheController.start_writing"),
     AttachPoint(
         _ORDER,
         "both",
-        f"{_CONTROLLER}:HiCacheController.start_loading",
-        uses=("load_queue", "l2_transfer_engine"),
-        first="0.5.18",
-    ),
-    AttachPoint(
-        _ORDER,
-        "both",
-        f"{_CONTROLLER}:HiCacheController.start_writing",
-        uses=("write_queue", "l2_transfer_engine"),
-        first="0.5.18",
+        f"{_CONTROLLER}:HiCacheController.__init__",
+        uses=("load_stream", "write_stream"),
+        last="0.5.17",
+        wrapped=False,
     ),
     AttachPoint(
         _ORDER,
