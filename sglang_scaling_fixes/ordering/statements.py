@@ -13,7 +13,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import CodeType, SimpleNamespace
 from typing import Any
 
 from sglang_scaling_fixes.errors import AttachError
@@ -58,14 +58,21 @@ EARLY_SEND = "maybe_send_cached_prefix_chunk"
 
 def _run(wanted: Callable[[ast.If], bool], **names: Any) -> bool:
     """Execute the outermost `if` statements of `Scheduler` that are wanted; were there any?"""
+    codes = _compiled(wanted)
+    for code in codes:
+        exec(code, vars(importlib.import_module(_SCHEDULER)), dict(names))
+    return bool(codes)
+
+
+@functools.cache
+def _compiled(wanted: Callable[[ast.If], bool]) -> list[CodeType]:
     found = [node for node in _branches() if wanted(node)]
     inner = {id(child) for node in found for child in ast.walk(node) if child is not node}
-    for node in found:
-        if id(node) not in inner:
-            module = ast.Module(body=[node], type_ignores=[])
-            scope = vars(importlib.import_module(_SCHEDULER))
-            exec(compile(module, _path(), "exec"), scope, dict(names))
-    return bool(found)
+    return [
+        compile(ast.Module(body=[node], type_ignores=[]), _path(), "exec")
+        for node in found
+        if id(node) not in inner
+    ]
 
 
 def _sends_early(node: ast.If) -> bool:

@@ -8,6 +8,7 @@ expected where.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import sys
@@ -181,19 +182,24 @@ def settings(**parallel: Any) -> None:
         nnodes=1,
     )
     vars(one).update(parallel)
-    for name, module in list(sys.modules.items()):
-        if name.startswith("sglang.srt."):
-            for getter, answer in (
-                ("get_memory", memory),
-                ("get_serving", memory),
-                ("get_global_server_args", memory),
-                ("get_server_args", memory),
-                ("get_parallel", one),
-            ):
-                if getter in vars(module):
-                    setattr(module, getter, lambda answer=answer: answer)
-            if "device_module" in vars(module):
-                vars(module)["device_module"] = torch.cuda  # a release may have chosen torch.cpu
+    answers = {
+        "get_memory": memory,
+        "get_serving": memory,
+        "get_global_server_args": memory,
+        "get_server_args": memory,
+        "get_parallel": one,
+    }
+    for names in _namespaces(len(sys.modules)):
+        for getter in answers.keys() & names.keys():
+            names[getter] = lambda answer=answers[getter]: answer
+        if "device_module" in names:
+            names["device_module"] = torch.cuda  # a release may have chosen torch.cpu
+
+
+@functools.lru_cache(maxsize=1)
+def _namespaces(_modules: int) -> list[dict[str, Any]]:
+    """The modules of the release that are loaded; looked for again when there are more."""
+    return [vars(sys.modules[name]) for name in list(sys.modules) if name.startswith("sglang.srt.")]
 
 
 _KV = ("kv_buffer", "k_buffer", "v_buffer")
