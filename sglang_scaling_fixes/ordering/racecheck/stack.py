@@ -160,14 +160,14 @@ def mha_pool() -> Any:
 
 
 def call_pool(cls: Any, **more: Any) -> Any:
+    given = {"device": "cpu", **more}
     return call(
         cls,
         size=DEVICE_PAGES * PAGE,
         page_size=PAGE,
         layer_num=LAYERS,
-        device="cpu",
         enable_memory_saver=False,
-        **more,
+        **given,
     )
 
 
@@ -211,7 +211,17 @@ _ALONE = (("size", 1), ("rank", 0))
 
 
 def build(recorder: Recorder, pool: Any) -> Stack:
-    """Host pool and controller for `pool`, as this release's own code assembles them."""
+    """Host pool and controller for `pool` on recording streams, every buffer watched."""
+    stack = assemble(recorder, pool, Stream(name="schedule"), Stream(name="forward"))
+    face.replace_kernels()  # of what the assembly imported
+    recorder.stack[:] = [stack.schedule]
+    _name_streams(recorder, stack.controller)
+    _watch(recorder, stack)
+    return stack
+
+
+def assemble(recorder: Any, pool: Any, schedule: Any, forward: Any) -> Stack:
+    """Host pool and controller for `pool`, as this release's own code puts them together."""
     importlib.import_module("sglang.srt.managers.cache_controller")
     allocator = Allocator(pool)
     params = Lenient(
@@ -232,29 +242,15 @@ def build(recorder: Recorder, pool: Any) -> Stack:
         components={},
         register_sidecar_pool=lambda spec: sidecars.append(lambda: _sidecar(spec)),
     )
-    server_args = Lenient(**_SETTINGS)
-    controller = _assemble(pool, tree, params, server_args)
-    stack = Stack(
-        recorder,
-        pool,
-        controller,
-        allocator,
-        sidecars,
-        schedule=Stream(name="schedule"),
-        forward=Stream(name="forward"),
-    )
-    face.replace_kernels()  # of what the assembly imported
-    recorder.stack[:] = [stack.schedule]
-    _name_streams(recorder, controller)
-    _watch(recorder, stack)
-    return stack
+    controller = _assemble(pool, tree, params, Lenient(**_SETTINGS))
+    return Stack(recorder, pool, controller, allocator, sidecars, schedule, forward)
 
 
 class Allocator(SimpleNamespace):
     """Hands out whole pages, the first one never (slot 0 is for padding)."""
 
     def __init__(self, pool: Any) -> None:
-        super().__init__(free=list(range(1, DEVICE_PAGES)), device="cpu", page_size=PAGE)
+        super().__init__(free=list(range(1, DEVICE_PAGES)), device=pool.device, page_size=PAGE)
         self._pool = pool
 
     def get_kvcache(self) -> Any:
@@ -264,7 +260,8 @@ class Allocator(SimpleNamespace):
         import torch
 
         pages = [self.free.pop(0) for _ in range(tokens // PAGE)]
-        return torch.cat([torch.arange(p * PAGE, (p + 1) * PAGE) for p in pages])
+        slots = torch.cat([torch.arange(p * PAGE, (p + 1) * PAGE) for p in pages])
+        return slots.to(self.device)
 
     def set_hicache_transfer_done_event(self, *_args: Any) -> None:
         """Used by allocators that move pages; this one does not."""
