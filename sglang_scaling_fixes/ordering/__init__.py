@@ -81,6 +81,10 @@ def arm(config: Config) -> tuple[str, bool]:
     Raises `AttachError` naming the first wait that does not hold after attaching.
     """
     del config
+    from sglang_scaling_fixes.ordering import loads, probe
+
+    if not probe.exists(loads.CONTROLLER.partition(":")[0]):
+        raise AttachError(f"expected {loads.CONTROLLER}")
     if not armed():
         for part in _parts():
             if not part.there():

@@ -9,24 +9,36 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 from sglang_scaling_fixes.attach import is_wrapped, resolve
-from sglang_scaling_fixes.errors import AttachError
 from sglang_scaling_fixes.ordering import early_send, loads, statements
 from sglang_scaling_fixes.ordering.statements import Lenient
 from sglang_scaling_fixes.ordering.transfer import Transfer
 
 
-def own_method(target: str, method: str) -> bool:
-    """Whether this release has the class, with a method of its own by this name."""
+def exists(module: str) -> bool:
+    """Whether this release has the module. One that cannot be imported exists."""
     try:
-        cls, _, raw = resolve(f"{target}.{method}")
-    except AttachError:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even its package
         return False
-    return raw is vars(cls).get(method)
+
+
+def own_method(target: str, method: str) -> bool:
+    """Whether this release has the class, with a method of its own by this name.
+
+    Raises `AttachError` if the module is there and the class is not to be had.
+    """
+    module, _, name = target.partition(":")
+    if not exists(module):
+        return False
+    cls = resolve(target)[2]
+    assert cls.__name__ == name
+    return method in vars(cls)
 
 
 class _Started(Exception):
@@ -137,11 +149,7 @@ def prefetch_waits() -> bool:
 
 def sends_early() -> bool:
     """Whether this release sends cached prefixes early at all."""
-    try:
-        resolve(early_send.EARLY_SEND)
-    except AttachError:
-        return False
-    return True
+    return own_method(*early_send.EARLY_SEND.rsplit(".", 1))
 
 
 def records_event() -> bool:
