@@ -201,6 +201,8 @@ def _prefetch_function(pool: Any) -> Any:
     """The model's call, with the pool and the parallel mode it would find in a server."""
     function = stack.find(
         "sglang.srt.layers.attention.dsa.utils:maybe_prefetch_next_full_attention_kv",
+        "sglang.srt.layers.layer_boundary.adapters.context_parallel:"
+        "maybe_prefetch_next_full_attention_kv",
         "sglang.srt.layers.communicator_dsa_cp:maybe_prefetch_next_full_attention_kv",
     )
     there = function.__globals__
