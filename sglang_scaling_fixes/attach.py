@@ -52,6 +52,11 @@ _MOONCAKE = "sglang.srt.disaggregation.mooncake.conn"
 _UTILS = "sglang.srt.disaggregation.utils"
 _SCHEDULER = "sglang.srt.managers.scheduler"
 _FIX = "safe-reclaim"
+_ORDER = "hicache-ordering"
+_CONTROLLER = "sglang.srt.managers.cache_controller"
+_HYBRID = "sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller"
+_NIXL = "sglang.srt.disaggregation.nixl.conn"
+_MIXIN = "sglang.srt.disaggregation.prefill:SchedulerDisaggregationPrefillMixin"
 
 ATTACH_POINTS: tuple[AttachPoint, ...] = (
     # -- every process: flags in, states out ---------------------------------
@@ -61,7 +66,13 @@ ATTACH_POINTS: tuple[AttachPoint, ...] = (
     AttachPoint(
         "plugin", "server", "sglang.srt.entrypoints.http_server:_setup_and_run_http_server"
     ),
-    AttachPoint("plugin", "both", f"{_SCHEDULER}:Scheduler.__init__", ("server_args",)),
+    AttachPoint(
+        "plugin",
+        "both",
+        f"{_SCHEDULER}:Scheduler.__init__",
+        ("server_args",),
+        uses=("tree_cache", "tp_worker"),
+    ),
     AttachPoint("plugin", "both", f"{_SCHEDULER}:Scheduler.get_init_info"),
     AttachPoint("plugin", "both", f"{_SCHEDULER}:Scheduler.get_internal_state", ("recv_req",)),
     # -- decode: exposure, gate, tick ----------------------------------------
@@ -173,6 +184,56 @@ ATTACH_POINTS: tuple[AttachPoint, ...] = (
         f"{_MOONCAKE}:MooncakeKVManager.record_failure",
         ("bootstrap_room", "failure_reason"),
         wrapped=False,
+    ),
+    # -- HiCache: copies behind the forward stream, reads behind the loads ---------
+    # Wrapped only where a probe finds the wait missing.
+    AttachPoint(
+        _ORDER, "both", f"{_CONTROLLER}:HiCacheController.start_loading", uses=("load_queue",)
+    ),
+    AttachPoint(
+        _ORDER, "both", f"{_CONTROLLER}:HiCacheController.start_writing", uses=("write_queue",)
+    ),
+    AttachPoint(_ORDER, "both", f"{_HYBRID}:HybridCacheController.start_loading"),
+    AttachPoint(_ORDER, "both", f"{_HYBRID}:HybridCacheController.start_writing"),
+    AttachPoint(
+        _ORDER,
+        "both",
+        f"{_CONTROLLER}:HiCacheController.__init__",
+        uses=("load_stream", "write_stream"),
+        last="0.5.17",
+        wrapped=False,
+    ),
+    AttachPoint(
+        _ORDER,
+        "both",
+        "sglang.srt.mem_cache.l2_transfer:L2TransferEngine.__init__",
+        uses=("host_to_device_stream", "device_to_host_stream"),
+        first="0.5.18",
+        wrapped=False,
+    ),
+    AttachPoint(
+        _ORDER,
+        "prefill",
+        "sglang.srt.mem_cache.dsa_cache_layer_split:LayerSplitDSATokenToKVPool.prefetch_kv_buffer",
+        ("layer_id", "layer_transfer_counter", "layer_transfer_idx"),
+        uses=("layer_transfer_counter", "start_layer", "layer_broadcast_comm"),
+        first="0.5.16",
+    ),
+    AttachPoint(
+        _ORDER, "prefill", f"{_MIXIN}.maybe_send_cached_prefix_chunk", ("req",), first="0.5.15"
+    ),
+    AttachPoint(_ORDER, "prefill", f"{_SCHEDULER}:Scheduler.run_batch", ("batch",)),
+    AttachPoint(_ORDER, "prefill", f"{_NIXL}:NixlKVSender.send", ("kv_indices",), first="0.5.16"),
+    AttachPoint(
+        _ORDER,
+        "prefill",
+        f"{_NIXL}:NixlKVManager.add_transfer_request",
+        ("bootstrap_room",),
+        uses=("transfer_queues",),
+        first="0.5.16",
+    ),
+    AttachPoint(
+        _ORDER, "prefill", f"{_NIXL}:NixlKVManager.transfer_worker", ("queue",), first="0.5.16"
     ),
 )
 

@@ -47,6 +47,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.set_defaults(run=_doctor)
 
+    race = commands.add_parser("racecheck", help="is a build's HiCache ordered? on any CPU")
+    which = race.add_mutually_exclusive_group()
+    which.add_argument("--release", metavar="RELEASE", help="a stock release, for example 0.5.18")
+    which.add_argument("--installed", action="store_true", help="what is installed (the default)")
+    which.add_argument(
+        "--matrix", type=Path, metavar="FILE", help="every release, stock and fixed, as Markdown"
+    )
+    race.add_argument("--fixes", choices=("on", "off"), default="off", help="attach ours (off)")
+    race.add_argument("--json", action="store_true", help="machine-readable output")
+    race.set_defaults(run=_racecheck)
+
     lab = commands.add_parser("lab", help="stock SGLang on a CPU: reproduce and prove")
     labs = lab.add_subparsers(required=True, metavar="COMMAND")
 
@@ -124,6 +135,18 @@ def _doctor_text(result: dict[str, Any]) -> str:
     lines.append("")
     lines.append("* asked for")
     return "\n".join(lines)
+
+
+def _racecheck(args: argparse.Namespace) -> int:
+    from sglang_scaling_fixes.ordering import racecheck
+    from sglang_scaling_fixes.ordering.racecheck import matrix
+
+    if args.matrix is not None:
+        args.matrix.write_text(matrix.build(progress=_say))
+        return 0
+    result = racecheck.check(args.release or racecheck.INSTALLED, args.fixes)
+    print(json.dumps(result, indent=2) if args.json else racecheck.text(result))
+    return racecheck.exit_status(result)
 
 
 def _install(args: argparse.Namespace) -> int:

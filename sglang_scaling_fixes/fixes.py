@@ -48,7 +48,8 @@ class Fix:
     """One record of the manifest.
 
     `arm(config)` attaches the fix, proves it by behaviour and returns the reason it
-    may be called armed; it raises `ScalingFixesError` when it cannot be in force.
+    may be called armed (or `Native`, if there was nothing to attach); it raises
+    `ScalingFixesError` when it cannot be in force.
     None: not part of this version of the package.
     """
 
@@ -62,10 +63,21 @@ class Fix:
     arm: Callable[[Config], str] | None
 
 
+class Native(str):
+    """The proof that a release does by itself all that a fix is for."""
+
+
 def _arm_safe_reclaim(config: Config) -> str:
     from sglang_scaling_fixes.reclaim import arm
 
     return arm(config)
+
+
+def _arm_hicache_ordering(config: Config) -> str:
+    from sglang_scaling_fixes.ordering import arm
+
+    proof, native = arm(config)
+    return Native(proof) if native else proof
 
 
 FIXES = (
@@ -82,13 +94,15 @@ FIXES = (
     ),
     Fix(
         name="hicache-ordering",
-        breaks="HiCache: index-K or KV is read before its load from the host has finished.",
-        how="Per-layer waits on the load stream where the release lacks them.",
+        breaks="HiCache: KV is read, sent or broadcast before it is loaded, or copied while a "
+        "forward still writes it.",
+        how="Waits on the streams, per layer or per copy, where a probe finds them missing.",
         first=FIRST_RELEASE,
         last=LAST_RELEASE,
-        upstream="sgl-project/sglang #22811 (accessors, in 0.5.11)",
+        upstream="sgl-project/sglang #22811 (accessors, in 0.5.11), #36738 (load fence, in "
+        "0.5.19), #39417",
         remove_when="upstream's LayerSplit prefetch and NIXL early send wait for the load",
-        arm=None,
+        arm=_arm_hicache_ordering,
     ),
     Fix(
         name="layer-split",
@@ -130,7 +144,9 @@ def _arm_one(fix: Fix, config: Config) -> Status:
     if fix.name not in (config.fixes or ()):
         return Status(fix.name, State.OFF, "not asked for")
     try:
-        return Status(fix.name, State.ARMED, fix.arm(config))
+        proof = fix.arm(config)
+        state = State.NATIVE if isinstance(proof, Native) else State.ARMED
+        return Status(fix.name, state, str(proof))
     except ScalingFixesError as error:
         return Status(fix.name, State.UNSUPPORTED, str(error))
     except Exception as error:  # a probe that broke proves nothing: never fail open

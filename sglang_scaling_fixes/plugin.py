@@ -111,6 +111,11 @@ def _check_server_args(server_args: Any, config: Config) -> None:
 
         with _stopping("safe-reclaim: "):
             check(server_args, fence_asked=config.fence)
+    if "hicache-ordering" in (config.fixes or ()):
+        from sglang_scaling_fixes import ordering
+
+        with _stopping("hicache-ordering: "):
+            ordering.check(server_args)
 
 
 # -- every process: fixes -------------------------------------------------------------
@@ -166,12 +171,17 @@ def _arm_process(config: Config) -> None:
 
 
 def _check_scheduler(scheduler: Any, config: Config) -> None:
-    """After stock built its scheduler: the guards exist where this role needs them."""
+    """After stock built its scheduler: what the fixes need of it is there."""
     if "safe-reclaim" in (config.fixes or ()):
         from sglang_scaling_fixes.reclaim.server_args import check_in_force
 
         with _stopping("safe-reclaim: "):
             check_in_force(scheduler)
+    if "hicache-ordering" in (config.fixes or ()):
+        from sglang_scaling_fixes import ordering
+
+        with _stopping("hicache-ordering: "):
+            ordering.bind(scheduler)
 
 
 def _check_children(server_args: Any, launched: Any) -> None:

@@ -1,0 +1,169 @@
+"""The race checker on real releases, and its negative controls.
+
+Every check runs in a process of its own on this environment's dependencies.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from wheels import between
+
+from sglang_scaling_fixes.lab.runtime import STANDINS, cpu_env
+from sglang_scaling_fixes.ordering import racecheck
+
+INDEX, KV = "load-before-index-read", "load-before-kv-read"
+LOAD, WRITE = "load-over-inflight-write", "writeback-before-forward-write"
+PREFETCH, SPLIT = "layersplit-prefetch-before-load", "layersplit-read-before-load"
+PDMUX = "pdmux-load-before-kv-read"
+NIXL, MOONCAKE = "early-send-before-write-nixl", "early-send-before-write-mooncake"
+EARLY = "early-send-before-load"
+
+STOCK = {
+    "0.5.9": {INDEX: 4, LOAD: 12, WRITE: 12, PDMUX: 4},
+    "0.5.18": {LOAD: 12, WRITE: 12, PREFETCH: 2, PDMUX: 4, NIXL: 4, MOONCAKE: 4, EARLY: 4},
+    "0.5.22": {WRITE: 12, PREFETCH: 2, PDMUX: 4, NIXL: 4, EARLY: 4},
+    "installed": {PREFETCH: 2, PDMUX: 4, NIXL: 4},
+}
+"""Buffers raced on, by hazard: 4 layers, of which LayerSplit's second rank owns 2."""
+FIXED = {"0.5.9": {PDMUX: 4}}
+"""What stays with the fixes on: an armed server refuses PD multiplexing, a patched one not."""
+
+
+def races(report: dict[str, Any]) -> dict[str, int]:
+    assert not [h for h in report["hazards"] if "broken" in h]
+    return {h["name"]: h["races"] for h in report["hazards"] if h["verdict"] == "race"}
+
+
+@pytest.mark.parametrize("build", STOCK)
+def test_stock_and_fixed(build: str) -> None:
+    stock = racecheck.check(build)
+    assert races(stock) == STOCK[build]
+    assert racecheck.exit_status(stock) == 1
+    fixed = racecheck.check(build, "on")
+    assert races(fixed) == FIXED.get(build, {})
+
+
+CONTROLS = """
+import contextlib, importlib, json
+from unittest import mock
+from sglang_scaling_fixes import ordering
+from sglang_scaling_fixes.ordering import early_send, loads, statements
+from sglang_scaling_fixes.ordering.racecheck import face, worker
+
+face.install()
+for module in worker._MODULES:
+    importlib.import_module(module)
+face.replace_kernels()
+worker._arm()
+from sglang.srt.disaggregation.mooncake.conn import MooncakeKVManager
+from sglang.srt.disaggregation.prefill import SchedulerDisaggregationPrefillMixin as Prefill
+from sglang.srt.managers.tp_worker import TpModelWorker
+from sglang.srt.mem_cache.dsa_cache_layer_split import LayerSplitIndexKeyCache
+from sglang.srt.mem_cache.index_key_cache import IndexKeyCache
+from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
+from sglang_scaling_fixes.ordering.racecheck.hazards import HAZARDS
+
+def without_counter(method, pool_of=lambda self: self):
+    def unguarded(self, *args, **kwargs):
+        pool = pool_of(self)
+        kept, pool.layer_transfer_counter = pool.layer_transfer_counter, None
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            pool.layer_transfer_counter = kept
+    return unguarded
+
+def without_fence(name, hand_over=statements.hand_over_streams):
+    def partly(controller, forward):
+        hand_over(controller, forward)
+        setattr(controller, name, None)
+    return partly
+
+def deaf(add=MooncakeKVManager.add_transfer_request):
+    return lambda self, *args, wait_event=None, **kwargs: add(self, *args, **kwargs)
+
+def eager(send=Prefill.maybe_send_cached_prefix_chunk):
+    return lambda self, req, allow_send=True: send(self, req)
+
+def consuming(split=TpModelWorker.forward_batch_split_prefill):
+    def forward(self, batch):
+        self.set_hicache_consumer(batch.hicache_consumer_index)
+        return split(self, batch)
+    return forward
+
+of_pool = lambda cache: cache.pool
+controls = {
+    "nothing": (),
+    "index": ((IndexKeyCache, "get_local_buffer",
+               without_counter(IndexKeyCache.get_local_buffer, of_pool)),),
+    "kv": ((MLATokenToKVPool, "get_key_buffer",
+            without_counter(MLATokenToKVPool.get_key_buffer)),),
+    "load": ((statements, "hand_over_streams", without_fence("load_fence_stream")),),
+    "write": ((statements, "hand_over_streams", without_fence("write_fence_stream")),),
+    "prefetch": ((loads, "waits_per_layer", lambda counter: False),),
+    "split": ((LayerSplitIndexKeyCache, "get_buffer",
+               without_counter(LayerSplitIndexKeyCache.get_buffer, of_pool)),),
+    "nixl": ((early_send._Waiting, "get", lambda self: self._stock.get()),),
+    "mooncake": ((MooncakeKVManager, "add_transfer_request", deaf()),),
+    "early": ((Prefill, "maybe_send_cached_prefix_chunk", eager()),),
+    "pdmux": ((ordering, "check", lambda args: None),),
+    "pdmux consumed": ((ordering, "check", lambda args: None),
+                       (TpModelWorker, "forward_batch_split_prefill", consuming())),
+}
+found = {}
+for control, removed in controls.items():
+    with contextlib.ExitStack() as stack:
+        for owner, name, broken in removed:
+            stack.enter_context(mock.patch.object(owner, name, broken))
+        played = [worker.play(hazard) for hazard in HAZARDS]
+    found[control] = {h["name"]: h.get("broken") or h["verdict"] for h in played}
+print("found:" + json.dumps(found))
+"""
+
+EXPECTED = {
+    "nothing": None,
+    "index": INDEX,
+    "kv": KV,
+    "load": LOAD,
+    "write": WRITE,
+    "prefetch": PREFETCH,
+    "split": SPLIT,
+    "nixl": NIXL,
+    "mooncake": MOONCAKE,
+    "early": EARLY,
+    "pdmux": PDMUX,
+    "pdmux consumed": None,
+}
+
+
+def test_one_wait_removed_turns_exactly_its_hazard() -> None:
+    """On the newest release, armed: every other wait stays, ours or stock's."""
+    env = cpu_env({"CUDA_VISIBLE_DEVICES": ""})
+    env.pop(STANDINS)
+    env["PYTHONPATH"] = os.pathsep.join([str(racecheck._PACKAGE), env["PYTHONPATH"]])
+    done = subprocess.run(
+        [sys.executable, "-c", CONTROLS],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("found:")]
+    assert lines, done.stderr[-2000:]
+    found = json.loads(lines[0].removeprefix("found:"))
+    for control, hazard in EXPECTED.items():
+        calm = {name: v for name, v in found[control].items() if v in ("ordered", "n/a")}
+        turned = {name: v for name, v in found[control].items() if name not in calm}
+        assert turned == ({} if hazard is None else {hazard: "race"}), control
+    assert found["pdmux consumed"][PDMUX] == "ordered"
+
+
+def test_every_release_can_be_named() -> None:
+    assert racecheck.RELEASES[-len(between("0.5.11", "0.5.23")) :] == between("0.5.11", "0.5.23")

@@ -1,0 +1,195 @@
+"""HiCache loads on a GPU: what is read too early is stale, and waiting keeps the overlap.
+
+The installed release's own pools, kernels and controller on real streams. Every device page
+holds poison and every host page a value; the load is held up on its stream, so that a read
+that does not wait for it finds poison. Run by hand: `pytest -m gpu tests/gpu`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from sglang_scaling_fixes.ordering import loads
+from sglang_scaling_fixes.ordering.racecheck import stack
+from sglang_scaling_fixes.ordering.racecheck.stack import LAYERS, PAGE, Lenient, Stack
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+
+POISON, VALUE = 7, 3
+HOLD = 200_000_000
+"""Cycles that a load is held up: about 0.1 s."""
+STEP = 20_000_000
+"""Cycles of one layer's load, and of one layer's compute, where overlap is measured."""
+
+Seen = dict[str, list[torch.Tensor]]
+
+
+def make(**more: Any) -> Stack:
+    """A stack on this GPU with poison on the device and the value on the host."""
+    stack.settings()
+    pool = stack.dsa_pool(device="cuda", **more)
+    world = stack.assemble(None, pool, torch.cuda.current_stream(), torch.cuda.Stream())
+    for buffer in [*pool.kv_buffer, *pool.index_k_with_scale_buffer]:
+        buffer.fill_(POISON)
+    group = world.controller.mem_pool_host
+    hosts = [entry.host_pool for entry in getattr(group, "entries", ())] or [group]
+    for host in hosts:
+        for name in ("kv_buffer", "index_k_with_scale_buffer"):
+            buffers = getattr(host, name, None)
+            for buffer in buffers if isinstance(buffers, list | tuple) else (buffers,):
+                if buffer is not None:
+                    buffer.fill_(VALUE)
+    torch.cuda.synchronize()
+    return world
+
+
+def load_stream(world: Stack) -> torch.cuda.Stream:
+    engine = getattr(world.controller, "l2_transfer_engine", None)
+    if engine is None:
+        return world.controller.load_stream
+    return engine.host_to_device_stream
+
+
+def held_up(world: Stack) -> tuple[torch.Tensor, int]:
+    """Start a load that takes its time."""
+    with torch.cuda.stream(load_stream(world)):
+        torch.cuda._sleep(HOLD)
+    return world.load()
+
+
+@contextlib.contextmanager
+def forward(world: Stack, consumer: int) -> Iterator[None]:
+    """On the forward stream, as the scheduler enters it."""
+    with torch.cuda.stream(world.forward_batch(consumer)):
+        yield
+    torch.cuda.synchronize()
+
+
+def stale(seen: list[torch.Tensor]) -> int:
+    """How many of these reads saw anything but the loaded value."""
+    torch.cuda.synchronize()
+    return sum(bool((read != VALUE).any()) for read in seen)
+
+
+def index_reads(world: Stack, *, guarded: bool) -> list[torch.Tensor]:
+    slots, consumer = held_up(world)
+    pages = slots[::PAGE] // PAGE
+    seen = []
+    with forward(world, consumer):
+        for layer in range(LAYERS):
+            # Unguarded is what the ragged readers of index-K were up to 0.5.10.post1.
+            buffer = (
+                world.pool.get_index_k_with_scale_buffer(layer)
+                if guarded
+                else world.pool.index_k_with_scale_buffer[layer]
+            )
+            seen.append(buffer[pages].clone())
+    return seen
+
+
+def test_index_k() -> None:
+    assert stale(index_reads(make(), guarded=False)) == LAYERS
+    assert stale(index_reads(make(), guarded=True)) == 0
+
+
+def kv_reads(world: Stack, *, guarded: bool) -> list[torch.Tensor]:
+    slots, consumer = held_up(world)
+    seen = []
+    with forward(world, consumer if guarded else -1):
+        for layer in range(LAYERS):
+            seen.append(world.pool.get_key_buffer(layer)[slots].clone())
+    return seen
+
+
+def test_kv() -> None:
+    assert stale(kv_reads(make(), guarded=False)) == LAYERS
+    assert stale(kv_reads(make(), guarded=True)) == 0
+
+
+class OneRank:
+    """A communicator whose other ranks do not matter: the owner's copy is the broadcast."""
+
+    def change_state(self, **_state: Any) -> Any:
+        return contextlib.nullcontext()
+
+    def broadcast(self, _tensor: torch.Tensor, src: int) -> None: ...
+
+
+def split_reads(*, fixed: bool) -> list[torch.Tensor]:
+    module = pytest.importorskip("sglang.srt.mem_cache.dsa_cache_layer_split")
+    communicator = OneRank()
+    group = Lenient(world_size=1, pynccl_comm=communicator)
+    cls = module.LayerSplitDSATokenToKVPool
+    with contextlib.ExitStack() as undo:
+        if fixed:
+            stock = cls.prefetch_kv_buffer
+            loads.attach_prefetch()
+            undo.callback(setattr, cls, "prefetch_kv_buffer", stock)
+        with mock.patch.object(stack, "settings", _settings_with(group)):
+            world = make(cls=cls, layer_shard_rank=1, layer_shard_size=2)
+        world.pool.layer_broadcast_comm = communicator
+        slots, consumer = held_up(world)
+        seen = []
+        with forward(world, consumer):
+            for layer in range(LAYERS // 2, LAYERS):  # those that this rank owns
+                world.pool.prefetch_kv_buffer(layer)
+                seen.append(world.pool.get_key_buffer(layer)[slots].clone())
+    return seen
+
+
+def _settings_with(group: Any, settings: Any = stack.settings) -> Any:
+    return lambda **_more: settings(attn_cp_group=group)
+
+
+def test_layersplit_prefetch() -> None:
+    assert stale(split_reads(fixed=False)) == LAYERS // 2
+    assert stale(split_reads(fixed=True)) == 0
+
+
+def milliseconds(world: Stack, *, loading: bool, computing: bool) -> float:
+    """One batch: each layer loaded for `STEP` cycles, read, and computed for `STEP` cycles."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    slots, consumer = world.load() if loading else (None, -1)
+    with torch.cuda.stream(world.forward_batch(consumer)):
+        for layer in range(LAYERS):
+            buffer = world.pool.get_key_buffer(layer)
+            if slots is not None:
+                buffer[slots].clone()
+            if computing:
+                torch.cuda._sleep(STEP)
+        end.record()
+    end.synchronize()
+    torch.cuda.synchronize()
+    return float(begin.elapsed_time(end))
+
+
+def test_overlap_survives(record_property: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Measured, not asserted: with every wait in place, both at once against the longer one."""
+    world = make()
+    for events in world.counter.events:
+        complete = events.complete
+        events.complete = lambda layer, complete=complete: (
+            torch.cuda._sleep(STEP),
+            complete(layer),
+        )
+    milliseconds(world, loading=False, computing=True)  # warm
+    compute = milliseconds(world, loading=False, computing=True)
+    load = milliseconds(world, loading=True, computing=False)
+    both = milliseconds(world, loading=True, computing=True)
+    ratio = both / max(load, compute)
+    record_property("load_ms", load)
+    record_property("compute_ms", compute)
+    record_property("both_ms", both)
+    record_property("both_over_longer", ratio)
+    with capsys.disabled():
+        print(f"\nload {load:.1f} ms, compute {compute:.1f} ms, both {both:.1f} ms: {ratio:.2f}x")
+    assert both > 0
