@@ -110,7 +110,7 @@ def _check_server_args(server_args: Any, config: Config) -> None:
         from sglang_scaling_fixes.reclaim.server_args import check
 
         with _stopping("safe-reclaim: "):
-            check(server_args)
+            check(server_args, fence_asked=config.fence)
 
 
 # -- every process: fixes -------------------------------------------------------------

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import zmq
 
 from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.metrics import DECODE, of_process
@@ -31,6 +32,7 @@ from sglang_scaling_fixes.reclaim import fence, layout, messages
 from sglang_scaling_fixes.reclaim.gate import Gate
 from sglang_scaling_fixes.reclaim.ledger import REASONS, DecodeLedger, Exposure
 from sglang_scaling_fixes.reclaim.liveness import Liveness
+from sglang_scaling_fixes.reclaim.pace import Pace
 from sglang_scaling_fixes.reclaim.quarantine import GRACE, Hold, Quarantine
 from sglang_scaling_fixes.reclaim.retry_after import REFUSAL
 from sglang_scaling_fixes.reclaim.stock_ack import StockAborts
@@ -83,6 +85,11 @@ class DecodeGuard:
         self._registrations: dict[str, list[bytes]] = {}
         """Rank -> stock's message that registered this decode's buffers there."""
         self._fenced_sessions: set[bytes] = set()
+        self._no_fence = fence.obstacle(getattr(manager, "server_args", None))
+        """Why a fence is impossible here, None if it is not: then refusing has to do."""
+        self._untold: set[str] = set()
+        """Ranks that do not know the present session yet: they get no destinations."""
+        self._pace = Pace()
         self._stock_aborts = StockAborts(config.resend) if config.peer == "stock-ack" else None
         self.metrics = of_process(DECODE, manager)
         self._held_tokens_max = 0
@@ -126,6 +133,16 @@ class DecodeGuard:
         )
         return identity[0]
 
+    def _of_all_ranks(self, ports: set[int]) -> set[int]:
+        """The union over the TP ranks, once all of them have got here."""
+        if self._alone():
+            return ports
+        import torch.distributed as dist
+
+        found: list[set[int]] = [set()] * dist.get_world_size(self._group)
+        dist.all_gather_object(found, ports, group=self._group)
+        return set().union(*found)
+
     def _alone(self) -> bool:
         import torch.distributed as dist
 
@@ -154,6 +171,14 @@ class DecodeGuard:
         if self._config.peer == "require" and not self._all_speak(ranks):
             self._refuse(receiver, ranks)
             return None
+        addressed = {rank_of(info) for info in receiver.bootstrap_infos or ()}
+        if untold := [rank for rank in self._untold & addressed if not self._tell(rank)]:
+            self._end(
+                receiver.bootstrap_room,
+                f"prefill {', '.join(untold)} takes no messages and does not know this decode's "
+                "session since it fenced its memory: retry the request",
+            )
+            return None
         with self._sends(exposure):
             return stock(receiver, kv_indices, aux_index, state_indices, **kwargs)
 
@@ -174,19 +199,19 @@ class DecodeGuard:
     ) -> list[bytes]:
         """Add our trailer to what stock sends to a prefill rank, under the socket's lock."""
         self._routes[rank] = route
-        if frames[0] == b"None":  # stock's registration of this decode's buffers
+        registers = frames[0] == b"None"  # stock's message about this decode's buffers
+        if (registers or frames[0].isdigit()) and self._fenced(frames[messages.SESSION_FRAME]):
+            # Stock's receiver of old releases keeps the session it was made under.
+            frames[messages.SESSION_FRAME] = self._session()
+        if registers:
             self._registrations[rank] = frames
+            self._untold.discard(rank)
             return self._greeted(rank, frames, socket)
         if frames[0] == b"ABORT":
             self._stock_abort(int(frames[1]), rank, frames)
             return frames
         exposure = self._sending
-        if exposure is None:
-            return frames
-        if frames[messages.SESSION_FRAME] in self._fenced_sessions:
-            # Stock's receiver of old releases keeps the session it was made under.
-            frames[messages.SESSION_FRAME] = self._session()
-        if rank not in exposure.writers:
+        if exposure is None or rank not in exposure.writers:
             return frames
         with self._lock:
             same = self._hello_on.get(rank) is socket
@@ -224,12 +249,16 @@ class DecodeGuard:
     def _refuse(self, receiver: Any, ranks: list[str]) -> None:
         silent = [rank for rank in ranks if rank not in self.ledger.peers]
         self.metrics.inc("refusals", "peer")
-        self._manager.record_failure(
+        self._end(
             receiver.bootstrap_room,
             f"prefill {', '.join(silent)} runs without safe-reclaim; start it with --plugin, "
             "or this decode with --safe-reclaim-peer hold",
         )
-        self._manager.update_status(receiver.bootstrap_room, 0)
+
+    def _end(self, room: int, reason: str) -> None:
+        """Fail a room in stock, as stock fails its own."""
+        self._manager.record_failure(room, reason)
+        self._manager.update_status(room, FAILED)
 
     # -- endings ------------------------------------------------------------------
 
@@ -248,9 +277,11 @@ class DecodeGuard:
                 return status
             waiting = type(status)(WAITING)
             receiver.conclude_state = None
-            self._manager.request_status[receiver.bootstrap_room] = waiting
-            if self._complete(receiver):
-                self._manager.update_status(receiver.bootstrap_room, status)
+            room = receiver.bootstrap_room
+            if self._manager.request_status.get(room) == status:  # no failure came meanwhile
+                self._manager.request_status[room] = waiting
+                if self._complete(receiver):
+                    self._manager.update_status(room, status)
             return waiting
 
     def _complete(self, receiver: Any) -> bool:
@@ -372,6 +403,8 @@ class DecodeGuard:
         with self._lock:
             asks = self.ledger.tick(now)
         for ask in asks:
+            if not self._pace.may(ask.rank, now):
+                continue  # its queue, which is stock's as well, must not fill up
             message = messages.Ask(self._reply_to, ask.rank, ask.room, ask.gen)
             self._send(ask.rank, [messages.encode(message)])
             self.metrics.inc("asks")
@@ -381,10 +414,14 @@ class DecodeGuard:
             for rank, frames in self._stock_aborts.due(now):
                 self._send(rank, frames)
 
-    def _send(self, rank: str, frames: list[bytes]) -> None:
-        socket, lock = self._routes[rank]()
+    def _send(self, rank: str, frames: list[bytes]) -> bool:
+        try:
+            socket, lock = self._routes[rank]()
+        except zmq.ZMQError as error:  # stock could not make a socket: ask again later
+            logger.debug("safe-reclaim: no socket to %s: %s", rank, error)
+            return False
         with lock:
-            send_now(socket, frames)
+            return send_now(socket, frames)
 
     # -- past the bound --------------------------------------------------------------
 
@@ -407,6 +444,8 @@ class DecodeGuard:
                 for writer in exposure.unproven
             ]
             replaced = any(self.ledger.replaced(writer) for writer in suspects)
+        if self._no_fence:
+            return True, False
         self._liveness.look(writer.rank for writer in suspects)
         gone = replaced or any(self._liveness.gone(writer.rank) for writer in suspects)
         return True, bool(suspects) and (gone or self._config.fence)
@@ -417,9 +456,10 @@ class DecodeGuard:
             logger.error(
                 "safe-reclaim: %d token slots are held without proof, more than "
                 "--safe-reclaim-max-held %g allows: new requests are refused with 503 until "
-                "proof comes; the log and /server_info say what is held and why",
+                "proof comes; the log and /server_info say what is held and why%s",
                 self.gate.held_tokens,
                 self._config.max_held,
+                f" (no fence: {self._no_fence})" if self._no_fence else "",
             )
         self.refusing = refusing
 
@@ -436,6 +476,23 @@ class DecodeGuard:
         streamer = getattr(scheduler, "output_streamer", scheduler)
         streamer.stream_output([req], req.return_logprob)
 
+    def _tell(self, rank: str) -> bool:
+        """Register at `rank` again under the present session. False: its queue is full."""
+        frames = self._registrations[rank]
+        frames[messages.SESSION_FRAME] = self._session()
+        try:
+            socket, lock = self._routes[rank]()
+        except zmq.ZMQError:
+            return False
+        with lock:
+            told = send_now(socket, self._greeted(rank, frames, socket))
+        if told:
+            self._untold.discard(rank)
+        return told
+
+    def _fenced(self, session: bytes) -> bool:
+        return session in self._fenced_sessions
+
     def _session(self) -> bytes:
         return str(self._manager.get_session_id()).encode("ascii")
 
@@ -449,23 +506,20 @@ class DecodeGuard:
             "safe-reclaim: fencing: the receiving engine is replaced, transfers in flight end"
         )
         began = time.monotonic()
-        old, new = fence.renew(self._manager)
+        old, new = fence.renew(self._manager, self._of_all_ranks)
         self._fenced_sessions.add(old.encode("ascii"))
         with self._lock:
             lost = self.ledger.fence()
         for exposure in lost:
             if self._manager.request_status.get(exposure.room) != SUCCESS:
-                self._manager.record_failure(
+                self._end(
                     exposure.room,
                     "this decode fenced its memory (safe-reclaim) while the KV was on its way: "
                     "retry the request",
                 )
-                self._manager.update_status(exposure.room, FAILED)
-        for rank, frames in self._registrations.items():
-            frames[messages.SESSION_FRAME] = self._session()
-            socket, lock = self._routes[rank]()
-            with lock:
-                send_now(socket, self._greeted(rank, frames, socket))
+        self._untold.update(self._registrations)
+        for rank in self._registrations:
+            self._tell(rank)
         self.metrics.inc("fences")
         logger.error(
             "safe-reclaim: fenced in %.1f s: session %s is gone, %s took its place; %d transfers "
@@ -515,6 +569,7 @@ class DecodeGuard:
             mark = message if isinstance(message, messages.Mark) else None
             return stock if self._admits(int(stock[0]), mark, stock[2]) else None
         if isinstance(message, messages.Here | messages.Answer):
+            self._pace.heard(message.rank)
             with self._lock:
                 self._hear(message)
             return None
@@ -545,7 +600,9 @@ class DecodeGuard:
             return False
         if stock[0] == b"AUX_DATA":
             return len(stock) > 3 and is_number(stock[1]) and is_number(stock[3])
-        return not stock[0].isdigit() or is_number(stock[0])
+        # A status: stock reads room, status and prefill rank.
+        status = len(stock) > 2 and all(is_number(frame) for frame in stock[:3])
+        return status if stock[0].isdigit() else stock[0].isascii()
 
     def _hear(self, message: messages.Here | messages.Answer) -> None:
         if isinstance(message, messages.Here):

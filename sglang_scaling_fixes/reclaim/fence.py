@@ -10,61 +10,77 @@ one takes its place under a new session:
     between  prefill --- session A -x                memory    nobody reads A's sockets
     after    prefill --- session B ---> engine B --> memory    A's ports stay taken
 
-Engine B never listens where an engine before it did, so that no late writer finds it
-behind an address it remembers. The old ports also stay bound (and closed) for as long
-as this process lives, so that no other process on this host gets them.
+Engine B never listens where an engine before it did, on this or another TP rank, so
+that no late writer finds it behind an address it remembers. The old ports stay taken
+for as long as this process lives, so that no other process on this host gets them;
+whoever connects there is reset.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import selectors
 import socket
+import struct
 import sys
 import threading
-import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from sglang_scaling_fixes.errors import ScalingFixesError
 
 _LISTEN = "0A"
 """TCP state in /proc/net/tcp."""
 
+_AT_ONCE = struct.pack("ii", 1, 0)
+"""SO_LINGER: close with a reset."""
 _TRIES = 10
-_TAKE_FOR = 120.0
+_RETRY = 0.5
 """Seconds: the kernel may keep a port while a peer has not closed its end."""
 
 _shut: set[int] = set()
-"""The ports of engines that are no more."""
-_taken: list[socket.socket] = []
-"""Sockets bound to them."""
+"""The ports of engines that are no more, of all TP ranks."""
 
 
 class FenceError(ScalingFixesError):
     """There is no fence, or no engine behind it: this process must not go on."""
 
 
-def renew(manager: Any) -> tuple[str, str]:
+def obstacle(server_args: Any) -> str | None:
+    """Why this decode could not fence, None if it can: somebody else holds its engine too."""
+    if getattr(server_args, "elastic_ep_backend", None) == "mooncake":
+        return "--elastic-ep-backend mooncake shares the receiving engine"
+    if getattr(server_args, "enable_hierarchical_cache", False) and (
+        getattr(server_args, "hicache_storage_backend", None) == "mooncake"
+    ):
+        return "--hicache-storage-backend mooncake shares the receiving engine"
+    return None
+
+
+def renew(manager: Any, of_all_ranks: Callable[[set[int]], set[int]]) -> tuple[str, str]:
     """Replace the Mooncake engine of a stock decode `KVManager`; its old and new session.
 
-    Blocks for about a second (Mooncake's listener thread wakes up once a second).
-    Raises `FenceError` if the old engine cannot be shown to be gone.
+    `of_all_ranks` returns the union of a set of ports over the TP ranks, once every
+    rank has closed its engine. Blocks for about a second (Mooncake's listener thread
+    wakes up once a second). Raises `FenceError` if the old engine cannot be shown to
+    be gone.
     """
     engine = manager.engine
     old = str(engine.session_id)
-    doors = _listening()
+    doors, devices = _listening(), _rdma_handles()
     _destroy(engine)
     shut = doors - _listening()
-    if _port(old) not in shut:
+    if _port(old) not in shut or (devices and _rdma_handles() >= devices):
         raise FenceError(
             f"the receiving engine of session {old} is still in use by another part of this "
             "process and could not be closed"
         )
     if still_open := shut & _local_ports():
         raise FenceError(f"connections of session {old} are still open at ports {still_open}")
-    _shut.update(shut)
-    threading.Thread(target=_take, args=(shut,), daemon=True).start()
+    threading.Thread(target=_keep, args=(shut,), daemon=True).start()
+    _shut.update(of_all_ranks(shut))
     _replace(engine)
     _register(manager, engine)
     return old, str(engine.session_id)
@@ -111,22 +127,33 @@ def _register(manager: Any, engine: Any) -> None:
         raise FenceError(f"the receive buffers could not be registered anew ({results})")
 
 
-def _take(ports: set[int]) -> None:
-    """Bind `ports` and never listen: who connects is refused, and nobody else gets them."""
-    deadline = time.monotonic() + _TAKE_FOR
-    for port in ports:
-        door = socket.socket()
-        door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        _taken.append(door)
-        while time.monotonic() < deadline:
-            with contextlib.suppress(OSError):
-                door.bind(("", port))
-                break
-            time.sleep(0.5)
+def _keep(ports: set[int]) -> None:
+    """Hold `ports` for ever, as soon as the kernel lets go of them; reset every visitor."""
+    wanted = set(ports)
+    with selectors.DefaultSelector() as doors:
+        while True:
+            for port in sorted(wanted):
+                with contextlib.suppress(OSError):
+                    dual = socket.has_dualstack_ipv6()
+                    family = socket.AF_INET6 if dual else socket.AF_INET
+                    door = socket.create_server(("", port), family=family, dualstack_ipv6=dual)
+                    doors.register(door, selectors.EVENT_READ)
+                    wanted.discard(port)
+            for key, _ in doors.select(_RETRY if wanted else None):
+                door = cast(socket.socket, key.fileobj)
+                with contextlib.suppress(OSError):
+                    visitor, _ = door.accept()
+                    visitor.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _AT_ONCE)
+                    visitor.close()
 
 
 def _port(session: str) -> int:
     return int(session.rpartition(":")[2])
+
+
+def _rdma_handles() -> int:
+    """How many RDMA devices this process has open. Closing one ends all its queue pairs."""
+    return sum(target.startswith("/dev/infiniband/uverbs") for target in _open_files())
 
 
 def _listening() -> set[int]:
@@ -139,12 +166,8 @@ def _local_ports() -> set[int]:
 
 def _sockets() -> set[tuple[int, str]]:
     """Local port and state of every TCP socket this process has open."""
-    inodes = set()
-    for entry in os.scandir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            target = os.readlink(entry.path)
-            if target.startswith("socket:["):
-                inodes.add(target[len("socket:[") : -1])
+    opened = (target for target in _open_files() if target.startswith("socket:["))
+    inodes = {target[len("socket:[") : -1] for target in opened}
     found = set()
     for table in ("tcp", "tcp6"):
         path = Path("/proc/self/net") / table
@@ -154,4 +177,12 @@ def _sockets() -> set[tuple[int, str]]:
             fields = line.split()
             if fields[9] in inodes:
                 found.add((int(fields[1].rpartition(":")[2], 16), fields[3]))
+    return found
+
+
+def _open_files() -> list[str]:
+    found = []
+    for entry in os.scandir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            found.append(os.readlink(entry.path))
     return found

@@ -127,7 +127,10 @@ class PrefillGuard:
             return is_metadata(stock)
         if message is not None or not stock:
             return False
-        return not stock[0].isdigit() or is_metadata(stock)
+        if stock[0].isdigit():
+            return is_metadata(stock)
+        # Registration: stock reads ten frames and more of it.
+        return stock[0].isascii() and (stock[0] != b"None" or len(stock) >= 10)
 
     def _bind(self, stock: list[bytes], bind: messages.Bind) -> list[bytes] | None:
         with self._lock:
@@ -325,9 +328,13 @@ def attach() -> None:
     def transfer_worker(
         stock: Callable[..., Any], manager: Any, queue: Any, executor: Any, *args: Any, **kw: Any
     ) -> Any:
-        if (guard := PrefillGuard.current) is not None:
-            queue, executor = guard.tap_queue(queue), ExecutorTap(executor, guard)
-        return stock(manager, queue, executor, *args, **kw)
+        if (guard := PrefillGuard.current) is None:
+            return stock(manager, queue, executor, *args, **kw)
+        tap = guard.tap_queue(queue)
+        try:
+            return stock(manager, tap, ExecutorTap(executor, guard), *args, **kw)
+        finally:
+            tap.end()  # stock's worker ends at any exception; it writes nothing from here on
 
     def connect(stock: Callable[..., Any], manager: Any, to: str, *args: Any, **kwargs: Any) -> Any:
         socket = stock(manager, to, *args, **kwargs)

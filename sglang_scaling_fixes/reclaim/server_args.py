@@ -11,6 +11,7 @@ import msgspec
 
 from sglang_scaling_fixes import release
 from sglang_scaling_fixes.errors import ConfigError
+from sglang_scaling_fixes.reclaim import fence
 from sglang_scaling_fixes.reclaim.decode import DecodeGuard
 from sglang_scaling_fixes.reclaim.prefill import PrefillGuard
 
@@ -41,7 +42,7 @@ _REFUSED_ON_DECODE = {
 }
 
 
-def check(server_args: Any) -> None:
+def check(server_args: Any, *, fence_asked: bool = False) -> None:
     """Raise `ConfigError`, naming flag, value and remedy, for a server we cannot protect."""
     mode = server_args.disaggregation_mode
     if mode not in ("prefill", "decode"):
@@ -59,6 +60,9 @@ def check(server_args: Any) -> None:
             "SGLANG_DISAGG_STAGING_BUFFER: transfers through staging buffers are not protected "
             "yet; unset it, or start with --plugin none"
         )
+    obstacle = fence.obstacle(server_args)
+    if mode == "decode" and fence_asked and obstacle is not None:
+        raise ConfigError(f"--safe-reclaim-fence: {obstacle}; drop one of the two")
     defaults = field_defaults(type(server_args))
     for field, why in {**_REFUSED, **(_REFUSED_ON_DECODE if mode == "decode" else {})}.items():
         value = getattr(server_args, field, None)

@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from sglang_scaling_fixes.reclaim.messages import Rank
+from sglang_scaling_fixes.reclaim.taps import is_number
 
 _MAX_WAIT = 5.0
 
@@ -46,7 +47,7 @@ class StockAborts:
 
     def acked(self, frames: list[bytes]) -> int | None:
         """An answer came. The room, if by now every rank has said that it is drained."""
-        if len(frames) < 3 or not frames[1].isdigit():
+        if len(frames) < 3 or not is_number(frames[1]):
             return None
         room = int(frames[1])
         if (found := self._rooms.get(room)) is None:

@@ -128,10 +128,14 @@ class QueueTap(Passthrough):
         elif (attempt := self._ledger.put(chunk)) is not None:
             self._stock.put((attempt, chunk))
 
-    def get(self) -> Any:
+    def end(self) -> None:
+        """This thread's chunk is no longer being processed."""
         previous, IN_HAND.attempt = IN_HAND.attempt, None
         if previous is not None:
             self._ledger.done(previous)
+
+    def get(self) -> Any:
+        self.end()
         while True:
             item = self._stock.get()
             if item is None:
@@ -201,8 +205,11 @@ class EngineTap(Passthrough):
     ) -> int:
         """Stock's batch write in one submission: 0 all of it landed, -1 it may still land."""
         raw = self._stock.engine
-        batch = raw.batch_transfer_async_write(session, sources, targets, lengths)
-        return int(raw.get_batch_transfer_status([batch])) if batch else -1
+        try:
+            batch = raw.batch_transfer_async_write(session, sources, targets, lengths)
+            return int(raw.get_batch_transfer_status([batch])) if batch else -1
+        except Exception:  # as stock's own call: a failed write, not the end of its worker
+            return -1
 
     def _once_one(self, session: str, source: int, target: int, length: int) -> int:
         return self._once(session, [source], [target], [length])

@@ -26,7 +26,7 @@ arm(Config())
 found = {"nothing": verdict()}
 for name, owner, attribute, broken in (
     ("gate", gate.Gate, "_kept", lambda *a: False),
-    ("trailer", decode.DecodeGuard, "outgoing", lambda self, rank, route, frames: frames),
+    ("trailer", decode.DecodeGuard, "outgoing", lambda self, rank, route, frames, *_: frames),
     ("drop", ledger.PrefillLedger, "take", lambda self, a: setattr(a, "active", 1) or True),
     ("poison", ledger.PrefillLedger, "failed", lambda *a: []),
 ):

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zmq
 
 from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.reclaim import fence, messages
@@ -29,8 +30,11 @@ POOL = 100
 class Socket:
     def __init__(self) -> None:
         self.sent: list[list[bytes]] = []
+        self.full = False
 
     def send_multipart(self, frames: list[bytes], *_: Any, **__: Any) -> None:
+        if self.full:
+            raise zmq.Again
         self.sent.append(frames)
 
 
@@ -118,7 +122,8 @@ def fenced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What had been freed by ledger and allocators when the engine was replaced."""
     seen: list[str] = []
 
-    def renew(manager: Any) -> tuple[str, str]:
+    def renew(manager: Any, of_all_ranks: Any) -> tuple[str, str]:
+        assert of_all_ranks({1}) == {1}
         held = DecodeGuard.current.ledger.held if DecodeGuard.current is not None else []
         seen.append(",".join(str(w.proof) for e in held for w in e.writers.values()))
         manager.session = NEW
@@ -166,8 +171,6 @@ def test_a_writer_that_is_gone_is_fenced_without_being_asked_for(fenced: list[st
     decode = Decode(Config())
     decode.prefill.close()
     decode.give_up(*decode.expose(7, 50))
-    decode.guard.tick()
-    assert decode.guard.refusing and not fenced, "nobody has looked yet"
     deadline = time.monotonic() + 60  # a look every two seconds
     while not fenced and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -204,10 +207,33 @@ def test_a_fence_ends_what_is_in_flight_and_tells_every_prefill_the_new_session(
     # Its owner gives up: proven at once, for the write can no longer land.
     exposure = decode.give_up(flying, flying_slots, flying_aux, age=0.0)
     assert not exposure.unproven
-    # A receiver made before the fence still names the old session; prefill must not see it.
+    # A receiver made before the fence still names the old session; prefill must not see it,
+    # neither with destinations nor, if it meets a prefill only now, in the registration.
     decode.expose(9, 10, session=OLD)
     stock, _ = messages.split(decode.socket.sent[-1])
     assert stock[3] == NEW.encode()
+    decode.tap.send_multipart([b"None", b"192.0.2.2", b"1", OLD.encode(), b"pointers"])
+    stock, _ = messages.split(decode.socket.sent[-1])
+    assert stock[3] == NEW.encode()
+
+
+def test_a_prefill_that_could_not_be_told_gets_no_destinations(fenced: list[str]) -> None:
+    """Old releases look an unregistered session up and die of it."""
+    decode = Decode(Config(fence=True))
+    decode.give_up(*decode.expose(7, 50))
+    decode.socket.full = True
+    decode.guard.tick()
+    assert len(fenced) == 1
+    sent = len(decode.socket.sent)
+    receiver, slots, aux = decode.expose(8, 10, session=NEW)
+    assert len(decode.socket.sent) == sent
+    assert decode.manager.request_status[8] == 0 and "session" in decode.manager.failures[8]
+    exposure = decode.give_up(receiver, slots, aux, age=0.0)
+    assert [w.proof for w in exposure.writers.values()] == [Proof.NEVER_SENT]
+    decode.socket.full = False
+    decode.expose(9, 10, session=NEW)
+    told, destinations = (messages.split(frames)[0] for frames in decode.socket.sent[-2:])
+    assert told[0] == b"None" and told[3] == destinations[3] == NEW.encode()
 
 
 def test_a_success_before_the_fence_is_not_taken_back(fenced: list[str]) -> None:

@@ -27,6 +27,7 @@ class Stock:
     disaggregation_mode: str
     disaggregation_transfer_backend: str = "mooncake"
     enable_hisparse: bool = False
+    elastic_ep_backend: str | None = None
     enable_pd_role_switch: bool = False
     disaggregation_decode_allocation_policy: str = "early"
     disaggregation_decode_host_receive_threshold: float = 1.0
@@ -138,3 +139,11 @@ def test_tcp_protocols(
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     assert release._protocol(version) == protocol
+
+
+def test_a_fence_that_could_not_fall_is_refused_only_if_asked_for() -> None:
+    shared = args(elastic_ep_backend="mooncake")
+    check(shared)
+    with pytest.raises(ConfigError, match=r"--safe-reclaim-fence.*--elastic-ep-backend mooncake"):
+        check(shared, fence_asked=True)
+    check(args(), fence_asked=True)

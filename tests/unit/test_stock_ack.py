@@ -32,6 +32,7 @@ def test_answers_for_other_rooms_and_nonsense_change_nothing() -> None:
     found = aborts()
     assert found.acked([b"ABORT_ACK", b"8", b"0"]) is None
     assert found.acked([b"ABORT_ACK", b"seven", b"0"]) is None
+    assert found.acked([b"ABORT_ACK", b"7" * 5000, b"0"]) is None
     found.forget(7)
     assert found.acked([b"ABORT_ACK", b"7", b"0"]) is None
     assert found.acked([b"ABORT_ACK", b"7", b"1"]) is None
