@@ -249,7 +249,8 @@ class Race:
                 break
         again = self._alone(f"{rid}-reference-again", prompt, new_tokens)
         if reference.ids is None or reference.ids != again.ids:
-            raise Invalid(f"two runs of a prompt alone differ: {reference.decode.body!s:.200}")
+            bodies = [f"{outcome.decode.body!s:.200}" for outcome in (reference, again)]
+            raise Invalid(f"two runs of a prompt alone differ: {' and '.join(bodies)}")
         right = self._digests(reference.rid)
         if right != self._digests(again.rid):
             raise Invalid("two runs of the same prompt alone left different KV")
