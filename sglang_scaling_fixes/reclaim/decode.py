@@ -33,7 +33,7 @@ from sglang_scaling_fixes.reclaim.gate import Gate
 from sglang_scaling_fixes.reclaim.ledger import REASONS, DecodeLedger, Exposure
 from sglang_scaling_fixes.reclaim.liveness import Liveness
 from sglang_scaling_fixes.reclaim.pace import Pace
-from sglang_scaling_fixes.reclaim.quarantine import GRACE, Hold, Quarantine
+from sglang_scaling_fixes.reclaim.quarantine import GRACE, Hold, Quarantine, worth_a_fence
 from sglang_scaling_fixes.reclaim.retry_after import REFUSAL
 from sglang_scaling_fixes.reclaim.stock_ack import StockAborts
 from sglang_scaling_fixes.reclaim.taps import Passthrough, ReceiveTap, is_number, is_success
@@ -433,22 +433,27 @@ class DecodeGuard:
         for exposure in held:
             slots = self.gate.slots(exposure)
             age = now - exposure.gave_up_at
-            holds.append(Hold(age, slots.tokens, slots.aux is not None))
-        if not self._quarantine.over(holds):
-            return False, False
+            holds.append(Hold(age, self.gate.tokens(slots), slots.aux is not None))
+        over = self._quarantine.over(holds)
+        if self._no_fence:
+            return over, False
         with self._lock:
             suspects = [
-                writer
+                (hold.age, writer, self.ledger.replaced(writer))
                 for exposure, hold in zip(held, holds, strict=True)
                 if hold.age > GRACE
                 for writer in exposure.unproven
             ]
-            replaced = any(self.ledger.replaced(writer) for writer in suspects)
-        if self._no_fence:
-            return True, False
-        self._liveness.look(writer.rank for writer in suspects)
-        gone = replaced or any(self._liveness.gone(writer.rank) for writer in suspects)
-        return True, bool(suspects) and (gone or self._config.fence)
+            flying = len(self.ledger.exposures()) - len(held)
+        self._liveness.look(writer.rank for _, writer, _ in suspects)
+        gone = [
+            age
+            for age, writer, replaced in suspects
+            if replaced or self._liveness.gone(writer.rank)
+        ]
+        if over:
+            return True, bool(gone) or (self._config.fence and bool(suspects))
+        return False, worth_a_fence(max(gone, default=0.0), flying)
 
     def _refuse_requests(self, refusing: bool) -> None:
         if refusing and not self.refusing:

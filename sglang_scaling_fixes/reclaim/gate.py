@@ -162,7 +162,11 @@ class Gate:
 
     @property
     def held_tokens(self) -> int:
-        return sum(s.tokens for s in self._open.values())
+        """Token slots of given-up exposures: kept here, or by stock's own deferral before."""
+        return sum(self.tokens(s) for s in self._open.values() if s.given_up)
+
+    def tokens(self, slots: Slots) -> int:
+        return len(slots.own) * self._page_size
 
     # -- internals --------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.reclaim import fence, messages
 from sglang_scaling_fixes.reclaim.decode import DecodeGuard, OutgoingTap
 from sglang_scaling_fixes.reclaim.ledger import Exposure, Proof
-from sglang_scaling_fixes.reclaim.quarantine import GRACE
+from sglang_scaling_fixes.reclaim.quarantine import GRACE, IDLE_AFTER
 
 torch = pytest.importorskip("torch")
 allocators = pytest.importorskip("sglang.srt.mem_cache.allocator")
@@ -68,6 +68,7 @@ class Decode:
         self.prefill = socket.create_server(("127.0.0.1", 0))
         """Alive: its port is open."""
         self.port = self.prefill.getsockname()[1]
+        self.rank = f"127.0.0.1:{self.port}"
         self.manager = Manager()
         self.guard = DecodeGuard(self.manager, config)
         self.tokens = allocators.TokenToKVPoolAllocator(POOL, torch.float32, "cpu", None, False)
@@ -84,7 +85,7 @@ class Decode:
         self.socket = Socket()
         self.tap = OutgoingTap(
             self.socket,
-            f"127.0.0.1:{self.port}",
+            self.rank,
             lambda: (self.socket, threading.Lock()),
             self.guard,
         )
@@ -146,6 +147,25 @@ def test_below_the_bound_nothing_is_refused_and_nothing_fenced(fenced: list[str]
     decode.guard.tick()
     assert not decode.guard.refusing and not fenced
     assert decode.free() == (POOL - 50, 7)
+
+
+def test_a_gone_writers_hold_below_the_bound_ends_when_nothing_flies(fenced: list[str]) -> None:
+    decode = Decode(Config(max_held=1.0))
+    decode.prefill.close()
+    decode.give_up(*decode.expose(7, 1), age=IDLE_AFTER + 1)
+    flying = decode.expose(8, 1)
+    deadline = time.monotonic() + 60  # a look every two seconds
+    while not decode.guard._liveness.gone(decode.rank) and time.monotonic() < deadline:
+        decode.guard.tick()
+        time.sleep(0.1)
+    decode.guard.tick()
+    assert not fenced, "it would end the other transfer"
+    with decode.guard.committing(flying[0]):
+        decode.guard.clearing(flying[0])
+    decode.guard.tick()
+    decode.guard.tick()
+    assert len(fenced) == 1 and decode.free() == (POOL - 1, 7)
+    assert not decode.guard.refusing
 
 
 def test_young_holds_do_not_count(fenced: list[str]) -> None:
