@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -167,3 +169,28 @@ def test_one_wait_removed_turns_exactly_its_hazard() -> None:
 
 def test_every_release_can_be_named() -> None:
     assert racecheck.RELEASES[-len(between("0.5.11", "0.5.23")) :] == between("0.5.11", "0.5.23")
+
+
+def test_a_class_that_moved_is_named_and_the_others_still_run(tmp_path: Path) -> None:
+    installed = racecheck._installed()
+    shutil.copytree(
+        installed / "sglang" / "srt",
+        tmp_path / "sglang" / "srt",
+        copy_function=os.symlink,
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )
+    for entry in (installed / "sglang").iterdir():
+        if entry.name not in ("srt", "__pycache__"):
+            (tmp_path / "sglang" / entry.name).symlink_to(entry)
+    file = tmp_path / "sglang/srt/mem_cache/dsa_cache_layer_split.py"
+    text = file.read_text().replace("LayerSplitDSATokenToKVPool", "Renamed")
+    file.unlink()
+    file.write_text(text)
+    report = {"release": "moved", "fixes": "off", **racecheck._run(tmp_path, "off", ())}
+    found = {hazard["name"]: hazard for hazard in report["hazards"]}
+    for name in (PREFETCH, SPLIT):
+        assert found[name]["verdict"] == "n/a"
+        assert "LayerSplitDSATokenToKVPool" in found[name]["broken"]
+    assert found[INDEX]["verdict"] == "ordered" and found[NIXL]["verdict"] == "race"
+    assert racecheck.exit_status(report) == 2
+    assert "expected sglang.srt.mem_cache.dsa_cache_layer_split" in racecheck.text(report)

@@ -179,12 +179,9 @@ def _split_read(recorder: Recorder, own_communicator: bool) -> None:
 
 
 def _split_stack(recorder: Recorder, own_communicator: bool) -> Stack:
-    try:
-        cls = stack.find(f"{_LAYER_SPLIT}:LayerSplitDSATokenToKVPool")
-    except stack.Moved:
-        if hasattr(stack.dsa_pool_class(), "prefetch_kv_buffer"):
-            raise
-        raise NotThere("this release has no LayerSplit") from None
+    if not probe.exists(_LAYER_SPLIT):
+        raise NotThere("this release has no LayerSplit")
+    cls = stack.find(f"{_LAYER_SPLIT}:LayerSplitDSATokenToKVPool")
     communicator = _Broadcasts()
     group = Lenient(world_size=1, pynccl_comm=communicator)  # 1: no NCCL here
     stack.settings(attn_cp_group=group)
