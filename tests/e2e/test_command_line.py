@@ -82,7 +82,7 @@ def test_doctor(release: str, request: pytest.FixtureRequest) -> None:
     states = {fix["name"]: fix["state"] for fix in found["fixes"]}
     assert states == {
         "safe-reclaim": "armed",
-        "hicache-ordering": "unsupported",
+        "hicache-ordering": "off",
         "layer-split": "unsupported",
         "spec-guard": "unsupported",
     }
