@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from sglang_scaling_fixes.lab import soak
 
-from .conftest import OLD
+from .conftest import NEW
 
 
 def test_a_minute() -> None:
-    result = soak.run(OLD, 1.0)
+    result = soak.run(NEW, 1.0)
     assert soak.passed(result), result
     assert result["right"] > 0
     assert result["digested"] > 0
