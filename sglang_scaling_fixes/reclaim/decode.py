@@ -171,8 +171,7 @@ class DecodeGuard:
         if self._config.peer == "require" and not self._all_speak(ranks):
             self._refuse(receiver, ranks)
             return None
-        addressed = {rank_of(info) for info in receiver.bootstrap_infos or ()}
-        if untold := [rank for rank in self._untold & addressed if not self._tell(rank)]:
+        if self._untold and (untold := self._still_untold(receiver)):
             self._end(
                 receiver.bootstrap_room,
                 f"prefill {', '.join(untold)} takes no messages and does not know this decode's "
@@ -200,7 +199,8 @@ class DecodeGuard:
         """Add our trailer to what stock sends to a prefill rank, under the socket's lock."""
         self._routes[rank] = route
         registers = frames[0] == b"None"  # stock's message about this decode's buffers
-        if (registers or frames[0].isdigit()) and self._fenced(frames[messages.SESSION_FRAME]):
+        names_session = registers or frames[0].isdigit()
+        if names_session and frames[messages.SESSION_FRAME] in self._fenced_sessions:
             # Stock's receiver of old releases keeps the session it was made under.
             frames[messages.SESSION_FRAME] = self._session()
         if registers:
@@ -414,14 +414,15 @@ class DecodeGuard:
             for rank, frames in self._stock_aborts.due(now):
                 self._send(rank, frames)
 
-    def _send(self, rank: str, frames: list[bytes]) -> bool:
+    def _send(self, rank: str, frames: list[bytes], *, registers: bool = False) -> bool:
+        """To a prefill rank on stock's socket, without blocking. False: ask again later."""
         try:
             socket, lock = self._routes[rank]()
-        except zmq.ZMQError as error:  # stock could not make a socket: ask again later
+        except zmq.ZMQError as error:  # stock could not make a socket
             logger.debug("safe-reclaim: no socket to %s: %s", rank, error)
             return False
         with lock:
-            return send_now(socket, frames)
+            return send_now(socket, self._greeted(rank, frames, socket) if registers else frames)
 
     # -- past the bound --------------------------------------------------------------
 
@@ -485,18 +486,15 @@ class DecodeGuard:
         """Register at `rank` again under the present session. False: its queue is full."""
         frames = self._registrations[rank]
         frames[messages.SESSION_FRAME] = self._session()
-        try:
-            socket, lock = self._routes[rank]()
-        except zmq.ZMQError:
-            return False
-        with lock:
-            told = send_now(socket, self._greeted(rank, frames, socket))
+        told = self._send(rank, frames, registers=True)
         if told:
             self._untold.discard(rank)
         return told
 
-    def _fenced(self, session: bytes) -> bool:
-        return session in self._fenced_sessions
+    def _still_untold(self, receiver: Any) -> list[str]:
+        """Ranks of this receiver that take no registration even now."""
+        addressed = {rank_of(info) for info in receiver.bootstrap_infos or ()}
+        return [rank for rank in self._untold & addressed if not self._tell(rank)]
 
     def _session(self) -> bytes:
         return str(self._manager.get_session_id()).encode("ascii")

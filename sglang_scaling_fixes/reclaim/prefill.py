@@ -89,6 +89,22 @@ class PrefillGuard:
                 queues[i] = tap
         return tap
 
+    def work(
+        self,
+        stock: Callable[..., Any],
+        manager: Any,
+        queue: Any,
+        executor: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Stock's transfer worker over the tapped queue and executor, in its own thread."""
+        tap = self.tap_queue(queue)
+        try:
+            return stock(manager, tap, ExecutorTap(executor, self), *args, **kwargs)
+        finally:
+            tap.end()  # it ends at any exception, and writes nothing from here on
+
     def guards(self, manager: Any) -> bool:
         """True when every transfer queue of `manager` is tapped: no chunk can pass unseen."""
         return self._manager is manager and all(
@@ -330,11 +346,7 @@ def attach() -> None:
     ) -> Any:
         if (guard := PrefillGuard.current) is None:
             return stock(manager, queue, executor, *args, **kw)
-        tap = guard.tap_queue(queue)
-        try:
-            return stock(manager, tap, ExecutorTap(executor, guard), *args, **kw)
-        finally:
-            tap.end()  # stock's worker ends at any exception; it writes nothing from here on
+        return guard.work(stock, manager, queue, executor, *args, **kw)
 
     def connect(stock: Callable[..., Any], manager: Any, to: str, *args: Any, **kwargs: Any) -> Any:
         socket = stock(manager, to, *args, **kwargs)

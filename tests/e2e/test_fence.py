@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,6 +18,8 @@ from sglang_scaling_fixes.lab.install import Environment
 from sglang_scaling_fixes.lab.link import link
 from sglang_scaling_fixes.reclaim.quarantine import RETRY_AFTER
 from sglang_scaling_fixes.reclaim.retry_after import REFUSAL
+
+from .servers import prompt, report, wait_for
 
 FLAGS = ("--plugin", "--safe-reclaim-audit", "--enable-metrics")
 
@@ -31,24 +31,6 @@ def cluster(new: Environment, checkpoint: Path, tmp_path: Path) -> Iterator[Clus
         Cluster(new, checkpoint, way, tmp_path, extra_flags=FLAGS) as cluster,
     ):
         yield cluster
-
-
-def report(cluster: Cluster) -> dict[str, Any]:
-    state = cluster.decode.get("/server_info").body["internal_states"][0]
-    result: dict[str, Any] = state["sglang_scaling_fixes"]["safe_reclaim_decode"]
-    return result
-
-
-def wait_for(holds: Any, otherwise: str, timeout_s: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline, otherwise
-        time.sleep(0.2)
-
-
-def prompt(length: int) -> list[int]:
-    draw = random.Random(length)
-    return [draw.randrange(10, 900) for _ in range(length)]
 
 
 def refused(cluster: Cluster) -> tuple[int, str, str]:

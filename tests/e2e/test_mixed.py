@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import signal
 import time
 from collections.abc import Iterator
@@ -16,6 +15,8 @@ import pytest
 from sglang_scaling_fixes.lab.cluster import Cluster, Server
 from sglang_scaling_fixes.lab.install import Environment
 from sglang_scaling_fixes.lab.link import link
+
+from .servers import prompt, report, wait_for
 
 
 class Mixed(Cluster):
@@ -34,17 +35,6 @@ def cluster(old: Environment, checkpoint: Path, tmp_path_factory: Any) -> Iterat
         Mixed(old, checkpoint, way, run_dir, prefills=1) as cluster,
     ):
         yield cluster
-
-
-def report(cluster: Cluster) -> dict[str, Any]:
-    state = cluster.decode.get("/server_info").body["internal_states"][0]
-    result: dict[str, Any] = state["sglang_scaling_fixes"]["safe_reclaim_decode"]
-    return result
-
-
-def prompt(length: int) -> list[int]:
-    draw = random.Random(length)
-    return [draw.randrange(10, 900) for _ in range(length)]
 
 
 def test_a_stock_prefill_serves_an_armed_decode(cluster: Cluster) -> None:
@@ -81,10 +71,3 @@ def stopped(server: Server) -> Iterator[None]:
     finally:
         for pid in pids:
             os.kill(pid, signal.SIGCONT)
-
-
-def wait_for(holds: Any, otherwise: str, timeout_s: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline, otherwise
-        time.sleep(0.1)

@@ -12,7 +12,7 @@ import random
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ import pytest
 from sglang_scaling_fixes.lab.cluster import Cluster, Pending, Server
 from sglang_scaling_fixes.lab.install import Environment
 from sglang_scaling_fixes.lab.link import link
+
+from .servers import prompt, report, wait_for
 
 RANKS = 2
 FLAGS = (
@@ -154,13 +156,6 @@ def scheduler(server: Server, rank: int) -> int:
     raise AssertionError(f"{server.name} has no scheduler of TP rank {rank}")
 
 
-def report(cluster: Cluster) -> dict[str, Any]:
-    """What rank 0 says: stock asks no other."""
-    state = cluster.decode.get("/server_info").body["internal_states"][0]
-    result: dict[str, Any] = state["sglang_scaling_fixes"]["safe_reclaim_decode"]
-    return result
-
-
 def rises(cluster: Cluster, counter: str, before: dict[str, Any]) -> bool:
     return bool(report(cluster)[counter] > before[counter])
 
@@ -176,15 +171,3 @@ def came_back(cluster: Cluster, room: int) -> dict[int, tuple[int, str]]:
         cluster.decode.process.log.read_text(),
     )
     return {int(rank): (int(tokens), proof) for rank, tokens, proof in found}
-
-
-def prompt(length: int) -> Sequence[int]:
-    draw = random.Random(length)
-    return [draw.randrange(10, 900) for _ in range(length)]
-
-
-def wait_for(holds: Callable[[], bool], otherwise: str, timeout_s: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline, otherwise
-        time.sleep(0.1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from queue import Queue
 from types import SimpleNamespace
 from typing import Any
 
@@ -116,3 +117,24 @@ def test_a_rank_without_destinations_is_no_stranger(
     stranger = [b"8", b"127.0.0.1", b"1", b"s:1", b"\0" * 4, b"0", b"", b"1"]
     assert prefill.guard._read(stranger) == stranger
     assert "runs without safe-reclaim" in caplog.text
+
+
+def test_a_worker_that_dies_holds_the_answer_no_longer(prefill: Prefill) -> None:
+    """Stock's worker ends at any exception: no `get` of it will end the chunk in hand."""
+    prefill.bind(7, "g1")
+    sender = prefill.sender(7)
+    waiting: Queue[Any] = Queue()
+    tap = prefill.guard.tap_queue(waiting)
+    with prefill.guard.sending(sender):
+        tap.put(SimpleNamespace(room=7))
+
+    def worker(manager: Any, queue: Any, executor: Any) -> None:
+        del manager, executor
+        queue.get()
+        assert prefill.guard.busy(sender)
+        raise RuntimeError("as stock's does")
+
+    with pytest.raises(RuntimeError):
+        prefill.guard.work(worker, prefill.manager, waiting, None)
+    assert not prefill.guard.busy(sender)
+    assert prefill.ask(7, "g1") == "drained"

@@ -98,17 +98,6 @@ def test_queued_chunks_of_an_aborted_room_never_reach_the_worker(books: Books) -
     assert not queue._stock
 
 
-def test_a_worker_that_dies_holds_the_answer_no_longer(books: Books) -> None:
-    """Stock's worker ends at any exception: no `get` of it will end the chunk in hand."""
-    queue = QueueTap(Queue(), books)
-    queue.put(chunk(1))
-    queue.get()
-    books.ask(1, "g1")
-    assert books.busy(1) and not verdicts(books)
-    queue.end()
-    assert not books.busy(1) and verdicts(books) == ["drained"]
-
-
 def test_stocks_request_to_end_passes(books: Books) -> None:
     queue = QueueTap(Queue(), books)
     queue.put(chunk(1))
