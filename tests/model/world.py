@@ -341,10 +341,11 @@ class World:
         return self.said
 
     def clone(self) -> World:
-        twin = object.__new__(World)
+        twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
         twin.decodes, twin.prefills = dict(self.decodes), dict(self.prefills)
         twin.channels = dict(self.channels)
+        twin._own = set()  # from here on they share their ranks
         return twin
 
     def say(self, text: str) -> None:
@@ -384,6 +385,17 @@ class World:
         if any(p.handing for p in self.prefills.values()):
             # The receive thread is busy with the message before.
             events = [e for e in events if not self._receiver_busy(e)]
+        events += self._owner_events()
+        events += [f"register {d} {p}" for d, p in sorted(self.strange)]
+        events += [f"count {d.name}" for d in self.decodes.values() if d.admitted]
+        for p in self.prefills.values():
+            events += self._sender_events(p) + self._worker_events(p)
+        events += [f"land {w.name}" for w in self.wire]
+        return events
+
+    def _owner_events(self) -> list[str]:
+        """What the owners of the slots do on decode."""
+        events = []
         for i, state in enumerate(self.request):
             if state == "new" and self._exposable(i):
                 events.append(f"expose r{i}")
@@ -399,11 +411,6 @@ class World:
                 if i in d.exposures
             ):
                 events.append(f"return r{i}")
-        events += [f"register {d} {p}" for d, p in sorted(self.strange)]
-        events += [f"count {d.name}" for d in self.decodes.values() if d.admitted]
-        for p in self.prefills.values():
-            events += self._sender_events(p) + self._worker_events(p)
-        events += [f"land {w.name}" for w in self.wire]
         return events
 
     def _receiver_busy(self, event: str) -> bool:
@@ -418,7 +425,7 @@ class World:
         if p.making is not None:
             return [f"made {p.name}"]
         if self.config.late_arrival:
-            for i in range(len(self.request)):
+            for i in range(len(self.config.rooms)):
                 if f"r{i} {p.name}" not in self.arrived:
                     events.append(f"arrive r{i} {p.name}")
         for i, n in p.senders.items():
@@ -452,14 +459,28 @@ class World:
         return events
 
     def mishaps(self) -> list[str]:
+        return [
+            *self._on_the_way(),
+            *self._asked_again(),
+            *self._at_prefills(),
+            *self._at_decodes(),
+        ]
+
+    def _on_the_way(self) -> list[str]:
         events = []
         for name, queue in self.channels.items():
             if queue:
                 events += [f"{kind} {name}" for kind in ("lose", "dup") if self.left[kind]]
                 if len(queue) > 1 and queue[0] != queue[1] and self.left["swap"]:
                     events.append(f"swap {name}")
-        if self.left["tick"] and any(d.ledger.holding for d in self.decodes.values()):
-            events.append("tick")
+        return events
+
+    def _asked_again(self) -> list[str]:
+        holding = any(d.ledger.holding for d in self.decodes.values())
+        return ["tick"] if self.left["tick"] and holding else []
+
+    def _at_prefills(self) -> list[str]:
+        events = []
         if self.left["fail"]:
             events += [f"fail {w.name}" for w in self.wire if self._watched(w)]
         for p in self.prefills.values():
@@ -469,6 +490,10 @@ class World:
                 events += [f"abort r{i} {p.name}" for i in p.senders]
             if self.left["drop"]:
                 events += [f"drop r{i} {p.name}" for i in p.senders]
+        return events
+
+    def _at_decodes(self) -> list[str]:
+        events = []
         if self.left["fence"]:
             events += [f"fence {d}" for d in self.decodes]
         if self.left["restart"] and len(self.decodes) == 1:
@@ -631,16 +656,20 @@ class World:
         d = self._decode(name)
         if self.config.stops:
             d.epoch += 1
-            for write in [w for w in self.wire if w.decode == name]:
-                if self._watched(write):
-                    self._fails(write)
-                self.wire = tuple(w for w in self.wire if w.name != write.name)
+            self._cut_off(name)
         for exposure in d.ledger.fence():
             self.say(f"{name}: {exposure.gen} cannot complete")
         for exposure in d.ledger.held:
             self.say(f"{name}: {exposure.gen} {exposure.state.value}")
         for p in self.prefills:
             self._hello(name, p)
+
+    def _cut_off(self, name: str) -> None:
+        """What is posted to this decode rank fails and can no longer land."""
+        for write in [w for w in self.wire if w.decode == name]:
+            if self._watched(write):
+                self._fails(write)
+            self.wire = tuple(w for w in self.wire if w.name != write.name)
 
     # -- messages ---------------------------------------------------------------------
 
@@ -885,9 +914,7 @@ class World:
     def do_land(self, name: str) -> None:
         write = self._find(name)
         self.wire = tuple(w for w in self.wire if w is not write)
-        owner = write.gen
-        if write.decode != STRANGER:
-            owner = self.decodes[write.decode].slots[write.slot] or "nobody"
+        owner = self._owner(write)
         if owner != write.gen:
             raise Violation(f"{name} landed in the slot of {owner}")
         if (
@@ -900,6 +927,12 @@ class World:
         self.say(f"{write.decode}: {slot} written for {write.gen}")
         if self._watched(write):
             self._helper_done(write)
+
+    def _owner(self, write: Write) -> str:
+        """The generation whose slot it is, by now."""
+        if write.decode == STRANGER:
+            return write.gen
+        return self.decodes[write.decode].slots[write.slot] or "nobody"
 
     def do_fail(self, name: str) -> None:
         """The engine reports failure; the bytes stay on the wire."""
@@ -1051,7 +1084,7 @@ class World:
         return "poisoned" if attempt is not None and attempt.poisoned else None
 
     def key(self, met: Met) -> Any:
-        """Equal for worlds that behave alike. Counts of questions do not matter."""
+        """Equal for worlds that behave alike. How often was asked does not matter."""
         for d in self.decodes:
             self.decodes[d] = canonical(self.decodes[d], decode_key, met)
         for p in self.prefills:
@@ -1061,13 +1094,13 @@ class World:
             *self.left.values(),
             *self.channels.values(),
             frozenset(self.wire),
-            *(d.number for d in self.decodes.values()),
-            *(p.number for p in self.prefills.values()),
             self.arrived,
             self.strange,
             self.lost,
             frozenset(self.gens.items()),
             frozenset(self.exposed_in.items()),
+            *(d.number for d in self.decodes.values()),
+            *(p.number for p in self.prefills.values()),
         )
 
 
@@ -1106,6 +1139,7 @@ def exposure_key(e: Exposure) -> Any:
             w.reported,
             w.proof,
             bool(w.stuck),
+            w.proof is None and w.next_ask > 0.0,  # it is not asked before the next tick
         )
         for w in e.writers.values()
     )

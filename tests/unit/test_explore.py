@@ -14,7 +14,7 @@ from sglang_scaling_fixes.reclaim.ledger import (
     PrefillLedger,
     Writer,
 )
-from tests.model.explore import CONTROLS, OPEN, SMALL, explore, story
+from tests.model.explore import CONTROLS, OPEN, SMALL, explore, reached, story
 
 KNOWN = {
     Writer: "rank incarnation hello bound_by disputed sent reported proof stuck asks next_ask",
@@ -65,3 +65,9 @@ def test_known_limits_are_still_limits(name: str) -> None:
     found = explore(OPEN[name])
     print(f"{name}: {found}\n{story(OPEN[name], found.trace)}")
     assert found.violation.startswith("Violation: ")
+
+
+def test_looking_at_the_end_of_a_world_leaves_the_others_alone() -> None:
+    """Worlds share their ranks; one that is settled must not change them."""
+    config = SMALL["unknown peer, stock lags"]
+    assert explore(config).states == len(reached(config, {}))
