@@ -16,7 +16,8 @@ import zmq
 from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.reclaim import fence, messages
 from sglang_scaling_fixes.reclaim.decode import DecodeGuard, OutgoingTap
-from sglang_scaling_fixes.reclaim.ledger import Exposure, Proof
+from sglang_scaling_fixes.reclaim.ledger import Exposure, Proof, State
+from sglang_scaling_fixes.reclaim.pace import UNHEARD
 from sglang_scaling_fixes.reclaim.quarantine import GRACE, IDLE_AFTER
 
 torch = pytest.importorskip("torch")
@@ -39,8 +40,9 @@ class Socket:
 
 
 class Manager(SimpleNamespace):
-    def __init__(self) -> None:
+    def __init__(self, **server_args: Any) -> None:
         super().__init__(
+            server_args=SimpleNamespace(**server_args),
             server_socket=SimpleNamespace(),
             local_ip="192.0.2.2",
             rank_port=1,
@@ -64,12 +66,12 @@ class Manager(SimpleNamespace):
 class Decode:
     """One decode rank with one prefill rank it has registered at."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, **server_args: Any) -> None:
         self.prefill = socket.create_server(("127.0.0.1", 0))
         """Alive: its port is open."""
         self.port = self.prefill.getsockname()[1]
         self.rank = f"127.0.0.1:{self.port}"
-        self.manager = Manager()
+        self.manager = Manager(**server_args)
         self.guard = DecodeGuard(self.manager, config)
         self.tokens = allocators.TokenToKVPoolAllocator(POOL, torch.float32, "cpu", None, False)
         self.aux = utils.ReqToMetadataIdxAllocator(8)
@@ -113,6 +115,13 @@ class Decode:
         self.tokens.free(slots)
         self.aux.free(aux)
         return exposure
+
+    def hears(self, message: messages.Here | messages.Answer) -> None:
+        assert self.guard._read([messages.encode(message)]) is None
+
+    def asks(self) -> int:
+        said = (messages.split(frames)[1] for frames in self.socket.sent)
+        return sum(isinstance(message, messages.Ask) for message in said)
 
     def free(self) -> tuple[int, int]:
         return self.tokens.available_size(), self.aux.available_size()
@@ -166,6 +175,72 @@ def test_a_gone_writers_hold_below_the_bound_ends_when_nothing_flies(fenced: lis
     decode.guard.tick()
     assert len(fenced) == 1 and decode.free() == (POOL - 1, 7)
     assert not decode.guard.refusing
+
+
+def test_a_writer_whose_rank_another_process_serves_is_gone(fenced: list[str]) -> None:
+    """Its port is open: its successor's."""
+    decode = Decode(Config(max_held=1.0))
+    decode.hears(messages.Here(decode.rank, "first", seq=1))
+    decode.give_up(*decode.expose(7, 50), age=IDLE_AFTER + 1)
+    decode.guard.tick()
+    assert not fenced
+    decode.tap.send_multipart([b"None", b"192.0.2.2", b"1", OLD.encode(), b"pointers"])
+    decode.hears(messages.Here(decode.rank, "second", seq=2))
+    decode.guard.tick()
+    assert len(fenced) == 1
+
+
+def test_a_hold_that_may_still_end_by_itself_calls_for_no_fence(fenced: list[str]) -> None:
+    """What is past the bound has its proof, and is back after this tick."""
+    decode = Decode(Config(fence=True))
+    old = decode.give_up(*decode.expose(7, 50))
+    decode.hears(messages.Answer(decode.rank, "process", old.gen, "drained"))
+    decode.give_up(*decode.expose(8, 1), age=0.0)
+    decode.guard.tick()
+    assert not fenced
+    assert decode.free() == (POOL - 1, 7)
+
+
+def test_a_decode_that_cannot_fence_only_refuses(fenced: list[str]) -> None:
+    decode = Decode(Config(fence=True), elastic_ep_backend="mooncake")
+    decode.give_up(*decode.expose(7, 50))
+    decode.guard.tick()
+    assert decode.guard.refusing and not fenced
+    assert "elastic" in str(decode.guard._no_fence)
+
+
+def test_a_success_the_owner_does_not_take_is_given_up() -> None:
+    """Another TP rank has failed: this one's success frees nothing before they agree."""
+    decode = Decode(Config())
+    receiver, slots, aux = decode.expose(7, 50)
+    gen = receiver.sglang_scaling_fixes_exposure.gen
+    mark = messages.encode(messages.Mark(gen, decode.rank))
+    assert decode.guard._read([b"7", b"4", b"0", mark]) is not None
+    decode.manager.request_status[7] = 4
+    exposure = decode.give_up(receiver, slots, aux, age=0.0)
+    assert exposure.state is State.PROVEN
+    assert decode.free() == (POOL - 50, 7)
+    decode.guard.tick()
+    assert decode.free() == (POOL, 8)
+
+
+def test_a_prefill_that_says_nothing_is_asked_rarely_until_it_does() -> None:
+    decode = Decode(Config())
+    decode.hears(messages.Here(decode.rank, "process", seq=1))
+    exposure = decode.give_up(*decode.expose(7, 50), age=0.0)
+
+    def ask_again() -> None:
+        exposure.writers[decode.rank].next_ask = 0.0
+        decode.guard._send_asks()
+
+    for _ in range(UNHEARD + 10):
+        ask_again()
+    assert decode.asks() == UNHEARD
+    report = decode.guard.metrics.report()
+    assert (report["asks"], report["asks_resent"]) == (UNHEARD, UNHEARD - 1)
+    decode.hears(messages.Here(decode.rank, "process"))
+    ask_again()
+    assert decode.asks() == UNHEARD + 1
 
 
 def test_young_holds_do_not_count(fenced: list[str]) -> None:
@@ -254,6 +329,21 @@ def test_a_prefill_that_could_not_be_told_gets_no_destinations(fenced: list[str]
     decode.expose(9, 10, session=NEW)
     told, destinations = (messages.split(frames)[0] for frames in decode.socket.sent[-2:])
     assert told[0] == b"None" and told[3] == destinations[3] == NEW.encode()
+    sent = len(decode.socket.sent)
+    decode.expose(10, 10, session=NEW)
+    assert len(decode.socket.sent) == sent + 1, "once told is enough"
+
+
+def test_stocks_own_registration_tells_as_well(fenced: list[str]) -> None:
+    decode = Decode(Config(fence=True))
+    decode.give_up(*decode.expose(7, 50))
+    decode.socket.full = True
+    decode.guard.tick()
+    decode.socket.full = False
+    decode.tap.send_multipart([b"None", b"192.0.2.2", b"1", NEW.encode(), b"pointers"])
+    sent = len(decode.socket.sent)
+    decode.expose(8, 10, session=NEW)
+    assert len(fenced) == 1 and len(decode.socket.sent) == sent + 1
 
 
 def test_a_success_before_the_fence_is_not_taken_back(fenced: list[str]) -> None:

@@ -96,6 +96,19 @@ def test_a_failure_after_it_is(guard: DecodeGuard) -> None:
     assert guard.poll(Receiver.poll, second) is Poll.FAILED
 
 
+def test_a_failure_that_comes_while_the_poll_looks_is_kept(guard: DecodeGuard) -> None:
+    """Stock read a success of the attempt before; the room has failed since."""
+    second = receiver(guard)
+
+    def stock(receiver: Receiver) -> Poll:
+        receiver.statuses[7] = Poll.FAILED
+        return Poll.SUCCESS
+
+    assert guard.poll(stock, second) is Poll.WAITING
+    assert second.statuses[7] is Poll.FAILED
+    assert guard.poll(Receiver.poll, second) is Poll.FAILED
+
+
 def test_a_prefill_without_safe_reclaim_is_taken_at_its_word_for_this_attempt(
     guard: DecodeGuard,
 ) -> None:

@@ -28,6 +28,8 @@ class Stock:
     disaggregation_transfer_backend: str = "mooncake"
     enable_hisparse: bool = False
     elastic_ep_backend: str | None = None
+    enable_hierarchical_cache: bool = False
+    hicache_storage_backend: str | None = None
     enable_pd_role_switch: bool = False
     disaggregation_decode_allocation_policy: str = "early"
     disaggregation_decode_host_receive_threshold: float = 1.0
@@ -141,9 +143,20 @@ def test_tcp_protocols(
     assert release._protocol(version) == protocol
 
 
-def test_a_fence_that_could_not_fall_is_refused_only_if_asked_for() -> None:
-    shared = args(elastic_ep_backend="mooncake")
-    check(shared)
-    with pytest.raises(ConfigError, match=r"--safe-reclaim-fence.*--elastic-ep-backend mooncake"):
-        check(shared, fence_asked=True)
+@pytest.mark.parametrize(
+    ("shared", "named"),
+    [
+        ({"elastic_ep_backend": "mooncake"}, "--elastic-ep-backend mooncake"),
+        (
+            {"enable_hierarchical_cache": True, "hicache_storage_backend": "mooncake"},
+            "--hicache-storage-backend mooncake",
+        ),
+    ],
+)
+def test_a_fence_that_could_not_fall_is_refused_only_if_asked_for(
+    shared: dict[str, Any], named: str
+) -> None:
+    check(args(**shared))
+    with pytest.raises(ConfigError, match=rf"--safe-reclaim-fence.*{named}"):
+        check(args(**shared), fence_asked=True)
     check(args(), fence_asked=True)

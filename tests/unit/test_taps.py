@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -63,9 +64,10 @@ class Queue(deque):  # type: ignore[type-arg]
 
 
 @pytest.fixture
-def books() -> Books:
+def books() -> Iterator[Books]:
     IN_HAND.attempt = None
-    return Books()
+    yield Books()
+    IN_HAND.attempt = None  # this thread's, in which the next test may work
 
 
 def chunk(room: int) -> Any:
