@@ -20,7 +20,7 @@ _CONNECT_WAIT = 1.0
 
 
 class Liveness:
-    """Ranks that were found gone. Looks happen on a thread of their own, one at a time."""
+    """Ranks that were gone at the last look; looks have a thread of their own, one at a time."""
 
     def __init__(self) -> None:
         self._gone: set[Rank] = set()
@@ -39,23 +39,23 @@ class Liveness:
     def gone(self, rank: Rank) -> bool:
         return rank in self._gone
 
-    def back(self, rank: Rank) -> None:
-        """Somebody serves `rank` again; its predecessor stays gone, and is not asked about."""
-        self._gone.discard(rank)
-
     def _look(self, ranks: list[Rank]) -> None:
         for rank in ranks:
-            if refused(rank):
-                self._gone.add(rank)
+            served = serves(rank)
+            if served is None:
+                continue
+            # Who serves the port of a rank that was gone is its successor, and not gone: what
+            # the predecessor has left open is told by the successor's incarnation.
+            (self._gone.discard if served else self._gone.add)(rank)
 
 
-def refused(rank: Rank) -> bool:
-    """True when the host of `rank` (`"ip:port"`) is there and nobody listens at the port."""
+def serves(rank: Rank) -> bool | None:
+    """Does a process listen at `rank` (`"ip:port"`)?  None: its host gives no answer."""
     host, _, port = rank.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), _CONNECT_WAIT).close()
     except ConnectionRefusedError:
-        return True
-    except (OSError, ValueError):
         return False
-    return False
+    except (OSError, ValueError):
+        return None
+    return True
