@@ -15,6 +15,7 @@ from sglang_scaling_fixes.lab.errors import LabError
 from sglang_scaling_fixes.lab.scenarios import SCENARIOS
 
 SOAK_RELEASE = "0.5.23"
+SERVE_MODELS = ("tiny-glm-5.1",)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -83,6 +84,23 @@ def _parser() -> argparse.ArgumentParser:
     reclaim.add_argument("--json", action="store_true", help="print the result as JSON")
     reclaim.add_argument("--output", type=Path, metavar="FILE", help="also write the JSON to FILE")
     reclaim.set_defaults(run=_reclaim)
+
+    serve = labs.add_parser("serve", help="the tiny GLM-5.1 on this CPU; until Ctrl-C")
+    serve.add_argument("--model", choices=SERVE_MODELS, default=SERVE_MODELS[0])
+    serve.add_argument("--pd", action="store_true", help="a prefill and a decode server")
+    serve.add_argument("--hicache", action="store_true", help="a host tier for prefixes")
+    serve.add_argument("--spec", action="store_true", help="speculative decoding, its MTP layer")
+    serve.add_argument(
+        "--cp", type=int, choices=(1, 2, 4), default=1, help="ranks that share a prefill (1)"
+    )
+    serve.add_argument(
+        "--layer-split", action="store_true", help="each rank keeps some layers (--pd --cp)"
+    )
+    serve.add_argument("--once", action="store_true", help="ask one request, print it as JSON, end")
+    serve.add_argument(
+        "flags", nargs="*", metavar="-- FLAG", help="for SGLang, for example -- --plugin"
+    )
+    serve.set_defaults(run=_serve)
 
     soak = labs.add_parser("soak", help="random load, aborts, kills and stalls; is all right?")
     soak.add_argument("--release", default=SOAK_RELEASE, metavar="RELEASE")
@@ -165,6 +183,26 @@ def _reclaim(args: argparse.Namespace) -> int:
     )
     _show(args, result, reclaim_table)
     return 0 if reclaim.intact(result["fixed"]) else 1
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from sglang_scaling_fixes.lab import serve
+
+    options = serve.Options(
+        pd=args.pd,
+        hicache=args.hicache,
+        spec=args.spec,
+        cp=args.cp,
+        layer_split=args.layer_split,
+        flags=tuple(args.flags),
+    )
+    try:
+        answer = serve.run(options, progress=_say, once=args.once)
+    except KeyboardInterrupt:
+        _say("lab: servers ended")
+        return 0
+    print(json.dumps(answer, indent=2))
+    return 0
 
 
 def _soak(args: argparse.Namespace) -> int:

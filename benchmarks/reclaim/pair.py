@@ -38,7 +38,7 @@ class Bench:
 
     def __init__(self, release: str, folder: Path, progress: Progress) -> None:
         self.environment: Environment = install(release, progress)
-        self.checkpoint = lab_model.checkpoint(self.environment)
+        self.checkpoint = lab_model.llama(self.environment)
         self.folder = folder
         self.progress = progress
 

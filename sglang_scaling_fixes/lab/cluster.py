@@ -22,28 +22,25 @@ from sglang_scaling_fixes.lab.client import Answer, Call, call
 from sglang_scaling_fixes.lab.errors import LabError
 from sglang_scaling_fixes.lab.install import Environment
 from sglang_scaling_fixes.lab.link import Link, Place
+from sglang_scaling_fixes.lab.model import Model
 from sglang_scaling_fixes.lab.observations import Observations
 from sglang_scaling_fixes.lab.process import Guarded
 from sglang_scaling_fixes.lab.runtime import OBSERVE, cpu_env
 from sglang_scaling_fixes.lab.standins import gpu
 
-Role = Literal["prefill", "decode"]
+Role = Literal["prefill", "decode", "alone"]
 
 READY_S = 300.0
 ANSWER_S = 180.0
 _OBSERVED = "observations.jsonl"
-_MODEL_MODULES = ("llama", "registry", "utils")
 
 COMMON_FLAGS = (
     "--device", "cpu",
-    "--attention-backend", "torch_native",
     "--dtype", "float32",
     "--skip-tokenizer-init",
     "--skip-server-warmup",
     "--disable-overlap-schedule",
-    "--disable-radix-cache",
     "--random-seed", "1",
-    "--disaggregation-transfer-backend", "mooncake",
 )  # fmt: skip
 
 
@@ -53,7 +50,7 @@ class Server:
     def __init__(
         self,
         environment: Environment,
-        model: Path,
+        model: Model,
         name: str,
         role: Role,
         *,
@@ -69,16 +66,25 @@ class Server:
         self.client = client
         self.port, self.bootstrap_port = place.free_ports(2)
         self._environment = environment
+        self._model = model
         self._env = dict(env or {})
         self._log = run_dir / f"{name}.log"
         self._command = [
             str(environment.python), "-m", "sglang.launch_server",
-            "--model-path", str(model), "--host", place.address, "--port", str(self.port),
-            "--disaggregation-mode", role,
-            "--disaggregation-bootstrap-port", str(self.bootstrap_port),
-            *COMMON_FLAGS, *_release_flags(environment, role), *flags,
+            "--model-path", str(model.folder), "--host", place.address, "--port", str(self.port),
+            *COMMON_FLAGS, *model.flags, *self._role_flags(), *flags,
         ]  # fmt: skip
         self._start()
+
+    def _role_flags(self) -> list[str]:
+        if self.role == "alone":
+            return []
+        return [
+            "--disaggregation-mode", self.role,
+            "--disaggregation-bootstrap-port", str(self.bootstrap_port),
+            "--disaggregation-transfer-backend", "mooncake",
+            *_release_flags(self._environment, self.role),
+        ]  # fmt: skip
 
     def _start(self) -> None:
         self._started = time.monotonic()
@@ -89,7 +95,7 @@ class Server:
         self.process = Guarded(
             self._command,
             log=self._log,
-            env=_server_env(self._environment, self.place, scratch, self._env),
+            env=_server_env(self._environment, self._model, self.place, scratch, self._env),
             guard_options=options,
         )
 
@@ -233,7 +239,7 @@ class Cluster:
     def __init__(
         self,
         environment: Environment,
-        model: Path,
+        model: Model,
         way: Link,
         run_dir: Path,
         *,
@@ -371,7 +377,7 @@ def _release_flags(environment: Environment, role: Role) -> list[str]:
 
 
 def _server_env(
-    environment: Environment, place: Place, scratch: str, extra: Mapping[str, str]
+    environment: Environment, model: Model, place: Place, scratch: str, extra: Mapping[str, str]
 ) -> dict[str, str]:
     return cpu_env(
         {
@@ -379,7 +385,8 @@ def _server_env(
             "TMPDIR": scratch,
             "SGLANG_HOST_IP": place.address,
             "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "false",
-            "SGLANG_DISABLED_MODEL_ARCHS": ",".join(environment.models_other_than(_MODEL_MODULES)),
+            "SGLANG_DISABLED_MODEL_ARCHS": ",".join(environment.models_other_than(model.modules)),
+            **model.env,
             **extra,
         }
     )

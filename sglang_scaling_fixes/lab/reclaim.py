@@ -51,7 +51,7 @@ def run(
         raise LabError("stock_only and fixed_only exclude each other")
     began = time.monotonic()
     environment = install(release, progress)
-    checkpoint = lab_model.checkpoint(environment)
+    checkpoint = lab_model.llama(environment)
     run_dir = new_run_dir(release, plan.name)
     result: dict[str, Any] = {
         "release": release,

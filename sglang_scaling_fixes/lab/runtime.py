@@ -9,6 +9,9 @@ from pathlib import Path
 STANDINS = "SGLANG_SCALING_FIXES_LAB"
 OBSERVE = "SGLANG_SCALING_FIXES_LAB_OBSERVE"
 LOSE = "SGLANG_SCALING_FIXES_LAB_LOSE"
+DSA = "SGLANG_SCALING_FIXES_LAB_DSA"
+FORGET = "SGLANG_SCALING_FIXES_LAB_FORGET"
+CORRUPT = "SGLANG_SCALING_FIXES_LAB_CORRUPT"
 
 _SITE = Path(__file__).parent / "site"
 # Proxies: lab servers only talk to each other.  Bytecode: without it each of a

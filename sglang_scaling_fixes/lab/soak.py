@@ -62,7 +62,7 @@ def run(
         )
     began = time.monotonic()
     environment = install(release, progress)
-    checkpoint = lab_model.checkpoint(environment)
+    checkpoint = lab_model.llama(environment)
     run_dir = new_run_dir(release, "soak-stock" if stock else "soak")
     with link(RATE_MBIT, run_dir) as way:
         progress(f"starting 2 prefill servers and 1 decode server ({way.reason})")

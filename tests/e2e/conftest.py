@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from sglang_scaling_fixes.lab import install
@@ -25,5 +23,5 @@ def new() -> install.Environment:
 
 
 @pytest.fixture(scope="session")
-def checkpoint(new: install.Environment) -> Path:
-    return lab_model.checkpoint(new)
+def checkpoint(new: install.Environment) -> lab_model.Model:
+    return lab_model.llama(new)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import subprocess
-from pathlib import Path
 
 import pytest
 
 from sglang_scaling_fixes.lab.install import Environment
+from sglang_scaling_fixes.lab.model import Model
 from sglang_scaling_fixes.lab.runtime import cpu_env
 
 
@@ -23,8 +23,15 @@ def launch(environment: Environment, *argv: str, **env: str) -> subprocess.Compl
     )
 
 
-def server(checkpoint: Path, *argv: str) -> list[str]:
-    return ["--model-path", str(checkpoint), "--device", "cpu", "--skip-tokenizer-init", *argv]
+def server(checkpoint: Model, *argv: str) -> list[str]:
+    return [
+        "--model-path",
+        str(checkpoint.folder),
+        "--device",
+        "cpu",
+        "--skip-tokenizer-init",
+        *argv,
+    ]
 
 
 def test_help_shows_our_flags(old: Environment) -> None:
@@ -54,7 +61,11 @@ PD = ("--disaggregation-mode", "decode", "--disaggregation-transfer-backend")
     ids=["unknown-fix", "not-built", "bad-setting", "backend", "tcp-v1", "plugin-excluded"],
 )
 def test_bad_input_is_one_line_and_no_start(
-    old: Environment, checkpoint: Path, argv: tuple[str, ...], env: dict[str, str], words: list[str]
+    old: Environment,
+    checkpoint: Model,
+    argv: tuple[str, ...],
+    env: dict[str, str],
+    words: list[str],
 ) -> None:
     done = launch(old, *server(checkpoint, *argv), **env)
     assert done.returncode != 0

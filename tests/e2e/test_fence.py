@@ -16,6 +16,7 @@ import pytest
 from sglang_scaling_fixes.lab.cluster import Cluster
 from sglang_scaling_fixes.lab.install import Environment
 from sglang_scaling_fixes.lab.link import link
+from sglang_scaling_fixes.lab.model import Model
 from sglang_scaling_fixes.reclaim.quarantine import RETRY_AFTER
 from sglang_scaling_fixes.reclaim.retry_after import REFUSAL
 
@@ -25,7 +26,7 @@ FLAGS = ("--plugin", "--safe-reclaim-audit", "--enable-metrics")
 
 
 @pytest.fixture
-def cluster(new: Environment, checkpoint: Path, tmp_path: Path) -> Iterator[Cluster]:
+def cluster(new: Environment, checkpoint: Model, tmp_path: Path) -> Iterator[Cluster]:
     with (
         link(0, tmp_path, shaped=False) as way,
         Cluster(new, checkpoint, way, tmp_path, extra_flags=FLAGS) as cluster,

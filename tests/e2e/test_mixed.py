@@ -7,7 +7,6 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ import pytest
 from sglang_scaling_fixes.lab.cluster import Cluster, Server
 from sglang_scaling_fixes.lab.install import Environment
 from sglang_scaling_fixes.lab.link import link
+from sglang_scaling_fixes.lab.model import Model
 
 from .servers import prompt, report, wait_for
 
@@ -28,7 +28,7 @@ class Mixed(Cluster):
 
 
 @pytest.fixture(scope="module")
-def cluster(old: Environment, checkpoint: Path, tmp_path_factory: Any) -> Iterator[Cluster]:
+def cluster(old: Environment, checkpoint: Model, tmp_path_factory: Any) -> Iterator[Cluster]:
     run_dir = tmp_path_factory.mktemp("mixed")
     with (
         link(0, run_dir, shaped=False) as way,

@@ -14,6 +14,7 @@ import pytest
 from sglang_scaling_fixes.lab.cluster import Cluster
 from sglang_scaling_fixes.lab.install import Environment
 from sglang_scaling_fixes.lab.link import link
+from sglang_scaling_fixes.lab.model import Model
 
 AUDIT = ("--plugin", "--safe-reclaim-audit")
 SHAPE = ("--chunked-prefill-size", "128", "--page-size", "16")
@@ -27,7 +28,7 @@ def prompts() -> list[list[int]]:
 
 
 def run_pair(
-    environment: Environment, checkpoint: Path, run_dir: Path, flags: tuple[str, ...]
+    environment: Environment, checkpoint: Model, run_dir: Path, flags: tuple[str, ...]
 ) -> dict[str, Any]:
     """All prompts at once through one pair, and what the servers say of themselves."""
     with (
@@ -76,12 +77,12 @@ def alive(pid: int) -> bool:
 
 
 @pytest.fixture(scope="module")
-def stock(new: Environment, checkpoint: Path, tmp_path_factory: Any) -> dict[str, Any]:
+def stock(new: Environment, checkpoint: Model, tmp_path_factory: Any) -> dict[str, Any]:
     return run_pair(new, checkpoint, tmp_path_factory.mktemp("stock"), ())
 
 
 @pytest.fixture(scope="module")
-def armed(new: Environment, checkpoint: Path, tmp_path_factory: Any) -> dict[str, Any]:
+def armed(new: Environment, checkpoint: Model, tmp_path_factory: Any) -> dict[str, Any]:
     return run_pair(new, checkpoint, tmp_path_factory.mktemp("armed"), AUDIT)
 
 

@@ -21,6 +21,7 @@ import pytest
 from sglang_scaling_fixes.lab.cluster import Cluster, Pending, Server
 from sglang_scaling_fixes.lab.install import Environment
 from sglang_scaling_fixes.lab.link import link
+from sglang_scaling_fixes.lab.model import Model
 
 from .servers import prompt, report, wait_for
 
@@ -60,7 +61,7 @@ def switch(tmp_path_factory: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def cluster(
-    old: Environment, checkpoint: Path, switch: Path, tmp_path_factory: Any
+    old: Environment, checkpoint: Model, switch: Path, tmp_path_factory: Any
 ) -> Iterator[Cluster]:
     """The release whose own code holds nothing, so that every hold seen is ours."""
     run_dir, hook = tmp_path_factory.mktemp("tp"), tmp_path_factory.mktemp("hook")

@@ -97,3 +97,15 @@ def test_doctor_fails_unless_all_asked_for_is_in_force(
     assert "* safe-reclaim" in text and "not installed" in text
     assert cli.main(["doctor", "--json"]) == status
     assert json.loads(capsys.readouterr().out) == found
+
+
+def test_serve_passes_on_what_stands_behind_the_dashes() -> None:
+    args = cli._parser().parse_args(["lab", "serve", "--pd", "--once", "--", "--plugin", "--x=1"])
+    assert args.flags == ["--plugin", "--x=1"]
+    assert (args.pd, args.hicache, args.spec, args.once) == (True, False, False, True)
+
+
+def test_serve_names_the_models_it_knows(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["lab", "serve", "--model", "glm-5.1"])
+    assert "choose from tiny-glm-5.1" in capsys.readouterr().err.replace("'", "")

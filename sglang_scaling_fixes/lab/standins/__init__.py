@@ -11,7 +11,17 @@ import gc
 import os
 
 from sglang_scaling_fixes.lab.runtime import OBSERVE
-from sglang_scaling_fixes.lab.standins import cuda, gpu, hidden, hooks, kernels, lossy
+from sglang_scaling_fixes.lab.standins import (
+    context_parallel,
+    cuda,
+    dsa,
+    forgetful,
+    gpu,
+    hidden,
+    hooks,
+    kernels,
+    lossy,
+)
 
 _GC_THRESHOLD = (200_000, 20, 20)  # an eighth of a server's start-up is collecting imports
 
@@ -23,6 +33,9 @@ def install() -> None:
     hidden.install()
     kernels.install()
     hooks.after_import("torch", cuda.patch_torch)
+    dsa.install()
+    context_parallel.install()
+    forgetful.install()
     path = os.environ.get(OBSERVE)
     if path:
         from sglang_scaling_fixes.lab import observer

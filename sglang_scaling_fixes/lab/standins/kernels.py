@@ -1,4 +1,4 @@
-"""An `sgl_kernel` whose every name exists and raises when called.
+"""An `sgl_kernel` whose every name exists and, but for speculation.py's, raises when called.
 
 The real package loads CUDA code on import.  On the path the lab runs, SGLang only
 imports names from it; a name that is called after all says so.
@@ -12,6 +12,8 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 from typing import NoReturn
+
+from sglang_scaling_fixes.lab.standins import speculation
 
 _PACKAGE = "sgl_kernel"
 
@@ -32,9 +34,11 @@ class _Absent:
 
 
 class _Module(ModuleType):
-    def __getattr__(self, name: str) -> _Absent:
+    def __getattr__(self, name: str) -> object:
         if name.startswith("__"):
             raise AttributeError(name)
+        if name in speculation.FUNCTIONS:
+            return speculation.FUNCTIONS[name]
         return _Absent(f"{self.__name__}.{name}")
 
 
