@@ -108,10 +108,10 @@ def table(curves: dict[str, list[Curve]]) -> str:
     ]
     for name, runs in curves.items():
         before, after = (
-            statistics.median(run.accept_length(*span) for run in runs)
+            statistics.mean(run.accept_length(*span) for run in runs)
             for span in ((1, AFTER), (AFTER, AFTER + 100))
         )
-        rate = statistics.median(run.accept_rate(AFTER, AFTER + 100) for run in runs)
+        rate = statistics.mean(run.accept_rate(AFTER, AFTER + 100) for run in runs)
         changed = statistics.mean(
             sum(a != b for a, b in zip(run.ids, base.ids, strict=True)) / TOKENS
             for run, base in zip(runs, clean, strict=True)
@@ -121,7 +121,7 @@ def table(curves: dict[str, list[Curve]]) -> str:
 
 
 def figure(curves: dict[str, list[Curve]]) -> str:
-    """An SVG of the median accept length per window, clean beside all of the context gone."""
+    """An SVG of the mean accept length per window, clean beside all of the context gone."""
     shown = {"clean": "#1b7837", **{f"{kind}, 100%": colour for kind, colour in
              zip(KINDS, ("#762a83", "#d6604d", "#4393c3"), strict=True)}}  # fmt: skip
     width, height, left, top = 640, 300, 50, 20
@@ -135,22 +135,21 @@ def figure(curves: dict[str, list[Curve]]) -> str:
         ' font-family="sans-serif" font-size="12">',
         f'<rect width="{width}" height="{height}" fill="white"/>',
     ]
-    for length in (1.0, 1.4, 2.0, 3.0, 4.0):
+    for length in (1.0, 2.0, 3.0, 4.0):
         (x, y), (far, _) = (place(t, length).split(",") for t in (0, TOKENS))
-        dash = ' stroke-dasharray="4 3"' if length == 1.4 else ""
-        parts.append(f'<line x1="{x}" y1="{y}" x2="{far}" y2="{y}" stroke="#bbb"{dash}/>')
+        parts.append(f'<line x1="{x}" y1="{y}" x2="{far}" y2="{y}" stroke="#bbb"/>')
         parts.append(text(left - 8, float(y) + 4, f"{length:g}", 'text-anchor="end"'))
     x, low = place(AFTER, 1).split(",")
     parts.append(f'<line x1="{x}" y1="{top}" x2="{x}" y2="{low}" stroke="#888"/>')
     parts.append(text(float(x) + 4, top + 10, "overwritten"))
     ends = range(WINDOW + 1, TOKENS + 1, WINDOW // 2)
     for row, (name, colour) in enumerate(shown.items()):
-        medians = [
-            statistics.median(run.accept_length(end - WINDOW, end) for run in curves[name])
+        means = [
+            statistics.mean(run.accept_length(end - WINDOW, end) for run in curves[name])
             for end in ends
         ]
         points = " ".join(
-            place(end - WINDOW / 2, length) for end, length in zip(ends, medians, strict=True)
+            place(end - WINDOW / 2, length) for end, length in zip(ends, means, strict=True)
         )
         line = f'fill="none" stroke="{colour}" stroke-width="2"'
         parts.append(f'<polyline {line} points="{points}"/>')

@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from benchmarks.reclaim import holds, interleaved, ledger, pair, report, throughput
+from benchmarks.reclaim import holds, interleaved, ledger, pair, report, share, throughput
 from benchmarks.reclaim.load import Shape
 from sglang_scaling_fixes.errors import ScalingFixesError
 from sglang_scaling_fixes.lab.errors import LabError
@@ -62,6 +62,13 @@ def _parser() -> argparse.ArgumentParser:
     close.add_argument("--control", action="store_true", help="stock against stock")
     close.set_defaults(run=_interleaved, abort_share=0.0, abort_within=0.0)
 
+    share = commands.add_parser(
+        "share", parents=[load], help="of an armed pair's CPU time, in the plugin; by sampling"
+    )
+    share.add_argument("--seconds", type=int, default=60, help="of load (default 60)")
+    share.add_argument("--requests", type=int, default=150, help="in each burst (default 150)")
+    share.set_defaults(run=_share, abort_share=0.0, abort_within=0.0)
+
     hold = commands.add_parser(
         "holds", parents=[common], help="hold time beside the remaining write; root"
     )
@@ -104,6 +111,13 @@ def _interleaved(args: argparse.Namespace) -> int:
     report.save(_path(args), args.release, part, result)
     print(report.interleaved_table(result))
     return 1 if throughput.wrong(result) else 0
+
+
+def _share(args: argparse.Namespace) -> int:
+    result = share.measure(args.release, _shape(args), args.seconds, _say)
+    report.save(_path(args), args.release, "share", result)
+    print(report.share_line(result))
+    return 0
 
 
 def _holds(args: argparse.Namespace) -> int:

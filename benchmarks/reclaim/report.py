@@ -60,6 +60,13 @@ def throughput_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def share_line(result: dict[str, Any]) -> str:
+    return (
+        f"{100 * result['share']:.2f}% of both servers' CPU time is the plugin's"
+        f" ({result['ours']} of {result['samples']} samples in {result['seconds']} s of load)"
+    )
+
+
 def interleaved_table(result: dict[str, Any]) -> str:
     """One row per session, then the comparison over all bursts."""
     rows: list[tuple[str, ...]] = [("session", "stock requests/s", "fixed requests/s", "ratio")]

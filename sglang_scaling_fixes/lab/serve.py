@@ -73,7 +73,12 @@ class Options:
         if self.layer_split and not (self.pd and self.cp > 1):
             raise LabError(
                 "--layer-split splits the layers of a prefill server over its ranks:"
-                " add --pd and --cp 2 (or 4)"
+                " add --pd and --cp 2"
+            )
+        if self.layer_split and self.cp > weights.LAYERS:
+            raise LabError(
+                f"--layer-split --cp {self.cp}: the model has {weights.LAYERS} layers, so that a"
+                " rank would have none; use --cp 2"
             )
 
 
@@ -133,6 +138,9 @@ class Served:
 def serving(options: Options, environment: Environment, run_dir: Path) -> Iterator[Served]:
     """The servers of `options`, ready; they end with the block."""
     options.check()
+    found = gpu.present()
+    if found is not None:
+        raise LabError(f"the lab fakes a CPU-only SGLang and never runs beside a GPU ({found})")
     model = lab_model.tiny_glm(environment)
     if options.pd:
         with (
@@ -151,9 +159,6 @@ def serving(options: Options, environment: Environment, run_dir: Path) -> Iterat
         ):
             yield Served(model.name, (cluster.decode, cluster.fast), cluster)
         return
-    found = gpu.present()
-    if found is not None:
-        raise LabError(f"the lab fakes a CPU-only SGLang and never runs beside a GPU ({found})")
     run_dir.mkdir(parents=True, exist_ok=True)
     server = Server(
         environment,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.reclaim import __main__ as command
-from benchmarks.reclaim import figures, pair, report
+from benchmarks.reclaim import figures, pair, report, share
 from benchmarks.reclaim.load import Answers, Burst, Reply, Request, Shape, schedule
 
 
@@ -84,3 +84,20 @@ def test_settings_in_the_environment_are_refused() -> None:
     with pytest.raises(Exception, match="SGLANG_SCALING_FIXES_PLUGIN"):
         pair.refuse_settings({"SGLANG_SCALING_FIXES_PLUGIN": "default"})
     pair.refuse_settings({"SGLANG_SCALING_FIXES_LAB_HOME": "anywhere"})
+
+
+def test_a_sample_belongs_to_the_innermost_of_plugin_and_sglang() -> None:
+    loop = "loop (/env/site-packages/sglang/srt/managers/scheduler.py:1)"
+    tick = f"tick ({share._OURS}reclaim/decode.py:1)"
+    stock = "poll (/env/site-packages/sglang/srt/disaggregation/mooncake/conn.py:1)"
+    send = "send_multipart (/env/site-packages/zmq/sugar/socket.py:1)"
+    stand_in = f"write ({share._OURS}lab/standins/dsa.py:1)"
+    stacks = [
+        f"{loop};{tick} 3",
+        f"{loop};{tick};{send} 2",
+        f"{loop};{tick};{stock} 10",
+        f"{loop};{stock};{send} 10",
+        f"{loop};{stand_in} 10",
+        f"{send} 1",
+    ]
+    assert share.count(stacks) == {"ours": 5, "sglang": 30, "other": 1}

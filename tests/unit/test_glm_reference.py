@@ -11,7 +11,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from sglang_scaling_fixes.lab.glm import reference, weights  # noqa: E402
-from sglang_scaling_fixes.lab.glm.dense import DenseGLM  # noqa: E402
+from sglang_scaling_fixes.lab.glm.dense import TOLERANCE, DenseGLM  # noqa: E402
+from sglang_scaling_fixes.lab.serve import prompt  # noqa: E402
 
 PAGE = 64
 LENGTH = 200  # more than the indexer's top-k of 64
@@ -114,6 +115,43 @@ def test_sparsity_selects(folder: Path) -> None:
     sparse, full = DenseGLM(folder).logits(ids()), DenseGLM(folder, topk=None).logits(ids())
     assert torch.allclose(sparse[: weights.INDEX_TOPK], full[: weights.INDEX_TOPK], atol=1e-4)
     assert (sparse[weights.INDEX_TOPK :] - full[weights.INDEX_TOPK :]).abs().max() > 0.1
+
+
+def surprise(model: DenseGLM, asked: list[int]) -> Any:
+    """Log-probabilities of the 24 tokens that the whole model says next."""
+    logits = model.logits(asked)[len(asked) - 25 : -1]
+    return logits.log_softmax(-1).gather(1, torch.tensor(asked[-24:])[:, None])
+
+
+@pytest.mark.parametrize("left_out", ["selection", "experts", "layer", "indexer gates"])
+def test_what_end_to_end_tests_compare_shows_every_part(folder: Path, left_out: str) -> None:
+    whole, partial = DenseGLM(folder), DenseGLM(folder)
+    if left_out == "selection":
+        partial.topk = None
+    if left_out == "layer":
+        partial.config["num_hidden_layers"] -= 1
+
+    def changed(name: str, weight: Any) -> Any:
+        if left_out == "experts" and ".experts." in name and "down_proj" in name:
+            return torch.zeros_like(weight)
+        if left_out == "indexer gates" and "weights_proj" in name:
+            return weight.flip(0)
+        return weight
+
+    partial.weights = {name: changed(name, w) for name, w in partial.weights.items()}
+    off = []
+    for asked in (prompt(240, seed=1), prompt(90, seed=2)):
+        said = [*asked, *whole.greedy(asked, 24)]
+        off.append((surprise(partial, said) - surprise(whole, said)).abs().max())
+    assert max(off) > TOLERANCE
+
+
+def test_the_draft_is_right_nine_times_in_ten(folder: Path) -> None:
+    model, asked = DenseGLM(folder), ids(300, seed=11)
+    said = model.logits(asked).argmax(-1)[1:]
+    drafted = model.draft_logits(asked).argmax(-1)
+    share = (said == drafted)[230:].float().mean()  # where the prompt repeats itself
+    assert 0.8 < share < 1
 
 
 def test_the_model_copies_from_its_context(folder: Path) -> None:

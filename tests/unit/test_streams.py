@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -86,3 +88,35 @@ def test_wait_stream_and_nesting() -> None:
     assert not second.record_event().query()
     gate.set()
     second.synchronize()
+
+
+def test_a_stream_without_work_is_done() -> None:
+    stream, gate = held_back()
+    assert not stream.query()
+    gate.set()
+    streams.synchronize()
+    assert streams.Stream().query()
+    assert streams.current_stream().query()
+
+
+def test_the_device_waits_for_every_stream() -> None:
+    (first, gate), target = held_back(), torch.zeros(4)
+    copy_on(first, torch.ones(4), target)
+    threading.Timer(0.05, gate.set).start()
+    streams.synchronize()
+    assert target.sum() == 4
+
+
+def test_a_failed_copy_ends_the_process() -> None:
+    script = (
+        "import torch; from sglang_scaling_fixes.lab.standins import streams\n"
+        "rows = torch.tensor([9])\n"
+        "with streams.Stream():\n"
+        "    streams.transfer_kv_direct([torch.ones(4)], [torch.ones(4)], rows, rows, 1)\n"
+        "    event = streams.current_stream().record_event()\n"
+        "event.synchronize()\n"
+    )
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert b"IndexError" in done.stderr

@@ -2,9 +2,10 @@
 
 The request asks for it by its id, `corrupt:KIND:SHARE:AFTER:anything`: once AFTER tokens
 have been generated, the first SHARE (0 to 1) of its context's latent KV is overwritten, in all
-layers of the target model. The draft keeps its own. KIND says with what: `noise`, Gaussian of
-each row's own size; `zero`; `mixed`, the same rows in another order, as if pages had
-been exchanged. Loaded only where SGLANG_SCALING_FIXES_LAB_CORRUPT=1.
+layers of the target model; the draft keeps its own. A prefix that the radix tree shares is
+overwritten for all who share it, now and later. An id counts once. KIND says with what: `noise`,
+Gaussian of each row's own size; `zero`; `mixed`, the same rows in another order, as if
+pages had been exchanged. Loaded only where SGLANG_SCALING_FIXES_LAB_CORRUPT=1.
 """
 
 from __future__ import annotations
@@ -42,15 +43,28 @@ class Corruptor:
             return
         request = self._requests.get(rid)
         if request is None:
-            _, kind, share, after, *_ = rid.split(":")
-            if kind not in KINDS:
-                raise ValueError(f"request id {rid!r}: the kind is one of {', '.join(KINDS)}")
-            request = _Request(kind, float(share), len(slots) + int(after))
+            kind, share, after = parse(rid)
+            request = _Request(kind, share, len(slots) + after)
             self._requests[rid] = request
         if not request.done and len(slots) >= request.due:
             request.done = True
             for buffer in pool.kv_buffer:
                 _overwrite(buffer, slots[: int(len(slots) * request.share)], request.kind)
+
+
+def parse(rid: str) -> tuple[str, float, int]:
+    """KIND, SHARE and AFTER of a request's id; ValueError says what an id must look like."""
+    _, *words = rid.split(":")
+    try:
+        kind, share, after = words[0], float(words[1]), int(words[2])
+    except (IndexError, ValueError):
+        kind, share, after = "", 0.0, 0
+    if kind not in KINDS or not 0 <= share <= 1 or after < 0:
+        raise ValueError(
+            f"request id {rid!r} does not say what to corrupt: corrupt:KIND:SHARE:AFTER with KIND"
+            f" one of {', '.join(KINDS)}, SHARE from 0 to 1, AFTER in tokens"
+        )
+    return kind, share, after
 
 
 def _overwrite(buffer: Tensor, slots: Tensor, kind: str) -> None:

@@ -18,7 +18,10 @@ INDEX_WAIT = "index-k-wait"
 
 
 def install() -> None:
-    if os.environ.get(FORGET) == INDEX_WAIT:
+    asked = os.environ.get(FORGET)
+    if asked and asked != INDEX_WAIT:
+        raise SystemExit(f"{FORGET}={asked!r}: the lab can forget {INDEX_WAIT!r} only")
+    if asked:
         hooks.after_import("sglang.srt.mem_cache.index_key_cache", _read_at_once)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-_FULL_MASK, _QLEN_ONLY = 0, 1
+_QLEN_ONLY = 1  # the tree mask mode stock chooses on a CPU
 
 
 def assign_req_to_token_pool_cpu(
@@ -87,22 +87,19 @@ def build_tree_kernel_efficient_cpu(
     mode: int,
 ) -> None:
     """Draft trees as links (first child, next sibling), positions and an ancestor mask."""
-    if int(mode) not in (_FULL_MASK, _QLEN_ONLY):
+    if int(mode) != _QLEN_ONLY:
         raise NotImplementedError(f"tree mask mode {mode} has no CPU stand-in in the lab")
-    at = 0
     for b, length in enumerate(lengths.tolist()):
         parents = _parents(selected[b].tolist(), parent_list[b].tolist(), topk, draft)
-        width = draft if int(mode) == _QLEN_ONLY else length + draft
-        rows = mask.view(-1)[at : at + draft * width].view(draft, width)
-        at += draft * width
-        rows[:, width - draft :] = False
+        rows = mask.view(-1, draft, draft)[b]
+        rows[:] = False
         first_child = [-1] * draft
         sibling = [-1] * draft
         depth = [0] * draft
         for i in range(draft):
             node: int | None = i
             while node is not None:
-                rows[i, width - draft + node] = True
+                rows[i, node] = True
                 node = parents[node]
                 depth[i] += node is not None
         for i in range(draft - 1, 0, -1):

@@ -3,15 +3,19 @@
 For HiCache, whose hazards are about order between streams: a copy that is queued on a
 stream happens later, when that stream's thread comes to it, and whoever does not wait
 reads what was there before. Operations without a stand-in run at once, on the default
-stream, whose time is the calling thread's.
+stream, whose time is the calling thread's. So is the stream that a whole scheduler runs under
+(`StreamContext`, left as it is): the forward pass is never the one who is late.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import threading
 import time
+import traceback
+import weakref
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -50,12 +54,19 @@ class Stream:
     cuda_stream = stream_id = device_index = 0
 
     def __init__(self, *_args: Any, **_kwargs: Any) -> None:
-        self._work: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+        self._work: queue.Queue[Callable[[], object]] = queue.Queue()
         threading.Thread(target=self._run, daemon=True, name="lab stream").start()
+        _streams.add(self)
 
     def _run(self) -> None:
         while True:
-            self._work.get()()
+            try:
+                self._work.get()()
+            except BaseException:
+                # As a device does: nothing after a failed copy can be trusted.
+                traceback.print_exc()
+                os._exit(1)
+            self._work.task_done()
 
     def submit(self, work: Callable[[], object]) -> None:
         self._work.put(work)
@@ -76,7 +87,8 @@ class Stream:
         self.record_event().synchronize()
 
     def query(self) -> bool:
-        return self.record_event().query()
+        """Is all of its work done?"""
+        return self._work.unfinished_tasks == 0
 
     def __enter__(self) -> Stream:
         _stack().append(self)
@@ -95,7 +107,11 @@ class _Default(Stream):
     def submit(self, work: Callable[[], object]) -> None:
         work()
 
+    def query(self) -> bool:
+        return True
 
+
+_streams: weakref.WeakSet[Stream] = weakref.WeakSet()
 _DEFAULT = _Default()
 _local = threading.local()
 
@@ -117,6 +133,12 @@ def stream(chosen: Stream | None) -> Iterator[None]:
     """Submit to `chosen` within the block."""
     with chosen if chosen is not None else contextlib.nullcontext():
         yield
+
+
+def synchronize(*_args: Any) -> None:
+    """The device's: waits for every stream."""
+    for stream_ in list(_streams):
+        stream_.synchronize()
 
 
 def sleep(cycles: int) -> None:
@@ -149,6 +171,9 @@ def patch_torch(torch: ModuleType) -> None:
         device.Event = Event
         device.current_stream = current_stream
         device.stream = stream
+        device.synchronize = synchronize
+    torch.cuda.ExternalStream = Stream
+    torch.cuda.default_stream = lambda *_args: _DEFAULT
     torch.cuda._sleep = sleep
 
 
