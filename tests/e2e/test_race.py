@@ -13,7 +13,7 @@ from sglang_scaling_fixes.lab import reclaim, scenarios
 
 from .conftest import OLD
 
-ROUNDS = 2
+ROUNDS = 1
 
 
 @pytest.fixture(scope="module")
