@@ -11,6 +11,7 @@ import pytest
 from benchmarks.reclaim import __main__ as command
 from benchmarks.reclaim import figures, pair, report, share
 from benchmarks.reclaim.load import Answers, Burst, Reply, Request, Shape, schedule
+from sglang_scaling_fixes.reclaim import taps
 
 
 def test_ledger_reports_every_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,3 +102,12 @@ def test_a_sample_belongs_to_the_innermost_of_plugin_and_sglang() -> None:
         f"{send} 1",
     ]
     assert share.count(stacks) == {"ours": 5, "sglang": 30, "other": 1}
+
+
+def test_a_line_that_hands_over_to_stock_is_stocks() -> None:
+    path = Path(taps.__file__)
+    lines = path.read_text().splitlines()
+    over = next(n for n, line in enumerate(lines, 1) if "return self._stock.send_mul" in line)
+    own = next(n for n, line in enumerate(lines, 1) if "self._ledger.put(chunk)" in line)
+    stacks = [f"send ({path}:{over});send_multipart (/zmq/socket.py:1) 7", f"put ({path}:{own}) 2"]
+    assert share.count(stacks) == {"ours": 2, "sglang": 7}
