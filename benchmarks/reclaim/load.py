@@ -204,6 +204,9 @@ class _Client:
             problem = f"{rid}: {type(error).__name__}: {error}"
             return Reply(request.prompt, None, False, problem, time.monotonic() - began)
         ids, aborted = _judge(status, answer)
+        if request.abort_after is not None and status >= 400:
+            # Prefill may act on the abort first, and decode then says that the transfer failed.
+            aborted = True
         expected = ids is not None or (aborted and request.abort_after is not None)
         problem = "" if expected else f"{rid}: {status}: {str(answer)[:200]}"
         return Reply(request.prompt, ids, aborted, problem, seconds)
