@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_scaling_fixes.lab import runtime
+from sglang_scaling_fixes.lab.cluster import greedy
 from sglang_scaling_fixes.lab.install import install
 from sglang_scaling_fixes.lab.serve import RELEASE, Options, Served, prompt, serving
 from sglang_scaling_fixes.lab.standins.corrupt import KINDS
@@ -81,8 +82,7 @@ def measure(served: Served, prompts: int) -> dict[str, list[Curve]]:
 
 def stream(served: Served, seed: int, rid: str) -> Curve:
     payload: dict[str, Any] = {
-        "input_ids": prompt(PROMPT, seed=1000 + seed),
-        "sampling_params": {"max_new_tokens": TOKENS, "temperature": 0, "ignore_eos": True},
+        **greedy(prompt(PROMPT, seed=1000 + seed), TOKENS),
         "rid": rid,
         "stream": True,
     }

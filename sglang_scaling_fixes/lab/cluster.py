@@ -76,6 +76,10 @@ class Server:
         ]  # fmt: skip
         self._start()
 
+    @property
+    def url(self) -> str:
+        return f"http://{self.place.address}:{self.port}"
+
     def _role_flags(self) -> list[str]:
         if self.role == "alone":
             return []
@@ -271,9 +275,7 @@ class Cluster:
         self.ready_s = 0.0
 
     def __enter__(self) -> Cluster:
-        found = gpu.present()
-        if found is not None:
-            raise LabError(f"the lab fakes a CPU-only SGLang and never runs beside a GPU ({found})")
+        refuse_a_gpu()
         began = time.monotonic()
         self._run_dir.mkdir(parents=True, exist_ok=True)
         try:
@@ -348,12 +350,7 @@ class Cluster:
             room = self._room
         self.requests += 1
         payload = {
-            "input_ids": list(prompt),
-            "sampling_params": {
-                "max_new_tokens": max_new_tokens,
-                "temperature": 0,
-                "ignore_eos": True,
-            },
+            **greedy(prompt, max_new_tokens),
             "rid": rid,
             "bootstrap_host": prefill.place.address,
             "bootstrap_port": prefill.bootstrap_port,
@@ -367,6 +364,19 @@ class Cluster:
         answer = self.decode.post("/abort_request", {"rid": rid}, timeout_s=30.0)
         if answer.status != 200:
             raise LabError(f"POST /abort_request answered {answer.status}: {answer.body}")
+
+
+def greedy(prompt: Sequence[int], max_new_tokens: int) -> dict[str, object]:
+    """The JSON of a request for exactly so many greedy tokens."""
+    sampling = {"max_new_tokens": max_new_tokens, "temperature": 0, "ignore_eos": True}
+    return {"input_ids": list(prompt), "sampling_params": sampling}
+
+
+def refuse_a_gpu() -> None:
+    """LabError beside a GPU, before anything is started there."""
+    found = gpu.present()
+    if found is not None:
+        raise LabError(f"the lab fakes a CPU-only SGLang and never runs beside a GPU ({found})")
 
 
 def _release_flags(environment: Environment, role: Role) -> list[str]:

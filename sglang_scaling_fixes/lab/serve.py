@@ -17,12 +17,11 @@ from typing import Any
 
 from sglang_scaling_fixes.lab import model as lab_model
 from sglang_scaling_fixes.lab.client import Answer
-from sglang_scaling_fixes.lab.cluster import Cluster, Server
+from sglang_scaling_fixes.lab.cluster import Cluster, Server, greedy, refuse_a_gpu
 from sglang_scaling_fixes.lab.errors import LabError
 from sglang_scaling_fixes.lab.glm import weights
 from sglang_scaling_fixes.lab.install import Environment, Progress, install
 from sglang_scaling_fixes.lab.link import LOCAL, link
-from sglang_scaling_fixes.lab.standins import gpu
 
 RELEASE = "0.5.23"
 
@@ -107,8 +106,7 @@ class Served:
     ) -> Reply:
         """One greedy request; LabError if it is not answered."""
         if self.cluster is None:
-            sampling = {"max_new_tokens": max_new_tokens, "temperature": 0, "ignore_eos": True}
-            payload = {"input_ids": list(prompt), "sampling_params": sampling, **(options or {})}
+            payload = {**greedy(prompt, max_new_tokens), **(options or {})}
             answers = [self.servers[0].post("/generate", payload)]
         else:
             rid = str((options or {}).get("rid", f"ask-{self.cluster.requests}"))
@@ -138,9 +136,7 @@ class Served:
 def serving(options: Options, environment: Environment, run_dir: Path) -> Iterator[Served]:
     """The servers of `options`, ready; they end with the block."""
     options.check()
-    found = gpu.present()
-    if found is not None:
-        raise LabError(f"the lab fakes a CPU-only SGLang and never runs beside a GPU ({found})")
+    refuse_a_gpu()
     model = lab_model.tiny_glm(environment)
     if options.pd:
         with (
@@ -204,23 +200,16 @@ def run(options: Options, progress: Progress, once: bool) -> dict[str, Any] | No
 
 def invitation(served: Served) -> list[str]:
     """Where the servers are, and a request for the reader's shell."""
-    lines = [
-        f"{server.name}: http://{server.place.address}:{server.port}, log {server.process.log}"
-        for server in served.servers
-    ]
+    lines = [f"{server.name}: {server.url}, log {server.process.log}" for server in served.servers]
     sampling = '"sampling_params": {"max_new_tokens": 24, "temperature": 0}'
     body = f'{{"input_ids": [5, 6, 7, 8, 5, 6], {sampling}'
     post = "curl -s -H 'Content-Type: application/json'"
     if served.cluster is None:
-        url = f"http://{served.servers[0].place.address}:{served.servers[0].port}"
-        return [*lines, f"try: {post} {url}/generate -d '{body}}}'"]
+        return [*lines, f"try: {post} {served.servers[0].url}/generate -d '{body}}}'"]
     prefill = served.cluster.fast
     body += (
         f', "bootstrap_host": "{prefill.place.address}",'
         f' "bootstrap_port": {prefill.bootstrap_port}, "bootstrap_room": 1}}'
     )
-    urls = [
-        f"http://{server.place.address}:{server.port}" for server in (prefill, served.servers[0])
-    ]
-    both = " & ".join(f"{post} {url}/generate -d '{body}'" for url in urls)
+    both = " & ".join(f"{post} {server.url}/generate -d '{body}'" for server in served.servers)
     return [*lines, f"try (the same request to both, a new room each time): {both}"]

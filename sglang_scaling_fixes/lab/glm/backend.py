@@ -63,7 +63,7 @@ class ReferenceDSABackend(AttentionBackend):  # type: ignore[misc]  # sglang has
         if mode.is_decode():
             lengths = [length + self._draft_step for length in lengths]
             return [
-                self._span(i, 1, request, length, None)
+                self._span(slice(i, i + 1), request, length, torch.tensor([length - 1]))
                 for i, (request, length) in enumerate(zip(requests, lengths, strict=True))
             ]
         extends = batch.extend_seq_lens.tolist()
@@ -71,9 +71,12 @@ class ReferenceDSABackend(AttentionBackend):  # type: ignore[misc]  # sglang has
         spans, first = [], 0
         for request, length, rows in zip(requests, lengths, extends, strict=True):
             if local is None:
-                spans.append(self._span(first, rows, request, length, None))
-            else:
-                spans.append(self._local_span(local - first, rows, request, length))
+                own, last = slice(first, first + rows), torch.arange(length - rows, length)
+            else:  # this rank's rows of the request, and which of the request's they are
+                counted = local - first
+                own = ((counted >= 0) & (counted < rows)).nonzero().flatten()
+                last = length - rows + counted[own]
+            spans.append(self._span(own, request, length, last))
             first += rows
         return spans
 
@@ -88,13 +91,6 @@ class ReferenceDSABackend(AttentionBackend):  # type: ignore[misc]  # sglang has
         indices: Tensor = get_cp_strategy().local_q_indices(rows, batch)
         return indices
 
-    def _local_span(self, local: Tensor, rows: int, request: int, length: int) -> Span:
-        """`local`: this rank's rows, counted from the request's first."""
-        own = ((local >= 0) & (local < rows)).nonzero().flatten()
-        slots = self.req_to_token[request, :length].long()
-        last = length - rows + local[own]
-        return Span(own, slots, torch.arange(length)[None, :] <= last[:, None])
-
     def _verify_spans(self, batch: Any, requests: list[int], lengths: list[int]) -> list[Span]:
         """A draft's rows: all of the context, and of the draft what the tree's mask shows."""
         draft = batch.spec_info.draft_token_num
@@ -103,17 +99,18 @@ class ReferenceDSABackend(AttentionBackend):  # type: ignore[misc]  # sglang has
         for i, (request, length) in enumerate(zip(requests, lengths, strict=True)):
             context = torch.ones(draft, length, dtype=torch.bool)
             visible = torch.cat((context, trees[i]), dim=1)
-            spans.append(self._span(i * draft, draft, request, length + draft, visible))
+            rows = slice(i * draft, (i + 1) * draft)
+            spans.append(Span(rows, self._slots(request, length + draft), visible))
         return spans
 
-    def _span(
-        self, first: int, rows: int, request: int, length: int, visible: Tensor | None
-    ) -> Span:
-        slots = self.req_to_token[request, :length].long()
-        if visible is None:
-            last = torch.arange(length - rows, length)
-            visible = torch.arange(length)[None, :] <= last[:, None]
-        return Span(slice(first, first + rows), slots, visible)
+    def _span(self, rows: slice | Tensor, request: int, length: int, last: Tensor) -> Span:
+        """Causal rows: each sees the tokens up to its own position, `last`."""
+        visible = torch.arange(length)[None, :] <= last[:, None]
+        return Span(rows, self._slots(request, length), visible)
+
+    def _slots(self, request: int, length: int) -> Tensor:
+        slots: Tensor = self.req_to_token[request, :length].long()
+        return slots
 
     def forward(
         self,
