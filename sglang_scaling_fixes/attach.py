@@ -56,6 +56,10 @@ _ORDER = "hicache-ordering"
 _CONTROLLER = "sglang.srt.managers.cache_controller"
 _HYBRID = "sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller"
 _NIXL = "sglang.srt.disaggregation.nixl.conn"
+_GUARD = "spec-guard"
+_BATCH = "sglang.srt.managers.schedule_batch"
+_OFFLOAD = "sglang.srt.disaggregation.decode_kvcache_offload_manager:DecodeKVCacheOffloadManager"
+_OPENAI = "sglang.srt.entrypoints.openai.serving_base:OpenAIServingBase"
 _MIXIN = "sglang.srt.disaggregation.prefill:SchedulerDisaggregationPrefillMixin"
 
 ATTACH_POINTS: tuple[AttachPoint, ...] = (
@@ -234,6 +238,51 @@ ATTACH_POINTS: tuple[AttachPoint, ...] = (
     ),
     AttachPoint(
         _ORDER, "prefill", f"{_NIXL}:NixlKVManager.transfer_worker", ("queue",), first="0.5.16"
+    ),
+    # -- spec guard: where a request may end, find cached KV, or be stored -----------------
+    AttachPoint(
+        _GUARD,
+        "both",
+        f"{_BATCH}:Req.update_finish_state",
+        ("new_accepted_len",),
+        uses=(
+            "spec_verify_ct",
+            "spec_num_correct_drafts",
+            "to_finish",
+            "finished_reason",
+            "skip_radix_cache_insert",
+            "extra_key",
+            "origin_input_ids_unpadded",
+        ),
+        first="0.5.13",
+    ),
+    AttachPoint(
+        _GUARD,
+        "both",
+        f"{_BATCH}:Req.check_finished",
+        ("new_accepted_len",),
+        uses=("spec_verify_ct", "to_finish", "finished_reason", "skip_radix_cache_insert"),
+        last="0.5.12.post1",
+    ),
+    AttachPoint(_GUARD, "both", f"{_BATCH}:Req.__init__", ("rid", "origin_input_text")),
+    AttachPoint(_GUARD, "both", f"{_BATCH}:Req.init_next_round_input", ("tree_cache",)),
+    AttachPoint(
+        _GUARD, "decode", f"{_DECODE}:DecodePreallocQueue._match_prefix_and_lock", ("req",)
+    ),
+    AttachPoint(
+        _GUARD,
+        "both",
+        f"{_SCHEDULER}:Scheduler._prefetch_kvcache",
+        ("req",),
+        uses=("page_size", "attn_tp_cpu_group", "tp_cpu_group", "draft_worker"),
+    ),
+    AttachPoint(_GUARD, "prefill", f"{_SCHEDULER}:Scheduler.set_internal_state", ("recv_req",)),
+    AttachPoint(_GUARD, "decode", f"{_OFFLOAD}.offload_kv_cache", ("req",)),
+    AttachPoint(_GUARD, "decode", f"{_OFFLOAD}.finalize_release_on_finish", ("req",)),
+    AttachPoint(_GUARD, "prefill", f"{_COMMON}:CommonKVBootstrapServer._setup_routes"),
+    AttachPoint(_GUARD, "server", f"{_OPENAI}.create_error_response", ("message", "err_type")),
+    AttachPoint(
+        _GUARD, "server", f"{_OPENAI}.create_streaming_error_response", ("message", "err_type")
     ),
 )
 

@@ -10,25 +10,27 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, cast
 
 from sglang_scaling_fixes.errors import ConfigError
 
 FIX_NAMES = ("safe-reclaim", "hicache-ordering", "layer-split", "spec-guard")
 """Every fix of the project, in the order it is reported."""
 
-DEFAULT_FIXES = ("safe-reclaim",)
+DEFAULT_FIXES = ("safe-reclaim", "spec-guard")
 """What a bare `--plugin` arms: fixes that are safe without a decision by the operator."""
 
 ENV_PREFIX = "SGLANG_SCALING_FIXES_"
 PLUGIN_ENV = ENV_PREFIX + "PLUGIN"
 PLUGIN_FLAG = "--plugin"
+GUARD_ENV = ENV_PREFIX + "SPEC_GUARD"
 
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off", ""}
 
 PEER_POLICIES = ("hold", "require", "stock-ack")
+GUARD_ACTIONS = ("observe", "abort")
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Setting:
     high: float = 60.0
     unit: str = "number of seconds"
     """Of a number: its bounds, and what it counts."""
+    metavar: str = "NUMBER"
 
     @property
     def env(self) -> str:
@@ -98,6 +101,71 @@ SETTINGS = (
         bool,
         False,
     ),
+    Setting(
+        "--spec-guard",
+        "What to do with a request whose speculative decoding betrays a corrupted KV cache. "
+        "observe: count and log it. abort: end it with 503 (kv_anomaly), and let no later request "
+        "read its KV. Arms spec-guard if --plugin does not name it.",
+        str,
+        "observe",
+        GUARD_ACTIONS,
+    ),
+    Setting(
+        "--spec-guard-after",
+        "Generated tokens before a request is judged.",
+        int,
+        128,
+        low=1,
+        high=1_000_000,
+        unit="whole number of tokens",
+    ),
+    Setting(
+        "--spec-guard-min-length",
+        "Accept length (tokens per verification) below which a request is anomalous. 1: never.",
+        float,
+        1.4,
+        low=1.0,
+        high=64.0,
+        unit="number of tokens",
+    ),
+    Setting(
+        "--spec-guard-max-rate",
+        "Accept rate (accepted share of the drafts that could be accepted) above which a request "
+        "that also repeats itself is anomalous. 1: never.",
+        float,
+        0.96,
+        low=0.0,
+        high=1.0,
+        unit="share of drafts",
+    ),
+    Setting(
+        "--spec-guard-window",
+        "Tokens of the sliding window that is judged beside the whole request. 0: none.",
+        int,
+        256,
+        low=0,
+        high=65536,
+        unit="whole number of tokens",
+    ),
+    Setting(
+        "--spec-guard-repetition",
+        "Share of the last 256 tokens' 8-grams that must have stood there before for "
+        "--spec-guard-max-rate to count. 0: judge by the rate alone.",
+        float,
+        0.5,
+        low=0.0,
+        high=1.0,
+        unit="share of n-grams",
+    ),
+    Setting(
+        "--spec-guard-overrides",
+        "JSON file with other thresholds for models whose name (--served-model-name, or else "
+        '--model-path) matches a pattern: {"*GLM-5*": {"min_length": 1.3}}. The last match wins; '
+        "keys: after, min_length, max_rate, window, repetition.",
+        str,
+        "",
+        metavar="FILE",
+    ),
 )
 
 
@@ -115,6 +183,15 @@ class Config:
     resend: float = 0.1
     max_held: float = 0.05
     fence: bool = False
+    guard: str = "observe"
+    guard_after: int = 128
+    guard_min_length: float = 1.4
+    guard_max_rate: float = 0.96
+    guard_window: int = 256
+    guard_repetition: float = 0.5
+    guard_overrides: str = ""
+    named: tuple[str, ...] = ()
+    """Those of `fixes` that were asked for by name, and not by a bare `--plugin`."""
 
     @property
     def armed(self) -> bool:
@@ -125,8 +202,17 @@ class Config:
         """Read the environment. Raises `ConfigError` naming variable, value and remedy."""
         text = env.get(PLUGIN_ENV)
         fixes = None if text is None else parse_fixes(text, f"{PLUGIN_FLAG} ({PLUGIN_ENV})")
-        values: list[Any] = [_read(s, env.get(s.env)) for s in SETTINGS]
-        return cls(fixes, *values)
+        names = [field.name for field in fields(cls)][1:-1]
+        values = {n: _read(s, env.get(s.env)) for n, s in zip(names, SETTINGS, strict=True)}
+        named = () if text is None or text.strip() == "default" else fixes or ()
+        if env.get(GUARD_ENV) is not None:
+            if text is not None and not fixes:
+                raise ConfigError(
+                    f"--spec-guard ({GUARD_ENV}) with {PLUGIN_FLAG} none; drop one of the two"
+                )
+            fixes = tuple(dict.fromkeys([*(fixes or ()), "spec-guard"]))
+            named = tuple(dict.fromkeys([*named, "spec-guard"]))
+        return cls(fixes, named=named, **cast(Any, values))
 
 
 def parse_fixes(text: str, source: str) -> tuple[str, ...]:
@@ -156,18 +242,18 @@ def _read(setting: Setting, text: str | None) -> object:
         if value.lower() in _TRUE | _FALSE:
             return value.lower() in _TRUE
         raise ConfigError(f"{setting.env}: {text!r} is not a yes or no; use 1 or 0")
-    if setting.kind is float:
+    if setting.kind in (float, int):
         try:
-            number = float(value)
+            number = setting.kind(value)
         except ValueError:
-            number = -1.0
+            number = -1
         if setting.low <= number <= setting.high:
             return number
         raise ConfigError(
             f"{setting.flag} ({setting.env}): {text!r} is not a {setting.unit} "
             f"from {setting.low:g} to {setting.high:g}"
         )
-    if value in setting.choices:
+    if value in setting.choices or not setting.choices:
         return value
     raise ConfigError(
         f"{setting.flag} ({setting.env}): unknown value {text!r}; "
@@ -197,7 +283,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                 setting.flag, dest=setting.dest, action="store_const", const="1", help=text
             )
         else:
-            metavar = "{" + ",".join(setting.choices) + "}" if setting.choices else "NUMBER"
+            metavar = "{" + ",".join(setting.choices) + "}" if setting.choices else setting.metavar
             group.add_argument(setting.flag, dest=setting.dest, metavar=metavar, help=text)
 
 

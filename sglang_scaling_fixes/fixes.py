@@ -80,6 +80,12 @@ def _arm_hicache_ordering(config: Config) -> str:
     return Native(proof) if native else proof
 
 
+def _arm_spec_guard(config: Config) -> str:
+    from sglang_scaling_fixes.specguard import arm
+
+    return arm(config)
+
+
 FIXES = (
     Fix(
         name="safe-reclaim",
@@ -118,12 +124,13 @@ FIXES = (
     Fix(
         name="spec-guard",
         breaks="A corrupted KV cache produces garbled or repeating text that nobody stops.",
-        how="Speculative-decoding acceptance per request, with abort and retry elsewhere.",
+        how="Watches every request's speculative acceptance; aborts with 503 and quarantines its "
+        "cached prefix, for a retry elsewhere.",
         first=FIRST_RELEASE,
         last=LAST_RELEASE,
         upstream="none",
         remove_when="upstream watches acceptance per request",
-        arm=None,
+        arm=_arm_spec_guard,
     ),
 )
 assert tuple(fix.name for fix in FIXES) == FIX_NAMES

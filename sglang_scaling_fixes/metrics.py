@@ -3,7 +3,7 @@
 Each is also in `/server_info`. With stock's `--enable-metrics` they appear at stock's
 own `/metrics`, which collects all processes of a server; names follow Prometheus'
 conventions (base units, `_total` on counters). Labels on all: `role` (prefill,
-decode), `rank` (of this scheduler within its group) and `dp_rank`.
+decode, null), `rank` (of this scheduler within its group) and `dp_rank`.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _RECLAIM = PREFIX + "reclaim_"
 
 @dataclass(frozen=True)
 class Metric:
-    """`label` beyond the common ones; `buckets` of a histogram in seconds."""
+    """`labels` beyond the common ones; `buckets` of a histogram in the unit its name says."""
 
     name: str
     kind: Kind
     help: str
-    label: str = ""
+    labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
 
 
@@ -37,9 +37,9 @@ DECODE = (
     Metric("landed", "counter", "Transfers that ended well."),
     Metric("gave_up", "counter", "Transfers whose owner gave up: slots withheld."),
     Metric("returned", "counter", "Holds that ended with proof."),
-    Metric("frees", "counter", "Writers proven harmless, by kind of proof.", "proof"),
+    Metric("frees", "counter", "Writers proven harmless, by kind of proof.", ("proof",)),
     Metric("held_tokens", "gauge", "KV token slots withheld now."),
-    Metric("holds", "gauge", "Holds now, by what they wait for.", "reason"),
+    Metric("holds", "gauge", "Holds now, by what they wait for.", ("reason",)),
     Metric("hold_seconds", "histogram", "From giving up to the return.", buckets=_SECONDS),
     Metric(
         "ack_seconds",
@@ -49,7 +49,7 @@ DECODE = (
     ),
     Metric("asks", "counter", "ABORTs sent to prefill ranks."),
     Metric("asks_resent", "counter", "Of them, repetitions."),
-    Metric("refusals", "counter", "Requests refused, by reason.", "reason"),
+    Metric("refusals", "counter", "Requests refused, by reason.", ("reason",)),
     Metric("fences", "counter", "Fences: receiving engines replaced."),
     Metric("stale", "counter", "Answers that came late, twice, or for nobody."),
     Metric("garbage", "counter", "Unreadable control messages, dropped."),
@@ -58,54 +58,78 @@ DECODE = (
 PREFILL = (
     Metric("bound", "counter", "Destinations received with a generation."),
     Metric("asked", "counter", "ABORTs received."),
-    Metric("answers", "counter", "Answers to ABORTs, by verdict.", "verdict"),
+    Metric("answers", "counter", "Answers to ABORTs, by verdict.", ("verdict",)),
     Metric("poisoned_rooms", "counter", "Attempts with a write of unknown end."),
     Metric("failed_writes", "counter", "Writes that reported failure."),
     Metric("chunks_dropped", "counter", "Chunks of ended attempts, not written."),
     Metric("garbage", "counter", "Unreadable control messages, dropped."),
 )
 
+_TOKENS = (128, 160, 192, 256, 384, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
+
+SPEC_GUARD = (
+    Metric("requests", "counter", "Requests watched: those that verified drafts."),
+    Metric(
+        "anomalies",
+        "counter",
+        "Requests whose acceptance betrays a corrupted KV cache.",
+        ("kind", "action"),
+    ),
+    Metric("detection_tokens", "histogram", "Tokens generated until an anomaly.", buckets=_TOKENS),
+    Metric("moved_requests", "counter", "Requests kept from reading suspect cached KV."),
+    Metric("told", "counter", "Anomalies a prefill server was told of by decode servers."),
+    Metric("tellings", "counter", "Anomalies decode told a prefill server of.", ("outcome",)),
+)
+
 
 class Metrics:
-    """The safe-reclaim metrics of one role in this process.
+    """The metrics of one fix and role in this process.
 
     `labels` is None where stock exports no metrics: then they are counted for
     `/server_info` only, and prometheus_client is not imported.
     """
 
-    def __init__(self, known: tuple[Metric, ...], labels: Mapping[str, str] | None) -> None:
+    def __init__(
+        self,
+        known: tuple[Metric, ...],
+        labels: Mapping[str, str] | None,
+        prefix: str = _RECLAIM,
+    ) -> None:
         self._known = {metric.name: metric for metric in known}
         self._labels = dict(labels or {})
-        self._exported = {} if labels is None else {m.name: _make(m, self._labels) for m in known}
-        self._counts = Counter({m.name: 0 for m in known if m.kind == "counter" and not m.label})
+        self._exported = (
+            {} if labels is None else {m.name: _make(m, self._labels, prefix) for m in known}
+        )
+        self._counts = Counter({m.name: 0 for m in known if m.kind == "counter" and not m.labels})
         self._by_label: dict[str, Counter[str]] = {
-            m.name: Counter() for m in known if m.kind == "counter" and m.label
+            m.name: Counter() for m in known if m.kind == "counter" and m.labels
         }
 
-    def inc(self, name: str, label: str = "") -> None:
-        """Count one; `label` is the value of the metric's own label, if it has one."""
-        (self._by_label[name] if label else self._counts)[label or name] += 1
-        if (series := self._series(name, label)) is not None:
+    def inc(self, name: str, *values: str) -> None:
+        """Count one; `values` are those of the metric's own labels, in their order."""
+        counts = self._by_label[name] if values else self._counts
+        counts["/".join(values) or name] += 1
+        if (series := self._series(name, values)) is not None:
             series.inc()
 
-    def set(self, name: str, value: float, label: str = "") -> None:
-        if (series := self._series(name, label)) is not None:
+    def set(self, name: str, value: float, *values: str) -> None:
+        if (series := self._series(name, values)) is not None:
             series.set(value)
 
-    def observe(self, name: str, seconds: float) -> None:
-        if (series := self._series(name, "")) is not None:
-            series.observe(seconds)
+    def observe(self, name: str, value: float) -> None:
+        if (series := self._series(name, ())) is not None:
+            series.observe(value)
 
     def report(self) -> dict[str, Any]:
-        """The counters by name; of those with a label, a dictionary by its value."""
+        """The counters by name; of those with labels, a dictionary by their values."""
         return {**self._counts, **{name: dict(by) for name, by in self._by_label.items()}}
 
-    def _series(self, name: str, label: str) -> Any:
+    def _series(self, name: str, own: tuple[str, ...]) -> Any:
         """The exported series, None when nothing is exported. KeyError: no such metric."""
         metric = self._known[name]
         if not self._exported:
             return None
-        values = {**self._labels, **({metric.label: label} if metric.label else {})}
+        values = {**self._labels, **dict(zip(metric.labels, own, strict=True))}
         return self._exported[name].labels(**values)
 
 
@@ -124,6 +148,32 @@ def of_process(known: tuple[Metric, ...], manager: Any) -> Metrics:
     )
 
 
+def speaks(scheduler: Any) -> bool:
+    """Whether this rank logs and counts for its group: the first of attention TP (and CP)."""
+    groups = (getattr(scheduler, name, None) for name in ("attn_tp_cpu_group", "attn_cp_cpu_group"))
+    return all(_rank(group) == 0 for group in groups)
+
+
+def _rank(group: Any) -> int:
+    import torch
+
+    if group is None or not torch.distributed.is_initialized():
+        return 0
+    return int(torch.distributed.get_rank(group))
+
+
+def of_scheduler(scheduler: Any, server_args: Any) -> Metrics:
+    """The guard's metrics of this scheduler process."""
+    if not getattr(server_args, "enable_metrics", False):
+        return Metrics(SPEC_GUARD, None)
+    labels = {
+        "role": str(getattr(server_args, "disaggregation_mode", "null")),
+        "rank": str(_rank(getattr(scheduler, "tp_cpu_group", None))),
+        "dp_rank": str(getattr(scheduler, "dp_rank", None) or 0),
+    }
+    return Metrics(SPEC_GUARD, labels, PREFIX + "spec_guard_")
+
+
 def export_states(states: Iterable[tuple[str, str]]) -> None:
     """One gauge with the state of every fix: `(name, state)`."""
     import prometheus_client
@@ -138,12 +188,12 @@ def export_states(states: Iterable[tuple[str, str]]) -> None:
         gauge.labels(fix=name, state=state).set(1)
 
 
-def _make(metric: Metric, common: Mapping[str, str]) -> Any:
+def _make(metric: Metric, common: Mapping[str, str], prefix: str) -> Any:
     # Stock sets PROMETHEUS_MULTIPROC_DIR first; the client looks at it once, on import.
     import prometheus_client
 
-    name = _RECLAIM + metric.name
-    labels = (*common, *filter(None, [metric.label]))
+    name = prefix + metric.name
+    labels = (*common, *metric.labels)
     if metric.kind == "counter":
         return prometheus_client.Counter(name, metric.help, labels)
     if metric.kind == "gauge":

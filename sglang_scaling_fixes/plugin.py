@@ -116,6 +116,11 @@ def _check_server_args(server_args: Any, config: Config) -> None:
 
         with _stopping("hicache-ordering: "):
             ordering.check(server_args)
+    if "spec-guard" in (config.fixes or ()):
+        from sglang_scaling_fixes.specguard import settings
+
+        with _stopping("spec-guard: "):
+            settings.check(server_args, config)
 
 
 # -- every process: fixes -------------------------------------------------------------
@@ -137,7 +142,7 @@ def _arm_process(config: Config) -> None:
             result = stock(scheduler, server_args, *args, **kwargs)
         except ScalingFixesError as error:  # a guard refused what stock was building
             stop(f"safe-reclaim: {error}")
-        _check_scheduler(scheduler, config)
+        _check_scheduler(scheduler, server_args, config)
         for status in _process.statuses:
             if status.state is not fixes.State.OFF:
                 logger.info("sglang-scaling-fixes: %s %s (%s)", *status.as_dict().values())
@@ -170,7 +175,7 @@ def _arm_process(config: Config) -> None:
         retry_after.attach()
 
 
-def _check_scheduler(scheduler: Any, config: Config) -> None:
+def _check_scheduler(scheduler: Any, server_args: Any, config: Config) -> None:
     """After stock built its scheduler: what the fixes need of it is there."""
     if "safe-reclaim" in (config.fixes or ()):
         from sglang_scaling_fixes.reclaim.server_args import check_in_force
@@ -182,6 +187,11 @@ def _check_scheduler(scheduler: Any, config: Config) -> None:
 
         with _stopping("hicache-ordering: "):
             ordering.bind(scheduler)
+    if "spec-guard" in (config.fixes or ()):
+        from sglang_scaling_fixes.specguard import attach as spec_guard
+
+        with _stopping("spec-guard: "):
+            spec_guard.bind(scheduler, server_args, config)
 
 
 def _check_children(server_args: Any, launched: Any) -> None:
@@ -201,8 +211,11 @@ def _check_children(server_args: Any, launched: Any) -> None:
 def _live_report() -> dict[str, Any]:
     from sglang_scaling_fixes.reclaim.decode import DecodeGuard
     from sglang_scaling_fixes.reclaim.prefill import PrefillGuard
+    from sglang_scaling_fixes.specguard.guard import SpecGuard
 
     report: dict[str, Any] = {"fixes": statuses()}
+    if SpecGuard.current is not None:
+        report["spec_guard"] = SpecGuard.current.report()
     if DecodeGuard.current is not None:
         report["safe_reclaim_decode"] = DecodeGuard.current.report()
     if PrefillGuard.current is not None:

@@ -1,0 +1,195 @@
+"""Attaches the guard to stock: where a request may finish, find cached KV, or be stored."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from sglang_scaling_fixes import metrics
+from sglang_scaling_fixes.attach import is_wrapped, resolve, wrap_method
+from sglang_scaling_fixes.config import Config
+from sglang_scaling_fixes.errors import AttachError, ConfigError
+from sglang_scaling_fixes.specguard import settings, tell
+from sglang_scaling_fixes.specguard.guard import ERROR_TYPE, SpecGuard, depth_of, tainted
+from sglang_scaling_fixes.specguard.taint import Taint
+
+_BATCH = "sglang.srt.managers.schedule_batch"
+_SCHEDULER = "sglang.srt.managers.scheduler:Scheduler"
+_OFFLOAD = "sglang.srt.disaggregation.decode_kvcache_offload_manager:DecodeKVCacheOffloadManager"
+_OPENAI = "sglang.srt.entrypoints.openai.serving_base:OpenAIServingBase"
+
+FINISH = (f"{_BATCH}:Req.update_finish_state", f"{_BATCH}:Req.check_finished")
+"""Where a request's end is decided: the first since 0.5.13, the second before."""
+ACCEPTED = ("spec_num_correct_drafts", "spec_accepted_drafts")
+"""The request's count of accepted drafts: the first since 0.5.12, the second before."""
+
+
+def finish_target() -> str:
+    """The one this release has."""
+    for target in FINISH:
+        try:
+            resolve(target)
+        except AttachError:
+            continue
+        return target
+    raise AttachError(f"{_BATCH} has neither of {' and '.join(FINISH)}")
+
+
+def attach() -> None:
+    """Once per process. Without a bound guard every wrapper only calls stock."""
+    if is_wrapped(finish_target()):
+        return
+    _wrap_requests()
+    _wrap_stores()
+    _wrap_errors()
+    wrap_method(f"{_SCHEDULER}.set_internal_state", _set_internal_state)
+    wrap_method(
+        "sglang.srt.disaggregation.common.conn:CommonKVBootstrapServer._setup_routes", _setup_routes
+    )
+
+
+def _wrap_requests() -> None:
+    def finish(stock: Callable[..., Any], req: Any, *args: Any, **kwargs: Any) -> Any:
+        guard = SpecGuard.current
+        if guard is not None and req.spec_verify_ct:
+            guard.look(req)
+        return stock(req, *args, **kwargs)
+
+    def init(stock: Callable[..., Any], req: Any, *args: Any, **kwargs: Any) -> None:
+        stock(req, *args, **kwargs)
+        if SpecGuard.current is not None:
+            SpecGuard.current.place(req)
+
+    def next_round(
+        stock: Callable[..., Any], req: Any, tree_cache: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        # Without a tree a chunk goes on: nothing is looked up. A request waits here.
+        if SpecGuard.current is not None and tree_cache is not None:
+            SpecGuard.current.place(req)
+        return stock(req, tree_cache, *args, **kwargs)
+
+    def match(stock: Callable[..., Any], queue: Any, req: Any) -> Any:
+        if SpecGuard.current is not None:
+            SpecGuard.current.place(req)
+        return stock(queue, req)
+
+    wrap_method(finish_target(), finish)
+    wrap_method(f"{_BATCH}:Req.__init__", init)
+    wrap_method(f"{_BATCH}:Req.init_next_round_input", next_round)
+    wrap_method(
+        "sglang.srt.disaggregation.decode:DecodePreallocQueue._match_prefix_and_lock", match
+    )
+
+
+def _wrap_stores() -> None:
+    def prefetch(
+        stock: Callable[..., Any], scheduler: Any, req: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        guard = SpecGuard.current
+        if guard is not None:
+            guard.place(req)
+            if guard.moved(req) and not _storage_is_namespaced():
+                return None  # these releases store by tokens alone
+        return stock(scheduler, req, *args, **kwargs)
+
+    def offload(stock: Callable[..., Any], manager: Any, req: Any) -> Any:
+        """Held back until the request has ended well, whole: before, it is not yet judged."""
+        if SpecGuard.current is not None and SpecGuard.current.action == "abort":
+            return req.finished() and not tainted(req) and stock(manager, req)
+        return stock(manager, req)
+
+    def finalize(stock: Callable[..., Any], manager: Any, req: Any) -> Any:
+        # Stock waits for a copy in flight before it gives the slots back.
+        if SpecGuard.current is not None and SpecGuard.current.action == "abort":
+            manager.offload_kv_cache(req)
+        return stock(manager, req)
+
+    wrap_method(f"{_SCHEDULER}._prefetch_kvcache", prefetch)
+    wrap_method(f"{_OFFLOAD}.offload_kv_cache", offload)
+    wrap_method(f"{_OFFLOAD}.finalize_release_on_finish", finalize)
+
+
+def _storage_is_namespaced() -> bool:
+    """Whether keys of the storage tier depend on a request's namespace (since 0.5.20)."""
+    return hasattr(importlib.import_module("sglang.srt.mem_cache.utils"), "storage_namespace_seed")
+
+
+def _wrap_errors() -> None:
+    def typed(
+        stock: Callable[..., Any],
+        serving: Any,
+        message: str,
+        err_type: str = "BadRequestError",
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        # Stock hands on the message and the status of an abort, not its type.
+        if str(message).startswith(f"{ERROR_TYPE}: "):
+            err_type = ERROR_TYPE
+        return stock(serving, message, err_type, *args, **kwargs)
+
+    wrap_method(f"{_OPENAI}.create_error_response", typed)
+    wrap_method(f"{_OPENAI}.create_streaming_error_response", typed)
+
+
+def _set_internal_state(stock: Callable[..., Any], scheduler: Any, request: Any) -> Any:
+    known = tell.from_fields(request.server_args)
+    if known and SpecGuard.current is not None:
+        SpecGuard.current.told(known)
+        request = type(request)(server_args={})
+    return stock(scheduler, request)
+
+
+def _setup_routes(stock: Callable[..., Any], server: Any) -> Any:
+    result = stock(server)
+    tell.add_route(server)
+    return result
+
+
+def bind(scheduler: Any, server_args: Any, config: Config) -> None:
+    """After stock built its scheduler: make the guard. ConfigError where it cannot judge."""
+    role = str(getattr(server_args, "disaggregation_mode", "null"))
+    if settings.algorithm(server_args) is None and role != "prefill":
+        return  # a bare --plugin on a server without speculation: nothing to judge
+    counted = metrics.of_scheduler(scheduler, server_args)
+    speaks = metrics.speaks(scheduler)
+
+    def count(outcome: str) -> None:
+        counted.inc("tellings", outcome)
+
+    told = _teller(count) if role == "decode" and config.guard == "abort" and speaks else None
+    SpecGuard.current = SpecGuard(
+        settings.rules(config, server_args),
+        config.guard,
+        Taint(int(scheduler.page_size)),
+        depth_of(scheduler, server_args),
+        accepted_field(),
+        worker=f"{server_args.host}:{server_args.port}",
+        tell=told,
+        counted=counted,
+        speaks=speaks,
+    )
+
+
+def _teller(count: Callable[[str], None]) -> Callable[[Any], None]:
+    from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
+
+    teller = tell.Teller(count)
+
+    def told(req: Any) -> None:
+        if req.bootstrap_host and req.bootstrap_host != FAKE_BOOTSTRAP_HOST:
+            prompt = req.origin_input_ids_unpadded or ()
+            teller.tell(str(req.bootstrap_host), int(req.bootstrap_port), prompt)
+
+    return told
+
+
+def accepted_field() -> str:
+    """The name of the counter on this release's requests, found in their constructor's code."""
+    _, _, init = resolve(f"{_BATCH}:Req.__init__")
+    names = getattr(init, "__wrapped__", init).__code__.co_names
+    for name in ACCEPTED:
+        if name in names:
+            return name
+    raise ConfigError(f"this release's requests count neither {' nor '.join(ACCEPTED)}")

@@ -1,0 +1,149 @@
+"""Decode tells prefill: the KV of this prompt is suspect on your side too.
+
+    decode scheduler -> POST http://bootstrap host:port/sglang_scaling_fixes/kv_anomaly
+        -> prefill's main process -> stock's set_internal_state -> all its schedulers, in one step
+
+The bootstrap server is the one address of a prefill that every decode knows in every release.
+The message holds digests of the prompt's first page, for each page size, and no tokens. A stock
+prefill answers 404; that is counted and logged, for its cached prompt stays readable there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import queue
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sglang_scaling_fixes.specguard.taint import PAGES, beginnings
+
+logger = logging.getLogger(__name__)
+
+PATH = "/sglang_scaling_fixes/kv_anomaly"
+FIELD = "sglang_scaling_fixes_kv_anomaly_"
+"""Of set_internal_state, which carries numbers by name: this and a page size, a digest each."""
+TIMEOUT = 5.0
+"""Seconds for one telling."""
+ATTEMPTS = 3
+LIMIT = 1024
+"""Tellings that may wait; past it one is lost, and counted as failed."""
+_LARGEST_BODY = 4096
+
+
+class Teller:
+    """Sends from a thread of its own: the scheduler never waits. `count(outcome)` after each."""
+
+    def __init__(self, count: Callable[[str], None]) -> None:
+        self._count = count
+        self._waiting: queue.Queue[tuple[str, bytes]] = queue.Queue(LIMIT)
+        threading.Thread(target=self._run, name="kv-anomaly-teller", daemon=True).start()
+
+    def tell(self, host: str, port: int, tokens: Any) -> None:
+        known = beginnings(tokens)
+        if not known:
+            return
+        host = f"[{host}]" if ":" in host and not host.startswith("[") else host
+        try:
+            body = json.dumps(known).encode()
+            self._waiting.put_nowait((f"http://{host}:{port}{PATH}", body))
+        except queue.Full:
+            self._count("lost")
+
+    def _run(self) -> None:
+        while True:
+            url, body = self._waiting.get()
+            self._count(self._send(url, body))
+
+    def _send(self, url: str, body: bytes) -> str:
+        problem = ""
+        for _ in range(ATTEMPTS):
+            request = urllib.request.Request(
+                url, body, {"Content-Type": "application/json"}, method="POST"
+            )
+            try:
+                # No proxy of the environment's: the address is on the servers' own network.
+                opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+                with opener.open(request, timeout=TIMEOUT):
+                    return "told"
+            except urllib.error.HTTPError as error:
+                error.close()
+                problem = f"it answered {error.code}"
+                if error.code in (404, 405):
+                    break  # no plugin there
+            except OSError as error:
+                problem = str(error)
+        logger.warning(
+            "sglang-scaling-fixes: prefill was not told of a KV anomaly (%s: %s); a retry there "
+            "may read suspect KV. Arm spec-guard on the prefill server too.",
+            url,
+            problem,
+        )
+        return "failed"
+
+
+def read(body: bytes) -> dict[int, int]:
+    """A telling's digests by page size. ValueError for anything else."""
+    if len(body) > _LARGEST_BODY:
+        raise ValueError("too long")
+    read = json.loads(body)
+    if not isinstance(read, dict) or not read:
+        raise ValueError("not an object of digests by page size")
+    known = {int(page): beginning for page, beginning in read.items()}
+    for page, beginning in known.items():
+        if page not in PAGES or type(beginning) is not int or not 0 <= beginning < 2**63:
+            raise ValueError(f"{page}: {beginning!r} is not a digest of a page of tokens")
+    return known
+
+
+def to_fields(known: Mapping[int, int]) -> dict[str, int]:
+    """As set_internal_state carries them."""
+    return {f"{FIELD}{page}": beginning for page, beginning in known.items()}
+
+
+def from_fields(fields: Mapping[str, Any]) -> dict[int, int]:
+    """The digests in a set_internal_state request; empty if it is not one of ours."""
+    return {
+        int(name.removeprefix(FIELD)): int(value)
+        for name, value in fields.items()
+        if name.startswith(FIELD)
+    }
+
+
+# -- prefill's main process ----------------------------------------------------------------
+
+
+def add_route(server: Any) -> None:
+    """Let a stock bootstrap server take tellings."""
+    from aiohttp import web
+
+    async def take(request: Any) -> Any:
+        try:
+            known = read(await request.content.read(_LARGEST_BODY + 1))
+        except ValueError as error:
+            return web.Response(status=400, text=f"{error}\n")
+        try:
+            await asyncio.wait_for(asyncio.wrap_future(_pass_on(known)), TIMEOUT)
+        except Exception as error:  # the sender tries again, and says so if it stays
+            logger.warning("sglang-scaling-fixes: a KV anomaly was not passed on: %r", error)
+            return web.Response(status=503, text="not passed on to the schedulers\n")
+        return web.Response(text="told\n")
+
+    server.app.router.add_post(PATH, take)
+
+
+def _pass_on(known: Mapping[int, int]) -> Any:
+    """To every scheduler of this server, by stock's own broadcast; a future."""
+    from sglang.srt.entrypoints.http_server import _global_state
+    from sglang.srt.managers.io_struct import SetInternalStateReq
+
+    manager = _global_state.tokenizer_manager
+    manager_loop = getattr(manager, "event_loop", None)
+    if manager_loop is None:
+        raise RuntimeError("this server has had no request yet")
+    request = SetInternalStateReq(server_args=to_fields(known))
+    return asyncio.run_coroutine_threadsafe(manager.set_internal_state(request), manager_loop)
