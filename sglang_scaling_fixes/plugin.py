@@ -19,11 +19,12 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from sglang_scaling_fixes import config as configuration
-from sglang_scaling_fixes import fixes, metrics
+from sglang_scaling_fixes import fixes, metrics, refusals
 from sglang_scaling_fixes.attach import wrap_method
 from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.errors import ScalingFixesError
 from sglang_scaling_fixes.reclaim import retry_after
+from sglang_scaling_fixes.specguard import error_type
 
 logger = logging.getLogger(__name__)
 
@@ -171,8 +172,7 @@ def _arm_process(config: Config) -> None:
         return result
 
     wrap_method(f"{_ENGINE}:Engine._launch_subprocesses", launch_subprocesses)
-    if "safe-reclaim" in (config.fixes or ()):
-        retry_after.attach()
+    refusals.attach([retry_after.edit, error_type.edit])
 
 
 def _check_scheduler(scheduler: Any, server_args: Any, config: Config) -> None:

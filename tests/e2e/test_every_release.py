@@ -1,4 +1,4 @@
-"""Safe reclaim proves itself on the real classes of every stock release it loads in.
+"""Safe reclaim and the anomaly guard prove themselves on the real classes of every stock release.
 
 Each wheel's own code is imported on the dependencies of the oldest lab release; no
 server is started. The end-to-end tests run two releases; this says the same probe
@@ -21,16 +21,18 @@ from sglang_scaling_fixes.lab.runtime import cpu_env
 from tests.contract import wheels
 
 NEWEST = "0.5.23"
+FIXES = ("safe-reclaim", "spec-guard")
 PROBE = """
 import json, sglang
 from sglang_scaling_fixes import fixes
 from sglang_scaling_fixes.config import Config
-print("probe:" + json.dumps([sglang.__file__, fixes.arm_all(Config.from_env())[0].as_dict()]))
+states = [state.as_dict() for state in fixes.arm_all(Config.from_env())]
+print("probe:" + json.dumps([sglang.__file__, states]))
 """
 
 
 def probe(environment: Environment, source: Path) -> Any:
-    env = cpu_env({**environment.env, PLUGIN_ENV: "safe-reclaim"})
+    env = cpu_env({**environment.env, PLUGIN_ENV: ",".join(FIXES)})
     env["PYTHONPATH"] = f"{source}:{env['PYTHONPATH']}"
     done = subprocess.run(
         [str(environment.python), "-c", PROBE],
@@ -56,8 +58,10 @@ def found(old: Environment, new: Environment) -> dict[str, Any]:
         return {release: future.result() for release, future in pending.items()}
 
 
+@pytest.mark.parametrize("fix", FIXES)
 @pytest.mark.parametrize("release", wheels.RELEASES)
-def test_armed(found: dict[str, Any], release: str) -> None:
-    origin, status = found[release]
+def test_armed(found: dict[str, Any], release: str, fix: str) -> None:
+    origin, states = found[release]
     assert origin.startswith(str(wheels.source(release)))
-    assert (status["name"], status["state"]) == ("safe-reclaim", "armed"), status["reason"]
+    (status,) = (state for state in states if state["name"] == fix)
+    assert status["state"] == "armed", status["reason"]
