@@ -60,6 +60,7 @@ _GUARD = "spec-guard"
 _BATCH = "sglang.srt.managers.schedule_batch"
 _OFFLOAD = "sglang.srt.disaggregation.decode_kvcache_offload_manager:DecodeKVCacheOffloadManager"
 _OPENAI = "sglang.srt.entrypoints.openai.serving_base:OpenAIServingBase"
+_RESPONSES = "sglang.srt.entrypoints.openai.serving_responses:OpenAIServingResponses"
 _MIXIN = "sglang.srt.disaggregation.prefill:SchedulerDisaggregationPrefillMixin"
 
 ATTACH_POINTS: tuple[AttachPoint, ...] = (
@@ -280,9 +281,15 @@ ATTACH_POINTS: tuple[AttachPoint, ...] = (
     AttachPoint(_GUARD, "decode", f"{_OFFLOAD}.offload_kv_cache", ("req",)),
     AttachPoint(_GUARD, "decode", f"{_OFFLOAD}.finalize_release_on_finish", ("req",)),
     AttachPoint(_GUARD, "prefill", f"{_COMMON}:CommonKVBootstrapServer._setup_routes"),
-    AttachPoint(_GUARD, "server", f"{_OPENAI}.create_error_response", ("message", "err_type")),
-    AttachPoint(
-        _GUARD, "server", f"{_OPENAI}.create_streaming_error_response", ("message", "err_type")
+    *(
+        AttachPoint(
+            _GUARD,
+            "server",
+            f"{serving}.create_{kind}response",
+            ("message", "err_type", "status_code"),
+        )
+        for serving in (_OPENAI, _RESPONSES)
+        for kind in ("error_", "streaming_error_")
     ),
 )
 

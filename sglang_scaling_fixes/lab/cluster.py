@@ -37,7 +37,6 @@ _OBSERVED = "observations.jsonl"
 COMMON_FLAGS = (
     "--device", "cpu",
     "--dtype", "float32",
-    "--skip-tokenizer-init",
     "--skip-server-warmup",
     "--disable-overlap-schedule",
     "--random-seed", "1",
@@ -72,7 +71,7 @@ class Server:
         self._command = [
             str(environment.python), "-m", "sglang.launch_server",
             "--model-path", str(model.folder), "--host", place.address, "--port", str(self.port),
-            *COMMON_FLAGS, *model.flags, *self._role_flags(), *flags,
+            *COMMON_FLAGS, *_tokenizer_flags(model), *model.flags, *self._role_flags(), *flags,
         ]  # fmt: skip
         self._start()
 
@@ -145,6 +144,12 @@ class Server:
         return f"lab server {self.name} {what}; log {self.process.log}, its end:\n" + (
             self.process.tail()
         )
+
+
+def _tokenizer_flags(model: Model) -> list[str]:
+    if model.tokenizer is None:
+        return ["--skip-tokenizer-init"]
+    return ["--tokenizer-path", str(model.tokenizer)]
 
 
 @dataclass(frozen=True)

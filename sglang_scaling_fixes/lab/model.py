@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
-from sglang_scaling_fixes.lab import weights
+from sglang_scaling_fixes.lab import weights, words
 from sglang_scaling_fixes.lab.errors import LabError
 from sglang_scaling_fixes.lab.glm import weights as glm_weights
 from sglang_scaling_fixes.lab.install import Environment, lab_home
@@ -31,6 +31,7 @@ class Model:
     modules: tuple[str, ...]  # of sglang.srt.models; the others are left out of the start-up
     flags: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict)
+    tokenizer: Path | None = None  # without one, requests and answers are token ids
 
 
 def llama(environment: Environment, seed: int = 1) -> Model:
@@ -43,8 +44,11 @@ def llama(environment: Environment, seed: int = 1) -> Model:
     )
 
 
-def tiny_glm(environment: Environment, seed: int = 1) -> Model:
-    """GLM-5.1's architecture in small; SGLang 0.5.23, whose modules its stand-ins know."""
+def tiny_glm(environment: Environment, seed: int = 1, *, text: bool = False) -> Model:
+    """GLM-5.1's architecture in small; SGLang 0.5.23, whose modules its stand-ins know.
+
+    `text`: with a tokenizer of words, for the OpenAI API.
+    """
     if environment.release != "0.5.23":
         raise LabError(
             f"tiny-glm-5.1 runs on SGLang 0.5.23, not on {environment.release}:"
@@ -58,6 +62,7 @@ def tiny_glm(environment: Environment, seed: int = 1) -> Model:
         # Interpreted: the Triton kernels that assign slots, on CPU tensors. Not compiled: what
         # torch would compile for a model this small takes longer than all its requests.
         env={DSA: "1", "TRITON_INTERPRET": "1", "TORCHDYNAMO_DISABLE": "1"},
+        tokenizer=words.write(lab_home() / "models" / "words", glm_weights.VOCAB) if text else None,
     )
 
 

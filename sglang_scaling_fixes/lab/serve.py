@@ -51,6 +51,7 @@ class Options:
     spec: bool = False
     cp: int = 1  # ranks of prefill context parallelism
     layer_split: bool = False  # each of them keeps only its layers' KV
+    text: bool = False  # with a tokenizer of words, for the OpenAI API
     tokens: int = TOKENS  # KV slots of each server
     flags: tuple[str, ...] = ()  # for every server
     env: Mapping[str, str] | None = None
@@ -137,7 +138,7 @@ def serving(options: Options, environment: Environment, run_dir: Path) -> Iterat
     """The servers of `options`, ready; they end with the block."""
     options.check()
     refuse_a_gpu()
-    model = lab_model.tiny_glm(environment)
+    model = lab_model.tiny_glm(environment, text=options.text)
     if options.pd:
         with (
             link(0, run_dir, shaped=False) as way,

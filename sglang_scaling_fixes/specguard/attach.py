@@ -18,6 +18,7 @@ _BATCH = "sglang.srt.managers.schedule_batch"
 _SCHEDULER = "sglang.srt.managers.scheduler:Scheduler"
 _OFFLOAD = "sglang.srt.disaggregation.decode_kvcache_offload_manager:DecodeKVCacheOffloadManager"
 _OPENAI = "sglang.srt.entrypoints.openai.serving_base:OpenAIServingBase"
+_RESPONSES = "sglang.srt.entrypoints.openai.serving_responses:OpenAIServingResponses"
 
 FINISH = (f"{_BATCH}:Req.update_finish_state", f"{_BATCH}:Req.check_finished")
 """Where a request's end is decided: the first since 0.5.13, the second before."""
@@ -117,20 +118,17 @@ def _storage_is_namespaced() -> bool:
 
 def _wrap_errors() -> None:
     def typed(
-        stock: Callable[..., Any],
-        serving: Any,
-        message: str,
-        err_type: str = "BadRequestError",
-        *args: Any,
-        **kwargs: Any,
+        stock: Callable[..., Any], serving: Any, message: str, *args: Any, **kwargs: Any
     ) -> Any:
-        # Stock hands on the message and the status of an abort, not its type.
-        if str(message).startswith(f"{ERROR_TYPE}: "):
-            err_type = ERROR_TYPE
-        return stock(serving, message, err_type, *args, **kwargs)
+        # Stock hands on an abort's message, not its type; /v1/responses not even its status.
+        ours = str(message).removeprefix("503: ")
+        if ours.startswith(f"{ERROR_TYPE}: "):
+            return stock(serving, ours, ERROR_TYPE, 503)
+        return stock(serving, message, *args, **kwargs)
 
-    wrap_method(f"{_OPENAI}.create_error_response", typed)
-    wrap_method(f"{_OPENAI}.create_streaming_error_response", typed)
+    for serving in (_OPENAI, _RESPONSES):
+        wrap_method(f"{serving}.create_error_response", typed)
+        wrap_method(f"{serving}.create_streaming_error_response", typed)
 
 
 def _set_internal_state(stock: Callable[..., Any], scheduler: Any, request: Any) -> Any:
