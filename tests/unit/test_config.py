@@ -41,12 +41,34 @@ def test_named_fixes_keep_their_order_once() -> None:
 
 @pytest.mark.parametrize("setting", config.SETTINGS, ids=lambda s: s.flag)
 def test_every_setting_has_both_spellings(setting: config.Setting) -> None:
-    value = {bool: "1", float: "0.5", str: setting.choices[-1] if setting.choices else ""}[
-        setting.kind
-    ]
+    other = {
+        bool: "1",
+        int: "64",
+        float: str((setting.low + setting.high) / 2),
+        str: setting.choices[-1] if setting.choices else "some.json",
+    }
+    value = "0.25" if setting.default == 0.5 else other[setting.kind]
     argv = [setting.flag] if setting.kind is bool else [setting.flag, value]
     assert setting.env.startswith(config.ENV_PREFIX)
     assert parse(*argv) == Config.from_env({setting.env: value}) != Config()
+
+
+def test_an_action_of_the_guard_arms_it() -> None:
+    assert parse("--spec-guard", "abort").fixes == ("spec-guard",)
+    both = parse("--plugin", "--spec-guard", "abort")
+    assert both.fixes == config.DEFAULT_FIXES
+    assert both.named == ("spec-guard",)
+    assert parse("--plugin", "hicache-ordering", "--spec-guard", "observe").fixes == (
+        "hicache-ordering",
+        "spec-guard",
+    )
+    with pytest.raises(ConfigError, match=r"--spec-guard .*none"):
+        parse("--plugin", "none", "--spec-guard", "abort")
+
+
+def test_a_bare_plugin_asks_for_nothing_by_name() -> None:
+    assert parse("--plugin").named == ()
+    assert parse("--plugin", "spec-guard").named == ("spec-guard",)
 
 
 def test_a_flag_wins_over_a_variable() -> None:

@@ -47,6 +47,6 @@ def test_whatever_goes_wrong_while_arming_refuses_the_start(
 
 
 def test_a_fix_that_does_not_exist_yet_refuses_the_start() -> None:
-    config = Config(fixes=("spec-guard",))
+    config = Config(fixes=("layer-split",))
     line = fixes.refusal(fixes.arm_all(config), config)
-    assert line is not None and "spec-guard" in line
+    assert line is not None and "layer-split" in line

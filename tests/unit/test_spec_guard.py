@@ -1,0 +1,250 @@
+"""The guard on requests with stock's fields: what it does to whom, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sglang_scaling_fixes.config import Config
+from sglang_scaling_fixes.errors import ConfigError
+from sglang_scaling_fixes.specguard import settings
+from sglang_scaling_fixes.specguard.detector import Rules
+from sglang_scaling_fixes.specguard.guard import SpecGuard, depth_of, holds_kv, tainted
+from sglang_scaling_fixes.specguard.taint import Taint
+
+PROMPT = list(range(20))
+
+
+class Request:
+    """The fields of a stock request that the guard knows."""
+
+    def __init__(self, prompt: list[int], extra_key: str | None = None) -> None:
+        self.rid = "r1"
+        self.origin_input_ids = self.origin_input_ids_unpadded = prompt
+        self.output_ids: list[int] = []
+        self.spec_verify_ct = 0
+        self.accepted = 0
+        self.finished_reason = None
+        self.to_finish: Any = None
+        self.skip_radix_cache_insert = False
+        self.extra_key = extra_key
+        self.kv = SimpleNamespace(req_pool_idx=None)
+        self.bootstrap_room = 77
+
+
+def guard(action: str = "abort", **more: Any) -> SpecGuard:
+    return SpecGuard(Rules(), action, Taint(4), lambda: 3, "accepted", **more)
+
+
+def verify(guard: SpecGuard, req: Request, accepted: int, times: int = 400) -> None:
+    for _ in range(times):
+        req.spec_verify_ct += 1
+        req.accepted += accepted
+        req.output_ids += [7] * (accepted + 1)
+        guard.look(req)
+
+
+def test_abort_ends_the_request_and_makes_its_prompt_suspect() -> None:
+    told: list[Any] = []
+    watch = guard(tell=told.append)
+    req = Request(PROMPT)
+    verify(watch, req, 0)
+    assert req.to_finish.status_code.name == "SERVICE_UNAVAILABLE"
+    assert req.to_finish.err_type == "kv_anomaly"
+    assert req.skip_radix_cache_insert and tainted(req)
+    assert told == [req]
+    later = Request(PROMPT)
+    watch.place(later)
+    assert later.extra_key == "|kv-anomaly-1"
+    assert watch.report()["anomalies"] == {"low_accept_length/aborted": 1}
+
+
+def test_observe_counts_and_changes_nothing() -> None:
+    watch = guard("observe")
+    req = Request(PROMPT)
+    before = {**vars(req)}
+    verify(watch, req, 0)
+    for field in ("to_finish", "skip_radix_cache_insert", "extra_key", "finished_reason"):
+        assert getattr(req, field) == before[field]
+    assert not tainted(req)
+    assert watch.report()["anomalies"] == {"low_accept_length/observed": 1}
+
+
+def test_a_request_that_is_ending_anyway_is_left_to_end() -> None:
+    watch = guard()
+    req = Request(PROMPT)
+    req.to_finish = ending = object()
+    verify(watch, req, 0)
+    assert req.to_finish is ending
+    assert len(watch.taint) == 0
+
+
+def test_a_namespace_of_the_users_own_is_kept() -> None:
+    watch = guard()
+    watch.taint.add(PROMPT)
+    req = Request(PROMPT, extra_key="tenant")
+    watch.place(req)
+    assert req.extra_key == "tenant|kv-anomaly-1"
+    req.extra_key += "|elastic"  # stock adds one of its own, later
+    watch.taint.add(PROMPT)
+    watch.place(req)
+    assert req.extra_key == "tenant|elastic|kv-anomaly-2"
+
+
+def test_a_request_that_holds_kv_is_not_moved() -> None:
+    """Its pages are locked in the old namespace; it is watched like any other."""
+    watch = guard()
+    req = Request(PROMPT)
+    req.kv.req_pool_idx = 5
+    watch.taint.add(PROMPT)
+    watch.place(req)
+    assert req.extra_key is None
+    req.kv.req_pool_idx = None  # retracted: it begins anew
+    watch.place(req)
+    assert req.extra_key == "|kv-anomaly-1"
+
+
+@pytest.mark.parametrize(
+    ("req", "held"),
+    [
+        (SimpleNamespace(req_pool_idx=None), False),
+        (SimpleNamespace(req_pool_idx=0), True),
+        (SimpleNamespace(kv=SimpleNamespace(req_pool_idx=-1)), False),
+        (SimpleNamespace(kv=SimpleNamespace(req_pool_idx=0)), True),
+        (SimpleNamespace(kv=None), False),
+    ],
+)
+def test_where_releases_keep_a_requests_row(req: Any, held: bool) -> None:
+    assert holds_kv(req) == held
+
+
+def test_the_log_line_is_json_with_what_an_operator_needs(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    watch = guard(worker="10.0.0.1:30000")
+    with caplog.at_level(logging.WARNING):
+        verify(watch, Request(PROMPT), 0)
+    (message,) = (record.getMessage() for record in caplog.records)
+    said = json.loads(message.removeprefix("sglang-scaling-fixes: "))
+    assert said["rid"] == "r1" and said["room"] == 77 and said["worker"] == "10.0.0.1:30000"
+    assert (said["kind"], said["action"], said["tokens"]) == ("low_accept_length", "aborted", 128)
+    assert said["verifications"] == 128 and said["accepted"] == 0
+
+
+def test_other_ranks_act_alike_and_stay_silent(caplog: pytest.LogCaptureFixture) -> None:
+    told: list[Any] = []
+    watch, req = guard(speaks=False, tell=told.append), Request(PROMPT)
+    verify(watch, req, 0)
+    assert req.to_finish is not None and len(watch.taint) == 1
+    assert not caplog.records and not told
+    assert watch.report()["requests"] == 0
+
+
+# -- settings ------------------------------------------------------------------------------
+
+
+def server(**more: Any) -> Any:
+    args = {
+        "speculative_algorithm": "EAGLE",
+        "speculative_num_steps": 3,
+        "speculative_eagle_topk": 1,
+        "speculative_num_draft_tokens": 4,
+        "model_path": "/models/GLM-5.1-FP8",
+        "served_model_name": "glm-5.1",
+    }
+    return SimpleNamespace(**{**args, **more})
+
+
+@pytest.mark.parametrize(
+    ("args", "depth"),
+    [
+        ({}, 3),
+        ({"speculative_eagle_topk": 4, "speculative_num_draft_tokens": 16}, 3),
+        ({"speculative_algorithm": "NGRAM", "speculative_num_draft_tokens": 12}, 11),
+        (
+            {
+                "speculative_algorithm": "DFLASH",
+                "speculative_num_steps": None,
+                "speculative_num_draft_tokens": 16,
+            },
+            15,
+        ),
+    ],
+)
+def test_the_depth_that_can_be_accepted(args: dict[str, Any], depth: int) -> None:
+    assert settings.depth(server(**args)) == depth
+
+
+def test_an_adaptive_workers_depth_is_read_each_time() -> None:
+    worker = SimpleNamespace(speculative_num_steps=3)
+    depth = depth_of(SimpleNamespace(draft_worker=worker), server(speculative_adaptive=True))
+    assert depth() == 3
+    worker.speculative_num_steps = 0
+    assert depth() == 0
+
+
+def test_a_model_may_have_rules_of_its_own(tmp_path: Path) -> None:
+    file = tmp_path / "rules.json"
+    file.write_text('{"*": {"window": 64}, "glm-*": {"min_length": 1.2, "after": 200}}')
+    config = Config(fixes=("spec-guard",), guard_overrides=str(file))
+    assert settings.rules(config, server()) == Rules(after=200, min_length=1.2, window=64)
+    assert settings.rules(config, server(served_model_name="qwen")) == Rules(window=64)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "cannot be read as JSON"),
+        ("[1]", "must look like"),
+        ('{"x": 1}', "must look like"),
+        ('{"x": {"min_len": 1}}', "unknown key 'min_len'"),
+        ('{"x": {"after": 1.5}}', "not a whole number"),
+        ('{"x": {"min_length": 0.5}}', "at least 1"),
+        ('{"x": {"window": true}}', "not a whole number"),
+    ],
+)
+def test_a_bad_overrides_file_is_one_clear_error(tmp_path: Path, text: str, says: str) -> None:
+    file = tmp_path / "rules.json"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match="--spec-guard-overrides") as error:
+        settings.rules(Config(guard_overrides=str(file)), server())
+    assert says in str(error.value) and str(file) in str(error.value)
+
+
+def test_ngrams_are_not_judged_by_a_low_accept_length_unless_asked() -> None:
+    assert settings.rules(Config(), server(speculative_algorithm="NGRAM")).min_length == 1.0
+    asked = Config(guard_min_length=1.1)
+    assert settings.rules(asked, server(speculative_algorithm="NGRAM")).min_length == 1.1
+
+
+ABORT = Config(fixes=("spec-guard",), guard="abort", named=("spec-guard",))
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ({"speculative_algorithm": None}, "--speculative-algorithm"),
+        ({"enable_streaming_session": True}, "--enable-streaming-session"),
+        ({"enable_lmcache": True}, "--enable-lmcache"),
+        ({"enable_flexkv": True}, "--enable-flexkv"),
+        ({"pp_size": 2}, "--pp-size"),
+        ({"disaggregation_mode": "prefill", "tokenizer_worker_num": 2}, "--tokenizer-worker-num"),
+    ],
+)
+def test_what_cannot_be_guarded_is_refused(args: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        settings.check(server(**args), ABORT)
+
+
+def test_what_can_be_guarded_is_not_refused() -> None:
+    settings.check(server(), ABORT)
+    settings.check(server(disaggregation_mode="decode", tokenizer_worker_num=2), ABORT)
+    settings.check(server(disaggregation_mode="prefill", speculative_algorithm=None), ABORT)
+    settings.check(server(pp_size=2), Config(fixes=("spec-guard",)))
+    # A bare --plugin on a server without speculation: nothing to judge, nothing refused.
+    settings.check(server(speculative_algorithm=None), Config(fixes=("safe-reclaim", "spec-guard")))
