@@ -160,7 +160,7 @@ def bind(scheduler: Any, server_args: Any, config: Config) -> None:
     SpecGuard.current = SpecGuard(
         settings.rules(config, server_args),
         config.guard,
-        Taint(int(scheduler.page_size)),
+        Taint(_page_size(scheduler)),
         depth_of(scheduler, server_args),
         accepted_field(),
         worker=f"{server_args.host}:{server_args.port}",
@@ -168,6 +168,12 @@ def bind(scheduler: Any, server_args: Any, config: Config) -> None:
         counted=counted,
         speaks=speaks,
     )
+
+
+def _page_size(scheduler: Any) -> int:
+    """Tokens below which two requests share nothing in this scheduler's cache."""
+    tree = getattr(getattr(scheduler, "tree_cache", None), "page_size", None)
+    return int(min(scheduler.page_size, tree or scheduler.page_size))
 
 
 def _teller(count: Callable[[str], None]) -> Callable[[Any], None]:

@@ -67,9 +67,10 @@ class SpecGuard:
         """Before stock asks whether `req` is finished."""
         verifications = req.spec_verify_ct
         watch = req.__dict__.get(_WATCH)
-        if watch is None:
+        if watch is None or verifications < watch.verifications:
+            if watch is None:
+                self._count("requests")
             watch = req.__dict__[_WATCH] = Watch(self.rules)
-            self._count("requests")
         if verifications == watch.verifications:
             return  # asked again within one verification
         anomaly = watch.observe(

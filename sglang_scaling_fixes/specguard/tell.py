@@ -123,7 +123,7 @@ def add_route(server: Any) -> None:
 
     async def take(request: Any) -> Any:
         try:
-            known = read(await request.content.read(_LARGEST_BODY + 1))
+            known = read(await request.read())
         except ValueError as error:
             return web.Response(status=400, text=f"{error}\n")
         try:
