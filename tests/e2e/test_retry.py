@@ -1,0 +1,162 @@
+"""Two workers, one of which corrupts KV, behind the retry proxy: clients notice nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sglang_scaling_fixes.lab import words
+from sglang_scaling_fixes.lab.client import Answer, call
+from sglang_scaling_fixes.lab.cluster import greedy
+from sglang_scaling_fixes.lab.install import Environment
+from sglang_scaling_fixes.lab.link import LOCAL
+from sglang_scaling_fixes.lab.serve import Served, serving
+
+from .test_spec_guard import ABORT, PROMPT, TOKENS, corrupted, events, guard
+
+pytestmark = pytest.mark.e2e
+
+CLIENTS = 6
+HOLD = 180  # the guard's first verdict comes at the 128th token, and looks every 16
+
+
+class Proxy:
+    """A retry proxy before some workers, in a process of its own."""
+
+    def __init__(self, workers: list[str], *flags: str) -> None:
+        (self.port,) = LOCAL.free_ports(1)
+        named = [part for url in workers for part in ("--worker", url)]
+        command = Path(sys.executable).with_name("sglang-scaling-fixes")
+        self._process = subprocess.Popen(
+            [command, "retry-proxy", *named, "--port", str(self.port), *flags],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(300):
+            if self.get("/health").status == 200:
+                return
+            time.sleep(0.1)
+        raise AssertionError(self.end())
+
+    def get(self, path: str) -> Answer:
+        return call(LOCAL, "127.0.0.1", self.port, path)
+
+    def post(self, path: str, payload: object) -> Answer:
+        return call(LOCAL, "127.0.0.1", self.port, path, payload=payload, timeout_s=180)
+
+    def end(self) -> str:
+        """End it, and return what it logged."""
+        self._process.terminate()
+        return self._process.communicate(timeout=60)[1]
+
+
+@pytest.fixture(scope="module")
+def workers(
+    new: Environment, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Served, Served]]:
+    """One whose requests named `corrupt:` are corrupted, and one that takes them as any other."""
+    bad = replace(ABORT, hicache=False, tokens=8192)
+    sound = replace(bad, env={})
+    with (
+        serving(bad, new, tmp_path_factory.mktemp("bad")) as one,
+        serving(sound, new, tmp_path_factory.mktemp("sound")) as other,
+    ):
+        yield one, other
+
+
+@pytest.fixture(scope="module")
+def right(workers: tuple[Served, Served]) -> list[int]:
+    return workers[1].ask(PROMPT, TOKENS).ids
+
+
+def test_every_request_gets_the_sound_workers_answer(
+    workers: tuple[Served, Served], right: list[int]
+) -> None:
+    """Whole answers and streams, in both APIs, at once; each begins on either worker."""
+    proxy = Proxy([w.servers[0].url for w in workers], "--hold-tokens", str(HOLD))
+    completion = {
+        "prompt": PROMPT,
+        "max_tokens": TOKENS,
+        "temperature": 0,
+        "ignore_eos": True,
+        "model": workers[0].servers[0].get("/v1/models").body["data"][0]["id"],
+    }
+
+    def generated(name: str) -> list[int]:
+        body = {**greedy(PROMPT, TOKENS), "rid": corrupted("noise", name)}
+        return list(proxy.post("/generate", body).body["output_ids"])
+
+    def streamed(name: str) -> list[int]:
+        body = {**greedy(PROMPT, TOKENS), "rid": corrupted("zero", name), "stream": True}
+        chunks = events(proxy.post("/generate", body).body)
+        assert all("error" not in chunk for chunk in chunks)
+        return list(chunks[-1]["output_ids"])
+
+    def completed(name: str) -> list[int]:
+        body = {**completion, "rid": corrupted("mixed", name)}
+        return words.ids(proxy.post("/v1/completions", body).body["choices"][0]["text"])
+
+    def completed_stream(name: str) -> list[int]:
+        body = {**completion, "rid": corrupted("noise", name), "stream": True}
+        chunks = events(proxy.post("/v1/completions", body).body)
+        assert all("error" not in chunk for chunk in chunks)
+        return words.ids("".join(chunk["choices"][0]["text"] for chunk in chunks))
+
+    kinds = (generated, streamed, completed, completed_stream)
+    try:
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            answers = list(pool.map(lambda n: kinds[n % 4](f"many-{n}"), range(12)))
+        metrics = str(proxy.get("/metrics").body)
+    finally:
+        log = proxy.end()
+    assert answers == [right] * 12
+    # It was not luck: the bad worker had requests, and its guard ended them.
+    ended = guard(workers[0])["anomalies"]["low_accept_length/aborted"]
+    assert ended >= 2
+    assert 'sglang_scaling_fixes_retry_proxy_requests_total{outcome="recovered"}' in metrics
+    retries = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
+    assert {retry["reason"] for retry in retries} == {"anomaly"}
+    assert len(retries) == ended
+
+
+def test_without_the_proxy_clients_of_the_bad_worker_see_it(
+    workers: tuple[Served, Served], right: list[int]
+) -> None:
+    """The control: the same request, sent straight to the worker that corrupts."""
+    body = {**greedy(PROMPT, TOKENS), "rid": corrupted("noise", "direct"), "stream": True}
+    chunks = events(workers[0].servers[0].post("/generate", body).body)
+    assert chunks[-1]["meta_info"]["finish_reason"]["err_type"] == "kv_anomaly"
+    seen = chunks[-1]["output_ids"]
+    assert seen != right[: len(seen)]  # garbage had reached the client
+
+
+def test_what_has_begun_ends_with_an_error_and_no_second_beginning(
+    workers: tuple[Served, Served], right: list[int]
+) -> None:
+    """Nothing held back: what the client has cannot be taken back, and it is told."""
+    proxy = Proxy([workers[0].servers[0].url, workers[1].servers[0].url])
+    try:
+        ends: list[Any] = []
+        for number in range(2):  # one on each worker: ties rotate
+            rid = corrupted("noise", f"begun-{number}")
+            body = {**greedy(PROMPT, TOKENS), "rid": rid, "stream": True}
+            chunks = events(proxy.post("/generate", body).body)
+            starts = [c for c in chunks if "meta_info" in c
+                      and c["meta_info"]["completion_tokens"] == 1]  # fmt: skip
+            assert len(starts) == 1
+            ends.append(chunks[-1])
+    finally:
+        proxy.end()
+    errors = [end["error"] for end in ends if "error" in end]
+    assert [(e["type"], e["retryable"]) for e in errors] == [("kv_anomaly", True)]
+    (whole,) = (end for end in ends if "error" not in end)
+    assert whole["output_ids"] == right
