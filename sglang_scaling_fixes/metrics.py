@@ -21,7 +21,7 @@ _RECLAIM = PREFIX + "reclaim_"
 
 @dataclass(frozen=True)
 class Metric:
-    """`label` beyond the common ones; `buckets` of a histogram in seconds."""
+    """`label` beyond the common ones, or two with a space between; `buckets` in seconds."""
 
     name: str
     kind: Kind
@@ -63,6 +63,24 @@ PREFILL = (
     Metric("failed_writes", "counter", "Writes that reported failure."),
     Metric("chunks_dropped", "counter", "Chunks of ended attempts, not written."),
     Metric("garbage", "counter", "Unreadable control messages, dropped."),
+)
+
+_RETRY_PROXY = PREFIX + "retry_proxy_"
+
+RETRY_PROXY = (
+    Metric("requests", "counter", "Requests, by what became of them.", "outcome"),
+    Metric("retries", "counter", "Attempts that failed, and what followed.", "reason outcome"),
+    Metric("anomalies", "counter", "Generations a worker's guard aborted.", "worker"),
+    Metric("worker_up", "gauge", "1 unless the worker is down.", "worker"),
+    Metric("inflight", "gauge", "Requests in flight now."),
+    Metric("held_bytes", "gauge", "Bytes of requests and responses held now."),
+    Metric("stream_restarts", "counter", "Streams begun anew before their client had a byte."),
+    Metric(
+        "first_byte_seconds",
+        "histogram",
+        "From a request's last byte to the first of its answer, all attempts included.",
+        buckets=_SECONDS,
+    ),
 )
 
 
@@ -138,14 +156,27 @@ def export_states(states: Iterable[tuple[str, str]]) -> None:
         gauge.labels(fix=name, state=state).set(1)
 
 
-def _make(metric: Metric, common: Mapping[str, str]) -> Any:
+def retry_proxy(registry: Any) -> dict[str, Any]:
+    """The proxy's own, by name, in a registry of its own: it is a process without SGLang."""
+    return {metric.name: _make(metric, {}, _RETRY_PROXY, registry) for metric in RETRY_PROXY}
+
+
+def _make(
+    metric: Metric, common: Mapping[str, str], prefix: str = _RECLAIM, registry: Any = None
+) -> Any:
     # Stock sets PROMETHEUS_MULTIPROC_DIR first; the client looks at it once, on import.
     import prometheus_client
 
-    name = _RECLAIM + metric.name
-    labels = (*common, *filter(None, [metric.label]))
+    name = prefix + metric.name
+    labels = (*common, *metric.label.split())
+    registry = registry or prometheus_client.REGISTRY
     if metric.kind == "counter":
-        return prometheus_client.Counter(name, metric.help, labels)
+        return prometheus_client.Counter(name, metric.help, labels, registry=registry)
     if metric.kind == "gauge":
-        return prometheus_client.Gauge(name, metric.help, labels, multiprocess_mode="mostrecent")
-    return prometheus_client.Histogram(name, metric.help, labels, buckets=metric.buckets)
+        mode: Literal["mostrecent"] = "mostrecent"
+        return prometheus_client.Gauge(
+            name, metric.help, labels, registry=registry, multiprocess_mode=mode
+        )
+    return prometheus_client.Histogram(
+        name, metric.help, labels, registry=registry, buckets=metric.buckets
+    )
