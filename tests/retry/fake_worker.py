@@ -33,7 +33,10 @@ class Seen:
 
     @property
     def said(self) -> dict[str, Any]:
-        return json.loads(self.body) if self.body else {}
+        try:
+            return dict(json.loads(self.body))
+        except (ValueError, TypeError):
+            return {}
 
 
 class FakeWorker:

@@ -100,9 +100,7 @@ async def get(url: str) -> Answer:
     return await _ask("GET", url, None, None)
 
 
-async def _ask(
-    method: str, url: str, data: bytes | None, headers: dict[str, str] | None
-) -> Answer:
+async def _ask(method: str, url: str, data: bytes | None, headers: dict[str, str] | None) -> Answer:
     async with (
         aiohttp.ClientSession(auto_decompress=False) as session,
         session.request(method, url, data=data, headers=headers) as response,
