@@ -88,7 +88,7 @@ class FakeWorker:
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
         method, target, _ = head[0].split(" ")
         pairs = [line.partition(": ")[::2] for line in head[1:] if line]
-        length = int(dict((k.lower(), v) for k, v in pairs).get("content-length", 0))
+        length = int({k.lower(): v for k, v in pairs}.get("content-length", 0))
         one = Seen(method, target, pairs, await reader.readexactly(length))
         self.seen.append(one)
         answer = asyncio.create_task(self._answer(one, writer))
@@ -117,22 +117,24 @@ class FakeWorker:
         said = one.said
         plan = said.get("plans", {}).get(self.name, {})
         fail, after = plan.get("fail"), plan.get("after", 0)
-        if fail in ("status", "text_status"):
+        if fail in ("status", "not_http"):
+            return await self._refuse(fail, plan, writer)
+        if fail == "hang" and not after:
+            await asyncio.Event().wait()
+        if fail == "close" and not after:
+            return False
+        answer = self._stream if said.get("stream") else self._whole
+        return await answer(path, said, plan, writer)
+
+    async def _refuse(self, fail: str, plan: dict[str, Any], writer: asyncio.StreamWriter) -> bool:
+        if fail == "status":
             body = plan.get("body", {"error": {"message": "not now"}})
             data = body.encode() if isinstance(body, str) else json.dumps(body).encode()
             headers = [("Retry-After", "7")] if plan.get("retry_after") else []
             await self._send(writer, whole(data, plan.get("status", 503), headers))
             return True
-        if fail == "not_http":
-            await self._send(writer, b"hello there\r\n\r\n")
-            return False
-        if fail == "hang" and not after:
-            await asyncio.Event().wait()
-        if fail == "close" and not after:
-            return False
-        if said.get("stream"):
-            return await self._stream(path, said, plan, writer)
-        return await self._whole(path, said, plan, writer)
+        await self._send(writer, b"hello there\r\n\r\n")
+        return False
 
     async def _whole(
         self, path: str, said: dict[str, Any], plan: dict[str, Any], writer: asyncio.StreamWriter

@@ -12,6 +12,7 @@ from typing import Any
 
 import aiohttp
 import uvicorn
+from yarl import URL
 
 from sglang_scaling_fixes.retry.proxy import RetryProxy
 from sglang_scaling_fixes.retry.settings import settings
@@ -50,7 +51,7 @@ class Answer:
         return [part for part in self.body.split(b"\n\n") if part]
 
     def header(self, name: bytes) -> bytes | None:
-        return dict((k.lower(), v) for k, v in self.headers).get(name)
+        return {k.lower(): v for k, v in self.headers}.get(name)
 
 
 @dataclass
@@ -103,7 +104,7 @@ async def get(url: str) -> Answer:
 async def _ask(method: str, url: str, data: bytes | None, headers: dict[str, str] | None) -> Answer:
     async with (
         aiohttp.ClientSession(auto_decompress=False) as session,
-        session.request(method, url, data=data, headers=headers) as response,
+        session.request(method, URL(url, encoded=True), data=data, headers=headers) as response,
     ):
         answer = Answer(response.status, list(response.raw_headers), b"")
         try:

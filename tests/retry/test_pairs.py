@@ -116,7 +116,7 @@ def test_either_half_fails_the_pair(bad: str, stream: bool, plan: dict[str, Any]
 
 def test_a_prefill_that_refuses_answers_the_client_at_once() -> None:
     async def test() -> None:
-        async with two_pairs() as (proxy, (p, d, q, _)):
+        async with two_pairs() as (proxy, (_p, d, q, _)):
             plan = {"fail": "status", "status": 400, "body": {"error": {"message": "too long"}}}
             said = {"plans": {"p": plan, "d": {"fail": "hang"}}}
             answer = await post(proxy.url + "/generate", said)

@@ -164,7 +164,7 @@ def test_limits() -> None:
                 assert refused.header(b"retry-after") == b"1"
                 assert (await get(proxy.url + "/health")).status == 200
                 first.cancel()
-                await eventually(lambda: a.generations[0].hung_up.is_set())
+                await eventually(a.generations[0].hung_up.is_set)
                 assert (await post(url, ask())).status == 200
                 assert (await post(url, b" " * 999 + b"{")).status == 200
                 large = await post(url, b"x" * 1001)
@@ -276,15 +276,18 @@ def test_a_worker_comes_back_when_its_health_does() -> None:
 
 def test_a_silent_worker_is_given_up() -> None:
     async def test() -> None:
-        async with FakeWorker("a") as a, FakeWorker("b") as b:
-            async with proxying([a, b], idle_timeout=0.3) as proxy:
-                answer = await post(proxy.url + "/generate", ask(fail="hang"))
-                assert answer.status == 200 and b"b:0" in answer.body
-                await eventually(a.generations[0].hung_up.is_set)
-                said = {**ask(fail="hang", after=2), "stream": True}
-                said["plans"]["b"] = said["plans"]["a"]
-                answer = await post(proxy.url + "/generate", said)
-                assert b'"type": "worker_timeout"' in answer.body
+        async with (
+            FakeWorker("a") as a,
+            FakeWorker("b") as b,
+            proxying([a, b], idle_timeout=0.3) as proxy,
+        ):
+            answer = await post(proxy.url + "/generate", ask(fail="hang"))
+            assert answer.status == 200 and b"b:0" in answer.body
+            await eventually(a.generations[0].hung_up.is_set)
+            said = {**ask(fail="hang", after=2), "stream": True}
+            said["plans"]["b"] = said["plans"]["a"]
+            answer = await post(proxy.url + "/generate", said)
+            assert b'"type": "worker_timeout"' in answer.body
 
     run(test)
 

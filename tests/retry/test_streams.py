@@ -188,15 +188,18 @@ def test_every_generation_of_a_stream_is_held_back() -> None:
     """Two samples: the second has no tokens yet, so that nothing may go out."""
 
     async def test() -> None:
-        async with FakeWorker("a") as a, FakeWorker("b") as b:
-            async with proxying([a, b], hold_tokens=4) as proxy:
-                said = ask("anomaly", after=9, n=2)
-                answer = await post(proxy.url + "/v1/chat/completions", said)
-                assert beginnings(answer) == {"b"}
-                # Control: one sample has had its tokens by then.
-                said = {**said, "plans": {n: {"fail": "anomaly", "after": 9} for n in "ab"}}
-                answer = await post(proxy.url + "/v1/chat/completions", {**said, "n": 1})
-                assert answer.status == 200 and b"retryable" in answer.body
+        async with (
+            FakeWorker("a") as a,
+            FakeWorker("b") as b,
+            proxying([a, b], hold_tokens=4) as proxy,
+        ):
+            said = ask("anomaly", after=9, n=2)
+            answer = await post(proxy.url + "/v1/chat/completions", said)
+            assert beginnings(answer) == {"b"}
+            # Control: one sample has had its tokens by then.
+            said = {**said, "plans": {n: {"fail": "anomaly", "after": 9} for n in "ab"}}
+            answer = await post(proxy.url + "/v1/chat/completions", {**said, "n": 1})
+            assert answer.status == 200 and b"retryable" in answer.body
 
     run(test)
 
