@@ -146,13 +146,13 @@ class RetryProxy:
         except TimeoutError:
             raise _Refused(408, "request_timeout", "the request's body did not arrive") from None
         inference = found is not READ
-        target: str = scope["raw_path"].decode("ascii")
-        if scope["query_string"]:
-            target += "?" + scope["query_string"].decode("ascii")
+        query: bytes = scope["query_string"]
         try:
+            target = (scope["raw_path"] + (b"?" + query if query else b"")).decode("ascii")
             headers = headers_to_send(scope["headers"], inference)
         except UnicodeDecodeError:
-            raise _Refused(400, "invalid_request_error", "a header is not UTF-8") from None
+            text = "a header is not UTF-8, or the target not ASCII"
+            raise _Refused(400, "invalid_request_error", text) from None
         return Request(scope["method"], scope["path"], target, headers, body, found)
 
     async def _read_body(self, receive: Receive, lease: Lease) -> bytes:

@@ -19,13 +19,6 @@ RETRYABLE = frozenset({502, 503, 504})
 PAIR_RETRYABLE = RETRYABLE | {500}
 """A decode whose prefill was lost says 500."""
 
-_SIGNS = (
-    b'"abort"', b'"error"', b"kv_anomaly",
-    b"[DONE]", b"message_stop",
-    b"response.completed", b"response.incomplete", b"response.failed",
-)  # fmt: skip
-"""No event that is more than content lacks all of these: JSON escapes quotes within text."""
-
 _STOCK_TYPES = frozenset(
     {"SERVICE_UNAVAILABLE", "BAD_GATEWAY", "GATEWAY_TIMEOUT", "overloaded_error"}
 )
@@ -53,8 +46,21 @@ _CONTENT = Verdict()
 
 
 def remarkable(block: bytes) -> bool:
-    """Whether a block of events can hold anything but content. Cheap, and never wrongly no."""
-    return any(sign in block for sign in _SIGNS)
+    """Whether a block of whole events can hold anything but content. Never wrongly False.
+
+    JSON escapes quotes within text, so that `"error"` is a name or value of the API's own.
+    """
+    # Once for every event of every stream: spelled out, this is three times as fast as a loop.
+    return (
+        b'"error"' in block
+        or b'"abort"' in block
+        or b"[DONE]" in block
+        or b"kv_anomaly" in block
+        or b"message_stop" in block
+        or b"response.completed" in block
+        or b"response.incomplete" in block
+        or b"response.failed" in block
+    )
 
 
 def judge_event(event: bytes, family: Family, retryable: frozenset[int] = RETRYABLE) -> Verdict:
