@@ -47,6 +47,8 @@ _NOT_SENT_ON = HOP_BY_HOP | {"host", "content-length", "expect"}
 
 AFTER_THE_END = 5.0
 """Seconds a worker has to end the response once its last event was seen."""
+PREFILL_GRACE = 1.0
+"""Seconds a prefill may still take once its decode has answered in full."""
 ERROR_BYTES = 1 << 20
 """Of an error body, this much is read for its verdict."""
 
@@ -67,8 +69,8 @@ class Reply:
     """The client's side. `sent` counts body bytes.
 
     `stream`: what is being passed on, if it is a stream: then an error can still be told
-    after the start. `blocked_since`: when the client, who is not reading, was last written
-    to, in seconds of the loop's clock.
+    after the start. `blocked_since`: when the write that is under way began, in seconds of
+    the loop's clock; None if none is.
     """
 
     def __init__(self, send: Send) -> None:
@@ -155,7 +157,7 @@ class Attempts:
                     await reply.whole(refusal.status, refusal.headers, refusal.body)
                     return
             await decode
-            await asyncio.wait({prefill}, timeout=AFTER_THE_END)
+            await asyncio.wait({prefill}, timeout=PREFILL_GRACE)
         finally:
             await _cancelled(decode, prefill)
 
@@ -167,7 +169,9 @@ class Attempts:
                 after = _retry_after(response)
                 if found := judge_body(response.status, held, after, call.retryable):
                     raise _of_half("prefill", found)
-                return _Refusal(response.status, _headers(response), held)
+                headers = [h for h in _headers(response) if h[0].lower() != b"content-length"]
+                headers.append((b"content-length", str(len(held)).encode()))
+                return _Refusal(response.status, headers, held)
             stream = None
             if _is_stream(response):
                 limit = self._settings.hold_bytes
@@ -223,11 +227,8 @@ class Attempts:
                 raise stream.failure
             if not lease.resize(stream.held):
                 raise Failure(Reason.NO_MEMORY, "no memory is left here to hold more back")
-        # What follows the last event is the client's too, but no reason to fail.
-        with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError):
-            async with asyncio.timeout(AFTER_THE_END):
-                while chunk := await content.readany():
-                    await reply.body(stream.feed(chunk), more=True)
+        while chunk := await _rest(content):
+            await reply.body(stream.feed(chunk), more=True)
         await reply.body(b"", more=False)
 
     async def _whole(
@@ -339,6 +340,15 @@ def _is_stream(response: aiohttp.ClientResponse) -> bool:
 def _retry_after(response: aiohttp.ClientResponse) -> int | None:
     value = response.headers.get("Retry-After", "")
     return int(value) if value.isdecimal() and len(value) < 6 else None
+
+
+async def _rest(content: aiohttp.StreamReader) -> bytes:
+    """What follows the last event of a stream: the client's too, but no reason to fail."""
+    try:
+        async with asyncio.timeout(AFTER_THE_END):
+            return await content.readany()
+    except (aiohttp.ClientError, OSError, TimeoutError):
+        return b""
 
 
 async def _at_most(response: aiohttp.ClientResponse, limit: int) -> bytes:

@@ -147,6 +147,8 @@ class RetryProxy:
             raise _Refused(408, "request_timeout", "the request's body did not arrive") from None
         inference = found is not READ
         query: bytes = scope["query_string"]
+        if not scope["raw_path"].startswith(b"/"):
+            raise _Refused(400, "invalid_request_error", "the target is not a path")
         try:
             target = (scope["raw_path"] + (b"?" + query if query else b"")).decode("ascii")
             headers = headers_to_send(scope["headers"], inference)
@@ -262,6 +264,8 @@ class RetryProxy:
                 worker.in_flight -= 1
         if failure is not None:
             self._log(request, tried, failure, reply, "told")
+        else:
+            _say(event="no_worker", request=_name_of(request))
         await self._finish(request, reply, failure)
         return "failed"
 
@@ -353,7 +357,7 @@ class RetryProxy:
         _say(
             event="attempt_failed",
             outcome=outcome,
-            request=request_id(request.headers.get("x-request-id"), request.body),
+            request=_name_of(request),
             worker=tried[-1].target.name,
             reason=failure.reason.value,
             attempt=len(tried),
@@ -375,6 +379,10 @@ async def _tell(reply: Reply, family: Family, refusal: _Refused) -> None:
     if refusal.status == 503:
         headers.append((b"retry-after", str(refusal.after).encode()))
     await reply.whole(refusal.status, headers, body)
+
+
+def _name_of(request: Request) -> str | None:
+    return request_id(request.headers.get("x-request-id"), request.body)
 
 
 def _say(**fields: object) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import aiohttp
@@ -148,6 +150,18 @@ def test_reading_goes_to_one_worker_and_changing_to_none() -> None:
                 assert path in answer.error["message"]
             assert (await get(proxy.url + "/flush_cache")).status == 501
             assert len(a.seen) + len(b.seen) == 2
+
+    run(test)
+
+
+def test_a_target_that_is_no_path_goes_nowhere() -> None:
+    async def test() -> None:
+        async with FakeWorker("a") as a, proxying([a]) as proxy:
+            reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
+            writer.write(b"GET http://elsewhere/x HTTP/1.1\r\nHost: elsewhere\r\n\r\n")
+            assert (await reader.readline()).startswith(b"HTTP/1.1 400 ")
+            writer.close()
+            assert not a.seen
 
     run(test)
 
@@ -326,25 +340,49 @@ def test_one_line_is_logged_for_each_failed_attempt(caplog: pytest.LogCaptureFix
     run(test)
 
 
-def test_sigterm_lets_streams_end_and_the_status_is_0() -> None:
+def test_a_client_that_stops_reading_is_given_up() -> None:
+    async def test() -> None:
+        body = json.dumps({"stream": True, "size": 100_000, "tokens": 1000}).encode()
+        head = f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        async with FakeWorker("a") as a, proxying([a], idle_timeout=1.0) as proxy:
+            _, writer = await asyncio.open_connection("127.0.0.1", proxy.port, limit=1024)
+            writer.write(head.encode() + body)
+            await eventually(lambda: bool(a.generations))
+            await eventually(a.generations[0].hung_up.is_set)
+            await eventually(lambda: proxy.app.workers.all[0].in_flight == 0)
+            writer.close()
+
+    run(test)
+
+
+@contextlib.contextmanager
+def command(*flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The command in a process of its own, and its URL."""
+    words = ["-m", "sglang_scaling_fixes.cli", "retry-proxy", "--port", "0", *flags]
+    process = subprocess.Popen([sys.executable, *words], stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        yield process, process.stderr.readline().split()[1].rstrip(",")
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(("grace", "ends_well"), [("30", True), ("1", False)])
+def test_sigterm_lets_streams_end_and_the_status_is_0(grace: str, ends_well: bool) -> None:
     async def test() -> None:
         async with FakeWorker("a") as a:
-            command = ["-m", "sglang_scaling_fixes.cli", "retry-proxy", "--worker", a.url]
-            process = subprocess.Popen(
-                [sys.executable, *command, "--port", "0"], stderr=subprocess.PIPE, text=True
-            )
-            assert process.stderr is not None
-            line = await asyncio.to_thread(process.stderr.readline)
-            url = line.split()[1].rstrip(",")
-            said = {"stream": True, "tokens": 10, "delay": 0.1}
-            client = asyncio.create_task(post(url + "/generate", said))
-            await eventually(lambda: a.sent > 400)
-            process.terminate()
-            answer = await client
-            assert answer.complete and answer.events[-1] == b"data: [DONE]"
-            assert b"error" not in answer.body
-            assert await asyncio.to_thread(process.wait) == 0
-            with pytest.raises(aiohttp.ClientError):
-                await post(url + "/generate", said)
+            with command("--worker", a.url, "--grace", grace) as (process, url):
+                said = {"stream": True, "tokens": 25, "delay": 0.1}
+                client = asyncio.create_task(post(url + "/generate", said))
+                await eventually(lambda: a.sent > 400)
+                process.terminate()
+                answer = await client
+                assert answer.complete and answer.events[-1] == b"data: [DONE]"
+                told = json.loads(answer.events[-2].removeprefix(b"data: "))
+                assert ("error" in told) is not ends_well
+                assert await asyncio.to_thread(process.wait) == 0
+                with pytest.raises(aiohttp.ClientError):
+                    await post(url + "/generate", said)
 
     run(test)
