@@ -309,18 +309,25 @@ class RetryProxy:
                     task.cancel()
 
     async def _probe(self, worker: Worker) -> None:
+        alive = False
+        try:
+            alive = await self._healthy(worker)
+        finally:
+            self.workers.probed(worker, alive, time.monotonic())
+        if alive:
+            _say(event="up", worker=worker.target.name)
+
+    async def _healthy(self, worker: Worker) -> bool:
         assert self._session is not None
-        alive = True
         limit = aiohttp.ClientTimeout(total=PROBE_SECONDS)
         for url in worker.target.urls:
             try:
                 async with self._session.get(url + "/health", timeout=limit) as response:
-                    alive = alive and response.status < 500
+                    if response.status >= 500:
+                        return False
             except (aiohttp.ClientError, OSError, TimeoutError):
-                alive = False
-        self.workers.probed(worker, alive, time.monotonic())
-        if alive:
-            _say(event="up", worker=worker.target.name)
+                return False
+        return True
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

@@ -35,7 +35,7 @@ def batch_size(path: str, said: dict[str, Any]) -> int | None:
         first = value[0]
         if name == "input_embeds":  # one prompt is a list of vectors
             first = first[0] if isinstance(first, list) and first else None
-        return len(value) if isinstance(first, str | list) else None
+        return len(value) if isinstance(first, str | list | dict) else None
     return None
 
 
@@ -43,6 +43,10 @@ def generations(path: str, said: dict[str, Any] | None) -> int:
     """Prompts times samples of each: how many generations a stream of it interleaves."""
     if said is None:
         return 1
+    if path == "/vertex_generate":
+        prompts, params = said.get("instances"), said.get("parameters")
+        inner = params if isinstance(params, dict) else {}
+        return generations("/generate", {**inner, "text": prompts})
     samples = said.get("n")
     if path == "/generate":
         params = said.get("sampling_params")

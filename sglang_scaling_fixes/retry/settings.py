@@ -71,7 +71,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "avoid_seconds": (0, 86_400),
     "connect_timeout": (0.01, 600),
     "idle_timeout": (0.01, 86_400),
-    "grace": (0, 86_400),
+    "grace": (1, 86_400),
 }
 
 

@@ -117,4 +117,5 @@ class Stream:
         if not self._hold_tokens:
             return bool(data_of(event))  # a comment is not yet an answer
         through = {i for i, count in self._tokens.items() if count >= self._hold_tokens}
-        return len(through | self._finished) >= self._generations
+        begun = len(self._tokens.keys() | self._finished)
+        return len(through | self._finished) >= max(begun, self._generations)

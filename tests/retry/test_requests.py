@@ -154,6 +154,15 @@ def test_reading_goes_to_one_worker_and_changing_to_none() -> None:
     run(test)
 
 
+def test_reading_is_retried_too() -> None:
+    async def test() -> None:
+        async with FakeWorker("a") as a, proxying([f"http://127.0.0.1:{free_port()}", a]) as proxy:
+            assert (await get(proxy.url + "/v1/models")).body == b'{"worker": "a"}'
+            assert b'reason="refused"' in (await get(proxy.url + "/metrics")).body
+
+    run(test)
+
+
 def test_a_target_that_is_no_path_goes_nowhere() -> None:
     async def test() -> None:
         async with FakeWorker("a") as a, proxying([a]) as proxy:

@@ -244,6 +244,12 @@ def test_all_generations_count_and_finished_ones_are_enough() -> None:
     assert given_out(stream, chunks) == [2]
 
 
+def test_a_generation_nobody_announced_counts_once_it_has_begun() -> None:
+    stream = Stream(Family.GENERATE, 5, 10_000)
+    assert stream.feed(generated(2, 0) + generated(9, 1)) == b""
+    assert stream.feed(generated(5, 0))
+
+
 @pytest.mark.parametrize("hold", [0, 3, 100])
 @given(cuts=CUTS)
 def test_a_good_stream_comes_out_whole(hold: int, cuts: list[int]) -> None:

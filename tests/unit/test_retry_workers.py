@@ -158,12 +158,19 @@ def test_a_budget_is_never_exceeded_and_comes_back() -> None:
         ("/v1/responses", {"input": ["x", "y"]}, None, 1),
         ("/generate", {}, None, 1),
         ("/generate", {"text": []}, None, 1),
+        ("/vertex_generate", {"instances": []}, None, 1),
     ],
 )
 def test_how_many_prompts_and_generations(
     path: str, said: dict[str, Any], batch: int | None, count: int
 ) -> None:
     assert batch_size(path, said) == batch and generations(path, said) == count
+
+
+def test_instances_are_prompts() -> None:
+    said = {"instances": [{"text": "x"}] * 3, "parameters": {"sampling_params": {"n": 2}}}
+    assert generations("/vertex_generate", said) == 6
+    assert generations("/vertex_generate", {"parameters": 7}) == 1
 
 
 @pytest.mark.parametrize(
