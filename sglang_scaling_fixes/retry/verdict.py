@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,12 +70,9 @@ def judge_event(event: bytes, family: Family, retryable: frozenset[int] = RETRYA
     data = data_of(event)
     if data == b"[DONE]":
         return Verdict(end=family in (Family.GENERATE, Family.OPENAI))
-    try:
-        said = orjson.loads(data)
-    except orjson.JSONDecodeError:
-        return _CONTENT  # a comment, or not ours to understand; it is passed on as it is
+    said = _loads(data)
     if not isinstance(said, dict):
-        return _CONTENT
+        return _CONTENT  # a comment, or not ours to understand; it is passed on as it is
     if (failure := _failure(said, retryable)) is not None:
         return Verdict(failure)
     return _progress(said, family)
@@ -96,10 +95,7 @@ def judge_body(
     """None: the body is an answer, if perhaps a refusal, and the client's to have."""
     if 400 <= status < 500 or (status < 400 and b'"abort"' not in body):
         return None
-    try:
-        said = orjson.loads(body) if body else None
-    except orjson.JSONDecodeError:
-        said = None
+    said = _loads(body)
     parts = said if isinstance(said, list) else [said]
     if status < 400:
         for part in parts:
@@ -189,6 +185,16 @@ def _abort(said: dict[str, Any], retryable: frozenset[int]) -> Failure | None:
         return Failure(Reason.ANOMALY, message or ANOMALY)
     if _status(reason.get("status_code")) in retryable:
         return Failure(Reason.UNAVAILABLE, message or "the worker aborted the request")
+    return None
+
+
+def _loads(data: bytes) -> Any:
+    """None if it is no JSON, not even Python's, which has NaN and lone surrogates."""
+    try:
+        return orjson.loads(data)
+    except orjson.JSONDecodeError:
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(data) if data else None
     return None
 
 

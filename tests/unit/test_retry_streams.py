@@ -100,6 +100,13 @@ def test_every_form_of_an_anomaly_is_known(family: Family, said: dict[str, Any])
         assert remarkable(spelled)
 
 
+def test_an_anomaly_is_known_beside_what_only_python_calls_json() -> None:
+    said = {"text": "\ud800", "logprob": float("nan"), "meta_info": {"finish_reason": ABORT}}
+    assert judge_event(event(said), Family.GENERATE).failure is not None
+    assert judge_body(200, json.dumps(said).encode(), None) is not None
+    assert judge_event(b"data: " + b"[" * 100_000 + b"\n\n", Family.GENERATE).failure is None
+
+
 @pytest.mark.parametrize("code", [502, 503, 504])
 def test_an_error_that_says_not_here_fails_the_attempt(code: int) -> None:
     for said in (
