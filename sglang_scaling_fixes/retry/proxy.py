@@ -209,6 +209,8 @@ class RetryProxy:
         self._running[reply] = work
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if reply.complete:  # the client has it all, and may well be gone by now
+                await asyncio.wait({work})
             if work.done() and not work.cancelled():
                 return work.result()
             raise _Gone

@@ -2,8 +2,8 @@
 
 The request's body says what to do: `tokens` (10), `prompt`, `size` (bytes of padding per
 event), `delay` (seconds before each event), and `plans`: by worker name, how that worker
-fails (`fail`) and after how many tokens (`after`). A worker without a plan does well. With
-`mark` (true) every token begins with the worker's name.
+fails (`fail`) and after how many tokens (`after`), or that its end is `late` (seconds). A
+worker without a plan does well. With `mark` (true) every token begins with its name.
 """
 
 from __future__ import annotations
@@ -192,6 +192,7 @@ class FakeWorker:
                     await self._send(writer, b"0\r\n\r\n")
                     return True
             await self._send(writer, chunk(EVENTS[path](text, token, i, said)))
+        await asyncio.sleep(plan.get("late", 0))
         await self._send(writer, chunk(ENDS[path](text, count)) + b"0\r\n\r\n")
         return True
 

@@ -51,6 +51,25 @@ def test_both_halves_get_the_same_room_and_the_clients_bytes() -> None:
             assert e.seen[0].said["bootstrap_port"] == 9000
             assert e.seen[0].said["bootstrap_room"] != said["bootstrap_room"]
             assert q.seen[0].body == e.seen[0].body
+            while (counts := await proxy.scrape())["inflight"]:
+                await asyncio.sleep(0.01)
+            assert counts['requests_total{outcome="ok"}'] == 2
+
+    run(test)
+
+
+def test_a_prefill_that_ends_after_its_decode_is_let_end() -> None:
+    """The client leaves as soon as it has decode's answer; nobody has failed."""
+
+    async def test() -> None:
+        async with two_pairs() as (proxy, (p, *_)):
+            said = {"stream": True, "tokens": 5, "plans": {"p": {"late": 0.4}}}
+            answer = await post(proxy.url + "/generate", said)
+            assert answer.events[-1] == b"data: [DONE]" and p.sent < 1000
+            while (counts := await proxy.scrape())["inflight"]:
+                await asyncio.sleep(0.01)
+            assert counts['requests_total{outcome="ok"}'] == 1
+            assert not p.seen[0].hung_up.is_set()
 
     run(test)
 
