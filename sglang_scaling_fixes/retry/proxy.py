@@ -36,7 +36,7 @@ RETRY_AFTER = 1
 """Seconds, in the header of a 503, unless a worker asked for more."""
 PROBE_SECONDS = 10.0
 """A stock /health may generate a token first."""
-TICK = 0.1
+TICK = 0.25
 """Seconds between two looks at who is to be probed and whose client stopped reading."""
 KEEP_ALIVE = 2.0
 """Seconds an idle connection to a worker is kept; a stock worker closes it after 5."""
