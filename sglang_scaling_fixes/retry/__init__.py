@@ -9,8 +9,9 @@
     sse         server-sent events cut out of whatever chunks arrive
     verdict     what an event or a body says about its generation
     stream      one worker's stream: hold back, pass on, or fail
+    budget      how much all requests together may keep in memory
     attempt     one request to one worker (or pair), over HTTP
     proxy       the ASGI application: attempts in turn, limits, health, metrics
 
-All but the last two do no I/O. Nothing here is imported by the plugin.
+All but command, attempt and proxy do no I/O. Nothing here is imported by the plugin.
 """
