@@ -13,6 +13,7 @@ from sglang_scaling_fixes import __version__, doctor
 from sglang_scaling_fixes.errors import ScalingFixesError
 from sglang_scaling_fixes.lab.errors import LabError
 from sglang_scaling_fixes.lab.scenarios import SCENARIOS
+from sglang_scaling_fixes.retry import command as retry
 
 SOAK_RELEASE = "0.5.23"
 SERVE_MODELS = ("tiny-glm-5.1",)
@@ -58,6 +59,12 @@ def _parser() -> argparse.ArgumentParser:
     race.add_argument("--fixes", choices=("on", "off"), default="off", help="attach ours (off)")
     race.add_argument("--json", action="store_true", help="machine-readable output")
     race.set_defaults(run=_racecheck)
+
+    proxy = commands.add_parser(
+        "retry-proxy", help="before workers: what one loses or spoils, another is asked for"
+    )
+    retry.add_arguments(proxy)
+    proxy.set_defaults(run=retry.run)
 
     lab = commands.add_parser("lab", help="stock SGLang on a CPU: reproduce and prove")
     labs = lab.add_subparsers(required=True, metavar="COMMAND")

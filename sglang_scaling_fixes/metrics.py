@@ -17,6 +17,8 @@ Kind = Literal["counter", "gauge", "histogram"]
 
 PREFIX = "sglang_scaling_fixes_"
 _RECLAIM = PREFIX + "reclaim_"
+_SPEC_GUARD = PREFIX + "spec_guard_"
+_RETRY_PROXY = PREFIX + "retry_proxy_"
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,30 @@ SPEC_GUARD = (
     Metric("told", "counter", "Anomalies a prefill server was told of by decode servers."),
     Metric("tellings", "counter", "Anomalies decode told a prefill server of.", ("outcome",)),
 )
+
+RETRY_PROXY = (
+    Metric("requests", "counter", "Requests, by what became of them.", ("outcome",)),
+    Metric("retries", "counter", "Attempts that failed, and what followed.", ("reason", "outcome")),
+    Metric("anomalies", "counter", "Generations a worker's guard aborted.", ("worker",)),
+    Metric("worker_up", "gauge", "1 unless the worker is down.", ("worker",)),
+    Metric("inflight", "gauge", "Requests in flight now."),
+    Metric("held_bytes", "gauge", "Bytes of requests and responses held now."),
+    Metric("stream_restarts", "counter", "Streams begun anew before their client had a byte."),
+    Metric(
+        "first_byte_seconds",
+        "histogram",
+        "From a request's last byte to the first of its answer, all attempts included.",
+        buckets=_SECONDS,
+    ),
+)
+
+FAMILIES = (
+    (_RECLAIM, DECODE),
+    (_RECLAIM, PREFILL),
+    (_SPEC_GUARD, SPEC_GUARD),
+    (_RETRY_PROXY, RETRY_PROXY),
+)
+"""Everything there is, with the beginning of its names."""
 
 
 class Metrics:
@@ -171,7 +197,7 @@ def of_scheduler(scheduler: Any, server_args: Any) -> Metrics:
         "rank": str(_rank(getattr(scheduler, "tp_cpu_group", None))),
         "dp_rank": str(getattr(scheduler, "dp_rank", None) or 0),
     }
-    return Metrics(SPEC_GUARD, labels, PREFIX + "spec_guard_")
+    return Metrics(SPEC_GUARD, labels, _SPEC_GUARD)
 
 
 def export_states(states: Iterable[tuple[str, str]]) -> None:
@@ -188,14 +214,25 @@ def export_states(states: Iterable[tuple[str, str]]) -> None:
         gauge.labels(fix=name, state=state).set(1)
 
 
-def _make(metric: Metric, common: Mapping[str, str], prefix: str) -> Any:
+def retry_proxy(registry: Any) -> dict[str, Any]:
+    """The proxy's own, by name, in a registry of its own: it is a process without SGLang."""
+    return {metric.name: _make(metric, {}, _RETRY_PROXY, registry) for metric in RETRY_PROXY}
+
+
+def _make(metric: Metric, common: Mapping[str, str], prefix: str, registry: Any = None) -> Any:
     # Stock sets PROMETHEUS_MULTIPROC_DIR first; the client looks at it once, on import.
     import prometheus_client
 
     name = prefix + metric.name
     labels = (*common, *metric.labels)
+    registry = registry or prometheus_client.REGISTRY
     if metric.kind == "counter":
-        return prometheus_client.Counter(name, metric.help, labels)
+        return prometheus_client.Counter(name, metric.help, labels, registry=registry)
     if metric.kind == "gauge":
-        return prometheus_client.Gauge(name, metric.help, labels, multiprocess_mode="mostrecent")
-    return prometheus_client.Histogram(name, metric.help, labels, buckets=metric.buckets)
+        mode: Literal["mostrecent"] = "mostrecent"
+        return prometheus_client.Gauge(
+            name, metric.help, labels, registry=registry, multiprocess_mode=mode
+        )
+    return prometheus_client.Histogram(
+        name, metric.help, labels, registry=registry, buckets=metric.buckets
+    )

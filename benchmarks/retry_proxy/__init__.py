@@ -1,0 +1,1 @@
+"""What the retry proxy costs: latency, and CPU per event of a stream."""

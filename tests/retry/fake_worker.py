@@ -1,0 +1,325 @@
+"""A worker that misbehaves exactly as a request tells it to. `python -m tests.retry.fake_worker`.
+
+The request's body says what to do: `tokens` (10), `prompt`, `size` (bytes of padding per
+event), `delay` (seconds before each event), and `plans`: by worker name, how that worker
+fails (`fail`) and after how many tokens (`after`), or that its end is `late` (seconds). A
+worker without a plan does well. With `mark` (true) every token begins with its name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import socket
+from dataclasses import dataclass, field
+from typing import Any
+
+ANOMALY = "kv_anomaly: accept length 1.02 of 3.1 expected"
+GARBAGE = "GARBAGE"
+DONE = b"data: [DONE]\n\n"
+
+
+@dataclass
+class Seen:
+    """One request as it arrived, and whether its connection was closed under it."""
+
+    method: str
+    target: str
+    headers: list[tuple[str, str]]
+    body: bytes
+    hung_up: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def said(self) -> dict[str, Any]:
+        try:
+            return dict(json.loads(self.body))
+        except (ValueError, TypeError):
+            return {}
+
+
+class FakeWorker:
+    """Serves until closed. `sent` counts the bytes whose sending has ended."""
+
+    def __init__(self, name: str, port: int = 0) -> None:
+        self.name = name
+        self.port = port
+        self.sent = 0
+        self.healthy = True
+        self.seen: list[Seen] = []
+        self._connections: set[asyncio.Task[None]] = set()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def generations(self) -> list[Seen]:
+        return [one for one in self.seen if one.target != "/health"]
+
+    async def __aenter__(self) -> FakeWorker:
+        listener = socket.create_server(("127.0.0.1", self.port))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+        self.port = listener.getsockname()[1]
+        self._server = await asyncio.start_server(self._connection, sock=listener)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        for task in self._connections:
+            task.cancel()
+        await asyncio.gather(*self._connections, return_exceptions=True)
+
+    async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._connections.add(task)
+        try:
+            while await self._request(reader, writer):
+                pass
+        except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass
+        finally:
+            self._connections.discard(task)
+            writer.transport.abort() if writer.transport.is_closing() else writer.close()
+
+    async def _request(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+        method, target, _ = head[0].split(" ")
+        pairs = [line.partition(": ")[::2] for line in head[1:] if line]
+        length = int({k.lower(): v for k, v in pairs}.get("content-length", 0))
+        one = Seen(method, target, pairs, await reader.readexactly(length))
+        self.seen.append(one)
+        answer = asyncio.create_task(self._answer(one, writer))
+        ended = asyncio.create_task(reader.read(1))
+        await asyncio.wait({answer, ended}, return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            one.hung_up.set()
+            answer.cancel()
+            await asyncio.gather(answer, return_exceptions=True)
+            return False
+        ended.cancel()
+        await asyncio.gather(ended, return_exceptions=True)
+        if isinstance(answer.exception(), OSError):
+            one.hung_up.set()
+        return answer.result()
+
+    async def _answer(self, one: Seen, writer: asyncio.StreamWriter) -> bool:
+        """False closes the connection."""
+        path = one.target.partition("?")[0]
+        if path == "/health":
+            await self._send(writer, whole(b"{}", 200 if self.healthy else 503))
+            return True
+        if one.method == "GET":
+            await self._send(writer, whole(json.dumps({"worker": self.name}).encode()))
+            return True
+        said = one.said
+        plan = said.get("plans", {}).get(self.name, {})
+        fail, after = plan.get("fail"), plan.get("after", 0)
+        if fail in ("status", "not_http"):
+            return await self._refuse(fail, plan, writer)
+        if fail == "hang" and not after:
+            await asyncio.Event().wait()
+        if fail == "close" and not after:
+            return False
+        answer = self._stream if said.get("stream") else self._whole
+        return await answer(path, said, plan, writer)
+
+    async def _refuse(self, fail: str, plan: dict[str, Any], writer: asyncio.StreamWriter) -> bool:
+        if fail == "status":
+            body = plan.get("body", {"error": {"message": "not now"}})
+            data = body.encode() if isinstance(body, str) else json.dumps(body).encode()
+            headers = [("Retry-After", "7")] if plan.get("retry_after") else []
+            await self._send(writer, whole(data, plan.get("status", 503), headers))
+            return True
+        await self._send(writer, b"hello there\r\n\r\n")
+        return False
+
+    async def _whole(
+        self, path: str, said: dict[str, Any], plan: dict[str, Any], writer: asyncio.StreamWriter
+    ) -> bool:
+        await asyncio.sleep(said.get("delay", 0))
+        tokens = [self._token(said, i) for i in range(said.get("tokens", 10))]
+        finish: dict[str, Any] = {"type": "stop"}
+        if plan.get("fail") == "anomaly":
+            finish = abort()
+        answer: Any = {"text": "".join(tokens), "meta_info": {"finish_reason": finish}}
+        if isinstance(said.get("text"), list):
+            answer = [{"text": "", "meta_info": {"finish_reason": {"type": "stop"}}}, answer]
+        response = whole(json.dumps(answer).encode(), chunked=plan.get("chunked", False))
+        if plan.get("fail") == "half_body":
+            await self._send(writer, response[: -len(response) // 3])
+            return False
+        await self._send(writer, response)
+        return True
+
+    async def _stream(
+        self, path: str, said: dict[str, Any], plan: dict[str, Any], writer: asyncio.StreamWriter
+    ) -> bool:
+        fail, after = plan.get("fail"), plan.get("after", 0)
+        await self._send(
+            writer,
+            b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n"
+            b"X-Worker: " + self.name.encode() + b"\r\nTransfer-Encoding: chunked\r\n\r\n",
+        )
+        count = said.get("tokens", 10)
+        text = ""
+        for i in range(count):
+            await asyncio.sleep(said.get("delay", 0))
+            token = self._token(said, i)
+            if fail in ("anomaly", "hang", "close", "truncate") and i >= after - 3:
+                token = GARBAGE
+            text += token
+            if fail and i == after:
+                event = EVENTS[path](text, token, i, said)
+                if fail == "truncate":
+                    await self._send(writer, chunk(event[: len(event) // 2]))
+                    return False
+                if fail == "close":
+                    return False
+                if fail == "hang":
+                    await asyncio.Event().wait()
+                if fail == "anomaly":
+                    await self._send(writer, chunk(ABORTS[path](text)))
+                    await self._send(writer, b"0\r\n\r\n")
+                    return True
+                if fail == "abort_event":
+                    event = f"data: {json.dumps(plan['event'])}\n\n".encode()
+                    await self._send(writer, chunk(event + DONE) + b"0\r\n\r\n")
+                    return True
+                if fail == "no_done":
+                    await self._send(writer, b"0\r\n\r\n")
+                    return True
+            await self._send(writer, chunk(EVENTS[path](text, token, i, said)))
+        await asyncio.sleep(plan.get("late", 0))
+        await self._send(writer, chunk(ENDS[path](text, count)) + b"0\r\n\r\n")
+        return True
+
+    def _token(self, said: dict[str, Any], i: int) -> str:
+        mark = f"{self.name}:" if said.get("mark", True) else ""
+        return f"{mark}{said.get('prompt', '')}{i} "
+
+    async def _send(self, writer: asyncio.StreamWriter, data: bytes) -> None:
+        writer.write(data)
+        await writer.drain()
+        self.sent += len(data)
+
+
+def whole(
+    body: bytes,
+    status: int = 200,
+    headers: list[tuple[str, str]] | None = None,
+    chunked: bool = False,
+) -> bytes:
+    framing = ("Transfer-Encoding", "chunked") if chunked else ("Content-Length", str(len(body)))
+    given = [("Content-Type", "application/json"), *(headers or []), framing]
+    head = "".join(f"{name}: {value}\r\n" for name, value in given)
+    data = chunk(body[:5]) + chunk(body[5:]) + b"0\r\n\r\n" if chunked else body
+    return f"HTTP/1.1 {status} X\r\n{head}\r\n".encode() + data
+
+
+def chunk(data: bytes) -> bytes:
+    return f"{len(data):x}\r\n".encode() + data + b"\r\n"
+
+
+def abort() -> dict[str, Any]:
+    return {"type": "abort", "status_code": 503, "err_type": "kv_anomaly", "message": ANOMALY}
+
+
+def _data(value: Any, name: str = "") -> bytes:
+    event = f"event: {name}\n".encode() if name else b""
+    return event + b"data: " + json.dumps(value).encode() + b"\n\n"
+
+
+def _generate(text: str, token: str, i: int, said: dict[str, Any]) -> bytes:
+    meta = {"finish_reason": None, "completion_tokens": i + 1}
+    return _data({"text": text, "meta_info": meta, "pad": "x" * said.get("size", 0)})
+
+
+def _generate_end(text: str, count: int) -> bytes:
+    meta = {"finish_reason": {"type": "stop"}, "completion_tokens": count}
+    return _data({"text": text, "meta_info": meta}) + DONE
+
+
+def _chat(text: str, token: str, i: int, said: dict[str, Any]) -> bytes:
+    return _data({"choices": [{"index": 0, "delta": {"content": token}}], "id": "x"})
+
+
+def _completion(text: str, token: str, i: int, said: dict[str, Any]) -> bytes:
+    return _data({"choices": [{"index": 0, "text": token}], "id": "x"})
+
+
+def _openai_end(text: str, count: int) -> bytes:
+    return _data({"choices": [{"index": 0, "finish_reason": "stop"}]}) + DONE
+
+
+def _openai_abort(text: str) -> bytes:
+    error = {"object": "error", "type": "SERVICE_UNAVAILABLE", "message": ANOMALY}
+    return _data({"error": {**error, "code": 503, "param": None}}) + DONE
+
+
+def _responses(text: str, token: str, i: int, said: dict[str, Any]) -> bytes:
+    kind = "response.output_text.delta"
+    return _data({"type": kind, "delta": token, "sequence_number": i}, kind)
+
+
+def _responses_end(text: str, count: int) -> bytes:
+    kind = "response.completed"
+    response = {"status": "completed"}
+    return _data({"type": kind, "response": response, "sequence_number": count}, kind)
+
+
+def _responses_abort(text: str) -> bytes:
+    kind = "response.failed"
+    response = {"status": "failed", "error": {"code": "server_error", "message": ANOMALY}}
+    return _data({"type": kind, "response": response, "output_text": text}, kind)
+
+
+def _messages(text: str, token: str, i: int, said: dict[str, Any]) -> bytes:
+    kind = "content_block_delta"
+    return _data({"type": kind, "delta": {"type": "text_delta", "text": token}}, kind)
+
+
+def _messages_end(text: str, count: int) -> bytes:
+    return _data({"type": "message_stop"}, "message_stop")
+
+
+def _messages_abort(text: str) -> bytes:
+    error = {"type": "overloaded_error", "message": ANOMALY}
+    return _data({"type": "error", "error": error}, "error") + _messages_end(text, 0)
+
+
+EVENTS = {
+    "/generate": _generate,
+    "/v1/chat/completions": _chat,
+    "/v1/completions": _completion,
+    "/v1/responses": _responses,
+    "/v1/messages": _messages,
+}
+ENDS = {
+    "/generate": _generate_end,
+    "/v1/chat/completions": _openai_end,
+    "/v1/completions": _openai_end,
+    "/v1/responses": _responses_end,
+    "/v1/messages": _messages_end,
+}
+ABORTS = {
+    "/generate": lambda text: _data({"text": text, "meta_info": {"finish_reason": abort()}}) + DONE,
+    "/v1/chat/completions": _openai_abort,
+    "/v1/completions": _openai_abort,
+    "/v1/responses": _responses_abort,
+    "/v1/messages": _messages_abort,
+}
+
+
+async def _main(port: int) -> None:
+    async with FakeWorker("w", port):
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--port", type=int, required=True)
+    asyncio.run(_main(parser.parse_args().port))

@@ -1,0 +1,121 @@
+"""The real proxy in this event loop, and a client that says exactly what it saw."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+import uvicorn
+from yarl import URL
+
+from sglang_scaling_fixes.retry.proxy import RetryProxy
+from sglang_scaling_fixes.retry.settings import settings
+from tests.retry.fake_worker import FakeWorker
+
+PATHS = (
+    "/generate",
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/messages",
+)
+HANG = 60.0
+"""Seconds after which a test is said to hang."""
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(asyncio.wait_for(test(), HANG))
+
+
+@dataclass
+class Answer:
+    """`complete`: the body ended as HTTP says it does."""
+
+    status: int
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+    complete: bool = True
+
+    @property
+    def error(self) -> dict[str, Any]:
+        return json.loads(self.body)["error"]
+
+    @property
+    def events(self) -> list[bytes]:
+        return [part for part in self.body.split(b"\n\n") if part]
+
+    def header(self, name: bytes) -> bytes | None:
+        return {k.lower(): v for k, v in self.headers}.get(name)
+
+
+@dataclass
+class Proxy:
+    url: str
+    port: int
+    app: RetryProxy
+
+    async def scrape(self) -> dict[str, float]:
+        lines = (await get(self.url + "/metrics")).body.decode().splitlines()
+        found = [line.rpartition(" ") for line in lines if line and not line.startswith("#")]
+        prefix = "sglang_scaling_fixes_retry_proxy_"
+        return {name.removeprefix(prefix): float(value) for name, _, value in found}
+
+
+@contextlib.asynccontextmanager
+async def proxying(
+    workers: Sequence[FakeWorker | str] = (), pairs: Sequence[str] = (), **options: Any
+) -> AsyncIterator[Proxy]:
+    urls = [worker if isinstance(worker, str) else worker.url for worker in workers]
+    app = RetryProxy(settings(urls, pairs, **options))
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(
+        app, lifespan="on", ws="none", log_config=None, access_log=False,
+        server_header=False, date_header=False, timeout_graceful_shutdown=1,
+    )  # fmt: skip
+    server = uvicorn.Server(config)
+    task = asyncio.create_task(server.serve(sockets=[listener]))
+    while not server.started:
+        await asyncio.sleep(0.01)
+    port = listener.getsockname()[1]
+    try:
+        yield Proxy(f"http://127.0.0.1:{port}", port, app)
+    finally:
+        server.should_exit = True
+        await task
+
+
+async def post(
+    url: str, said: dict[str, Any] | bytes, headers: dict[str, str] | None = None
+) -> Answer:
+    data = said if isinstance(said, bytes) else json.dumps(said).encode()
+    return await _ask("POST", url, data, headers)
+
+
+async def get(url: str) -> Answer:
+    return await _ask("GET", url, None, None)
+
+
+async def _ask(method: str, url: str, data: bytes | None, headers: dict[str, str] | None) -> Answer:
+    async with (
+        aiohttp.ClientSession(auto_decompress=False) as session,
+        session.request(method, URL(url, encoded=True), data=data, headers=headers) as response,
+    ):
+        answer = Answer(response.status, list(response.raw_headers), b"")
+        try:
+            while piece := await response.content.readany():
+                answer.body += piece
+        except aiohttp.ClientError:
+            answer.complete = False
+        return answer
+
+
+async def eventually(true: Callable[[], bool]) -> None:
+    """Waits, at most for HANG in all."""
+    while not true():
+        await asyncio.sleep(0.01)
