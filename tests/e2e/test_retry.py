@@ -150,9 +150,8 @@ def test_what_has_begun_ends_with_an_error_and_no_second_beginning(
             rid = corrupted("noise", f"begun-{number}")
             body = {**greedy(PROMPT, TOKENS), "rid": rid, "stream": True}
             chunks = events(proxy.post("/generate", body).body)
-            starts = [c for c in chunks if "meta_info" in c
-                      and c["meta_info"]["completion_tokens"] == 1]  # fmt: skip
-            assert len(starts) == 1
+            counts = [c["meta_info"]["completion_tokens"] for c in chunks if "meta_info" in c]
+            assert counts == sorted(set(counts))  # it goes on, and never begins again
             ends.append(chunks[-1])
     finally:
         proxy.end()
