@@ -23,13 +23,18 @@ _RETRY_PROXY = PREFIX + "retry_proxy_"
 
 @dataclass(frozen=True)
 class Metric:
-    """`labels` beyond the common ones; `buckets` of a histogram in the unit its name says."""
+    """`labels` beyond the common ones; `buckets` of a histogram in the unit its name says.
+
+    `series`: values of the labels whose series are there from the start, at 0. Prometheus sees no
+    increase in a counter that appears with its first count.
+    """
 
     name: str
     kind: Kind
     help: str
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
+    series: tuple[tuple[str, ...], ...] = ()
 
 
 _SECONDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
@@ -76,15 +81,39 @@ SPEC_GUARD = (
         "counter",
         "Requests whose acceptance betrays a corrupted KV cache.",
         ("kind", "action"),
+        series=tuple(
+            (kind, action)
+            for kind in ("low_accept_length", "high_accept_rate")
+            for action in ("observed", "aborted")
+        ),
     ),
     Metric("detection_tokens", "histogram", "Tokens generated until an anomaly.", buckets=_TOKENS),
     Metric("moved_requests", "counter", "Requests kept from reading suspect cached KV."),
     Metric("told", "counter", "Anomalies a prefill server was told of by decode servers."),
-    Metric("tellings", "counter", "Anomalies decode told a prefill server of.", ("outcome",)),
+    Metric(
+        "tellings",
+        "counter",
+        "Anomalies decode told a prefill server of.",
+        ("outcome",),
+        series=(("told",), ("failed",), ("lost",)),
+    ),
 )
 
 RETRY_PROXY = (
-    Metric("requests", "counter", "Requests, by what became of them.", ("outcome",)),
+    Metric(
+        "requests",
+        "counter",
+        "Requests, by what became of them.",
+        ("outcome",),
+        series=(
+            ("ok",),
+            ("recovered",),
+            ("failed",),
+            ("broken",),
+            ("disconnected",),
+            ("refused",),
+        ),
+    ),
     Metric("retries", "counter", "Attempts that failed, and what followed.", ("reason", "outcome")),
     Metric("anomalies", "counter", "Generations a worker's guard aborted.", ("worker",)),
     Metric("worker_up", "gauge", "1 unless the worker is down.", ("worker",)),
@@ -227,7 +256,10 @@ def _make(metric: Metric, common: Mapping[str, str], prefix: str, registry: Any 
     labels = (*common, *metric.labels)
     registry = registry or prometheus_client.REGISTRY
     if metric.kind == "counter":
-        return prometheus_client.Counter(name, metric.help, labels, registry=registry)
+        counter = prometheus_client.Counter(name, metric.help, labels, registry=registry)
+        for values in metric.series:
+            counter.labels(**common, **dict(zip(metric.labels, values, strict=True)))
+        return counter
     if metric.kind == "gauge":
         mode: Literal["mostrecent"] = "mostrecent"
         return prometheus_client.Gauge(

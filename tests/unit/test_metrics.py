@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from sglang_scaling_fixes import metrics
-from sglang_scaling_fixes.metrics import DECODE, PREFILL, Metrics, of_process
+from sglang_scaling_fixes.metrics import DECODE, Metrics, of_process
 
 EXPORT = """
 from types import SimpleNamespace
@@ -50,6 +50,30 @@ def test_series_carry_role_rank_and_their_own_label() -> None:
         assert line in text, line
 
 
+GUARD = """
+from types import SimpleNamespace
+from prometheus_client import generate_latest
+from sglang_scaling_fixes.metrics import of_scheduler
+
+args = SimpleNamespace(enable_metrics=True, disaggregation_mode="decode")
+of_scheduler(SimpleNamespace(), args)
+print(generate_latest().decode())
+"""
+
+
+def test_counters_that_alerts_watch_begin_at_zero() -> None:
+    """Prometheus sees no increase in a counter that appears with its first count."""
+    text = subprocess.run(
+        [sys.executable, "-c", GUARD], capture_output=True, text=True, check=True
+    ).stdout
+    for labels in (
+        'anomalies_total{action="aborted",dp_rank="0",kind="high_accept_rate"',
+        'tellings_total{dp_rank="0",outcome="failed"',
+    ):
+        (line,) = (line for line in text.splitlines() if labels in line)
+        assert line.startswith("sglang_scaling_fixes_spec_guard_") and line.endswith(" 0.0")
+
+
 def test_without_stocks_metrics_counts_go_to_server_info_only() -> None:
     found = of_process(DECODE, SimpleNamespace(server_args=SimpleNamespace(enable_metrics=False)))
     found.inc("asks")
@@ -60,13 +84,13 @@ def test_without_stocks_metrics_counts_go_to_server_info_only() -> None:
     assert report["asks"] == 1 and report["frees"] == {"P4": 1} and report["fences"] == 0
 
 
-@pytest.mark.parametrize("known", [DECODE, PREFILL], ids=["decode", "prefill"])
+@pytest.mark.parametrize("known", [known for _, known in metrics.FAMILIES])
 def test_names_follow_the_conventions(known: tuple[metrics.Metric, ...]) -> None:
     assert len({metric.name for metric in known}) == len(known)
     for metric in known:
         assert metric.help.endswith(".")
         assert not metric.name.endswith("_total")  # the client adds it
-        assert metric.kind != "histogram" or metric.name.endswith("_seconds")
+        assert metric.kind != "histogram" or metric.name.endswith(("_seconds", "_tokens"))
 
 
 def test_an_unknown_name_is_an_error() -> None:
