@@ -316,7 +316,19 @@ def resolve(target: str) -> tuple[Any, str, Any]:
 
 
 def wrap_method(target: str, around: Callable[..., Any]) -> None:
-    """Replace a method by `around(original, *args, **kwargs)`, once.
+    """Replace a method by `around(original, *args, **kwargs)`, once."""
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            return around(original, *args, **kwargs)
+
+        return wrapper
+
+    replace_method(target, make)
+
+
+def replace_method(target: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace a method by `make(original)`, once; for methods so hot that one call more counts.
 
     Class and static methods stay what they are. An inherited method is wrapped
     on the named class only, so other backends that share the base are left
@@ -335,10 +347,7 @@ def wrap_method(target: str, around: Callable[..., Any]) -> None:
         kind = classmethod
         original = raw.__func__
 
-    @functools.wraps(original)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return around(original, *args, **kwargs)
-
+    wrapper = functools.wraps(original)(make(original))
     setattr(wrapper, _MARK, True)
     setattr(owner, name, kind(wrapper) if kind is not None else wrapper)
 

@@ -152,7 +152,7 @@ SETTINGS = (
         "Share of the last 256 tokens' 8-grams that must have stood there before for "
         "--spec-guard-max-rate to count. 0: judge by the rate alone.",
         float,
-        0.5,
+        0.7,
         low=0.0,
         high=1.0,
         unit="share of n-grams",
@@ -188,7 +188,7 @@ class Config:
     guard_min_length: float = 1.4
     guard_max_rate: float = 0.96
     guard_window: int = 256
-    guard_repetition: float = 0.5
+    guard_repetition: float = 0.7
     guard_overrides: str = ""
     named: tuple[str, ...] = ()
     """Those of `fixes` that were asked for by name, and not by a bare `--plugin`."""

@@ -203,10 +203,13 @@ def of_process(known: tuple[Metric, ...], manager: Any) -> Metrics:
     )
 
 
+DECIDING_GROUPS = ("attn_tp_cpu_group", "attn_cp_cpu_group")
+"""Of a stock scheduler: the ranks that see the same requests and must decide alike."""
+
+
 def speaks(scheduler: Any) -> bool:
     """Whether this rank logs and counts for its group: the first of attention TP (and CP)."""
-    groups = (getattr(scheduler, name, None) for name in ("attn_tp_cpu_group", "attn_cp_cpu_group"))
-    return all(_rank(group) == 0 for group in groups)
+    return all(_rank(getattr(scheduler, name, None)) == 0 for name in DECIDING_GROUPS)
 
 
 def _rank(group: Any) -> int:
@@ -257,7 +260,7 @@ def _make(metric: Metric, common: Mapping[str, str], prefix: str, registry: Any 
     registry = registry or prometheus_client.REGISTRY
     if metric.kind == "counter":
         counter = prometheus_client.Counter(name, metric.help, labels, registry=registry)
-        for values in metric.series:
+        for values in metric.series or ((),) * (not metric.labels and bool(common)):
             counter.labels(**common, **dict(zip(metric.labels, values, strict=True)))
         return counter
     if metric.kind == "gauge":

@@ -46,15 +46,24 @@ class Refusals:
             body += message.get("body", b"")
             if message.get("more_body"):
                 return
-            headers = list(start.get("headers", ()))
+            await finish(message)
+
+        async def finish(message: Message) -> None:
+            nonlocal start
+            assert start is not None
+            headers, changed = list(start.get("headers", ())), body
             for edit in self._edits:
-                headers, body = edit(headers, body)
-            length = str(len(body)).encode()
-            headers = [(n, length if n.lower() == b"content-length" else v) for n, v in headers]
+                headers, changed = edit(headers, changed)
+            if changed != body:
+                length = str(len(changed)).encode()
+                headers = [(n, length if n.lower() == b"content-length" else v) for n, v in headers]
             await send({**start, "headers": headers})
-            await send({**message, "body": body})
+            start = None
+            await send({**message, "body": changed})
 
         await self._app(scope, receive, edited)
+        if start is not None:  # the application left its body unfinished; so does ours
+            await finish({"type": "http.response.body", "more_body": True})
 
 
 def attach(edits: Sequence[Edit]) -> None:

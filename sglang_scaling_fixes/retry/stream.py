@@ -83,6 +83,7 @@ class Stream:
         return b""
 
     def _sift(self, block: bytes) -> bytes:
+        held = self._holding
         out: list[bytes] = []
         for event in events(block):
             verdict = judge_event(event, self._family, self._retryable)
@@ -101,6 +102,10 @@ class Stream:
             self.failure = Failure(
                 Reason.TOO_LARGE,
                 f"the first {self._hold_tokens} tokens take more than {self._limit} bytes",
+            )
+        if held and self.failure is not None:
+            return (
+                b""  # one block brought the last token to be held and the bad news: nobody has it
             )
         given = b"".join(out)
         self._last = given or self._last

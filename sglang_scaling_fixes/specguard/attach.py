@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
+import inspect
+import secrets
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sglang_scaling_fixes import metrics
-from sglang_scaling_fixes.attach import is_wrapped, resolve, wrap_method
+from sglang_scaling_fixes.attach import is_wrapped, replace_method, resolve, wrap_method
 from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.errors import AttachError, ConfigError
 from sglang_scaling_fixes.specguard import settings, tell
@@ -51,11 +52,13 @@ def attach() -> None:
 
 
 def _wrap_requests() -> None:
-    def finish(stock: Callable[..., Any], req: Any, *args: Any, **kwargs: Any) -> Any:
-        guard = SpecGuard.current
-        if guard is not None and req.spec_verify_ct:
-            guard.look(req)
-        return stock(req, *args, **kwargs)
+    def finish(stock: Callable[..., Any]) -> Callable[..., Any]:
+        def finished(req: Any, new_accepted_len: int = 1) -> Any:
+            if req.spec_verify_ct and SpecGuard.current is not None:
+                SpecGuard.current.look(req)
+            return stock(req, new_accepted_len)
+
+        return finished
 
     def init(stock: Callable[..., Any], req: Any, *args: Any, **kwargs: Any) -> None:
         stock(req, *args, **kwargs)
@@ -75,7 +78,7 @@ def _wrap_requests() -> None:
             SpecGuard.current.place(req)
         return stock(queue, req)
 
-    wrap_method(finish_target(), finish)
+    replace_method(finish_target(), finish)
     wrap_method(f"{_BATCH}:Req.__init__", init)
     wrap_method(f"{_BATCH}:Req.init_next_round_input", next_round)
     wrap_method(
@@ -90,7 +93,7 @@ def _wrap_stores() -> None:
         guard = SpecGuard.current
         if guard is not None:
             guard.place(req)
-            if guard.moved(req) and not _storage_is_namespaced():
+            if guard.moved(req) and not settings.storage_is_namespaced():
                 return None  # these releases store by tokens alone
         return stock(scheduler, req, *args, **kwargs)
 
@@ -109,11 +112,6 @@ def _wrap_stores() -> None:
     wrap_method(f"{_SCHEDULER}._prefetch_kvcache", prefetch)
     wrap_method(f"{_OFFLOAD}.offload_kv_cache", offload)
     wrap_method(f"{_OFFLOAD}.finalize_release_on_finish", finalize)
-
-
-def _storage_is_namespaced() -> bool:
-    """Whether keys of the storage tier depend on a request's namespace (since 0.5.20)."""
-    return hasattr(importlib.import_module("sglang.srt.mem_cache.utils"), "storage_namespace_seed")
 
 
 def _wrap_errors() -> None:
@@ -135,8 +133,18 @@ def _set_internal_state(stock: Callable[..., Any], scheduler: Any, request: Any)
     known = tell.from_fields(request.server_args)
     if known and SpecGuard.current is not None:
         SpecGuard.current.told(known)
-        request = type(request)(server_args={})
+        return _updated()
     return stock(scheduler, request)
+
+
+def _updated() -> Any:
+    """Stock's answer to set_internal_state, without anything stock does on the way."""
+    from sglang.srt.managers.io_struct import SetInternalStateReqOutput
+
+    names = inspect.signature(SetInternalStateReqOutput).parameters
+    return SetInternalStateReqOutput(
+        updated=True, **({"server_args": {}} if "server_args" in names else {})
+    )
 
 
 def _setup_routes(stock: Callable[..., Any], server: Any) -> Any:
@@ -147,9 +155,15 @@ def _setup_routes(stock: Callable[..., Any], server: Any) -> Any:
 
 def bind(scheduler: Any, server_args: Any, config: Config) -> None:
     """After stock built its scheduler: make the guard. ConfigError where it cannot judge."""
+    settings.check(server_args, config)  # again: what stock made of the arguments is known now
     role = str(getattr(server_args, "disaggregation_mode", "null"))
     if settings.algorithm(server_args) is None and role != "prefill":
         return  # a bare --plugin on a server without speculation: nothing to judge
+    if config.guard == "abort" and type(scheduler.tree_cache).__name__ == "RadixCacheCpp":
+        raise ConfigError(
+            "--spec-guard abort with SGLANG_EXPERIMENTAL_CPP_RADIX_TREE: that tree knows no "
+            "namespaces; unset it, or use --spec-guard observe"
+        )
     counted = metrics.of_scheduler(scheduler, server_args)
     speaks = metrics.speaks(scheduler)
 
@@ -160,8 +174,8 @@ def bind(scheduler: Any, server_args: Any, config: Config) -> None:
     SpecGuard.current = SpecGuard(
         settings.rules(config, server_args),
         config.guard,
-        Taint(_page_size(scheduler)),
-        depth_of(scheduler, server_args),
+        Taint(_page_size(scheduler), _origin(scheduler)),
+        depth_of(scheduler, server_args) if settings.algorithm(server_args) else lambda: 1,
         accepted_field(),
         worker=f"{server_args.host}:{server_args.port}",
         tell=told,
@@ -176,15 +190,26 @@ def _page_size(scheduler: Any) -> int:
     return int(min(scheduler.page_size, tree or scheduler.page_size))
 
 
-def _teller(count: Callable[[str], None]) -> Callable[[Any], None]:
+def _origin(scheduler: Any) -> str:
+    """A name for this start of this scheduler: one for all ranks that share its decisions."""
+    import torch
+
+    name = [secrets.token_hex(4)]
+    for group in (getattr(scheduler, g, None) for g in metrics.DECIDING_GROUPS):
+        if group is not None and torch.distributed.is_initialized():
+            first = torch.distributed.get_global_rank(group, 0)
+            torch.distributed.broadcast_object_list(name, src=first, group=group)
+    return name[0]
+
+
+def _teller(count: Callable[[str], None]) -> Callable[[Any, Sequence[int]], None]:
     from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
 
     teller = tell.Teller(count)
 
-    def told(req: Any) -> None:
+    def told(req: Any, tokens: Sequence[int]) -> None:
         if req.bootstrap_host and req.bootstrap_host != FAKE_BOOTSTRAP_HOST:
-            prompt = req.origin_input_ids_unpadded or ()
-            teller.tell(str(req.bootstrap_host), int(req.bootstrap_port), prompt)
+            teller.tell(str(req.bootstrap_host), int(req.bootstrap_port), tokens)
 
     return told
 

@@ -52,7 +52,7 @@ class Rules:
     min_length: float = 1.4
     max_rate: float = 0.96
     window: int = 256
-    repetition: float = 0.5
+    repetition: float = 0.7
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Watch:
         self._next_tail = 0
         # (tokens, drafted, accepted, possible) at the looks inside the window, oldest first.
         length = -(-rules.window // STRIDE)
-        self._looks: deque[tuple[int, int, int, int]] = deque([(0, 0, 0, 0)], maxlen=length + 1)
+        self._looks: deque[tuple[int, int, int, int]] = deque([(0, 0, 0, 0)], maxlen=length)
 
     def observe(
         self,
@@ -162,13 +162,20 @@ class Watch:
     def _repetition(
         self, rules: Rules, tokens: int, output: Callable[[], Sequence[int]]
     ) -> float | None:
-        """None if the rule does not ask; 0 while it is too early to count again."""
+        """None if the rule does not ask; 0 while it is too early to count again.
+
+        In a loop the last n-gram always stands earlier too; where it does not there is none, and
+        nothing needs to be counted.
+        """
         if not rules.repetition:
             return None
         if tokens < self._next_tail:
             return 0.0
+        raw, width = _tail(output())
+        if raw.find(raw[-NGRAM * width :]) == len(raw) - NGRAM * width:
+            return 0.0
         self._next_tail = tokens + PATIENCE
-        return repetition(output())
+        return _repetition(raw, width)
 
 
 def repetition(tokens: Sequence[int]) -> float:
@@ -177,10 +184,19 @@ def repetition(tokens: Sequence[int]) -> float:
     A loop of period p leaves p different n-grams: (TAIL - p) / TAIL, about. Text that is new,
     however predictable, has none. Fewer than `NGRAM` tokens repeat nothing: 0.
     """
-    tail = array("i", tokens[-TAIL:])
-    count = len(tail) - NGRAM + 1
+    return _repetition(*_tail(tokens))
+
+
+def _tail(tokens: Sequence[int]) -> tuple[bytes, int]:
+    """The last tokens as bytes, and how many a token takes; a release's own array as it is."""
+    tail = tokens[-TAIL:]
+    numbers = tail if isinstance(tail, array) else array("q", tail)
+    return numbers.tobytes(), numbers.itemsize
+
+
+def _repetition(raw: bytes, width: int) -> float:
+    count = len(raw) // width - NGRAM + 1
     if count < 1:
         return 0.0
-    raw, width = tail.tobytes(), tail.itemsize
     seen = {raw[start : start + NGRAM * width] for start in range(0, count * width, width)}
     return 1 - len(seen) / count

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from typing import Any, ClassVar
 
 from sglang_scaling_fixes import metrics
 from sglang_scaling_fixes.specguard import settings
 from sglang_scaling_fixes.specguard.detector import Anomaly, Rules, Watch
-from sglang_scaling_fixes.specguard.taint import Taint
+from sglang_scaling_fixes.specguard.taint import PAGES, Taint
 
 logger = logging.getLogger(__name__)
 
@@ -26,14 +26,15 @@ _WATCH = "sglang_scaling_fixes_watch"
 _TAINTED = "sglang_scaling_fixes_tainted"
 _NAMESPACE = "sglang_scaling_fixes_namespace"
 
-Tell = Callable[[Any], None]
+Tell = Callable[[Any, Sequence[int]], None]
 
 
 class SpecGuard:
     """One per scheduler process, made once stock has built the scheduler.
 
     `depth()` is how many drafts a verification can accept now; `counter` the name of the
-    request's count of accepted drafts; `tell(req)` lets the prefill server of a pair know.
+    request's count of accepted drafts; `tell(req, tokens)` lets the prefill
+    server of a pair know that what begins like this is suspect.
     """
 
     current: ClassVar[SpecGuard | None] = None
@@ -84,12 +85,14 @@ class SpecGuard:
             self._act(req, anomaly)
 
     def _act(self, req: Any, anomaly: Anomaly) -> None:
-        ends = self.action == "abort" and req.finished_reason is None and req.to_finish is None
-        if ends:
-            self._abort(req, anomaly)
+        if self.action == "abort":
+            self._quarantine(req)
+            # Who is ending anyway, by a client's abort for example, is left to end that way.
+            if req.finished_reason is None and req.to_finish is None:
+                self._abort(req, anomaly)
         if not self._speaks:
             return
-        action = "aborted" if ends else "observed"
+        action = "aborted" if self.action == "abort" else "observed"
         self._count("anomalies", anomaly.kind, action)
         self.metrics.observe("detection_tokens", anomaly.tokens)
         line = {
@@ -117,11 +120,15 @@ class SpecGuard:
             HTTPStatus.SERVICE_UNAVAILABLE,
             ERROR_TYPE,
         )
+
+    def _quarantine(self, req: Any) -> None:
+        """Nothing of the request is kept, and nobody reads what is kept of it already."""
         req.skip_radix_cache_insert = True
         req.__dict__[_TAINTED] = True
-        self.taint.add(prompt_of(req))
-        if self._tell is not None and self._speaks:
-            self._tell(req)
+        for tokens in heads(req, PAGES[-1]):
+            self.taint.add(tokens)
+            if self._tell is not None and self._speaks:
+                self._tell(req, tokens)
 
     # -- requests that come later ----------------------------------------------------------
 
@@ -129,7 +136,8 @@ class SpecGuard:
         """Before `req` looks for cached KV: give it a namespace without suspect pages."""
         if not len(self.taint):
             return
-        old, new = req.__dict__.get(_NAMESPACE), self.taint.namespace(prompt_of(req))
+        old = req.__dict__.get(_NAMESPACE)
+        new = self.taint.namespace(*heads(req, self.taint.page_size))
         if new == old or holds_kv(req):
             return  # a request with KV stays where it is: its pages are locked there
         own = (req.extra_key or "").replace(f"|{old}", "") if old else (req.extra_key or "")
@@ -142,8 +150,9 @@ class SpecGuard:
         return req.__dict__.get(_NAMESPACE) is not None
 
     def told(self, beginnings: dict[int, int]) -> None:
-        """A decode server found one of our requests anomalous."""
-        self.taint.add_beginnings(beginnings)
+        """A decode server found one of our requests anomalous. Observing, we change nothing."""
+        if self.action == "abort":
+            self.taint.add_beginnings(beginnings)
         self._count("told")
 
     def _count(self, name: str, *labels: str) -> None:
@@ -165,9 +174,23 @@ def tainted(req: Any) -> bool:
     return bool(req.__dict__.get(_TAINTED))
 
 
-def prompt_of(req: Any) -> Any:
-    """The prompt's tokens, before placeholders of images are replaced in it."""
-    return req.origin_input_ids_unpadded or ()
+def heads(req: Any, length: int) -> list[Any]:
+    """The first tokens (at most `length`) that the prefix cache may know this request by.
+
+    Its prompt, and what it generated if the prompt is short: a retracted request computes both
+    again, and both are inserted. With images the cache knows the prompt with their placeholders
+    replaced, which happens after the request was made; other servers may know it before.
+    """
+    written = [req.origin_input_ids]
+    if req.origin_input_ids_unpadded is not None:
+        written.append(req.origin_input_ids_unpadded)
+    found: list[Any] = []
+    for prompt in written:
+        head = [*(prompt or ())[:length]]
+        head += req.output_ids[: length - len(head)]
+        if head not in found:
+            found.append(head)
+    return found
 
 
 def holds_kv(req: Any) -> bool:
@@ -182,7 +205,7 @@ def depth_of(scheduler: Any, server_args: Any) -> Callable[[], int]:
     """How many drafts a verification can accept, now; an adaptive worker changes it."""
     fixed = settings.depth(server_args)
     worker: Any = getattr(scheduler, "draft_worker", None)
-    if getattr(server_args, "speculative_adaptive", False) and hasattr(
+    if settings.resolved(server_args, "speculative_adaptive") and hasattr(
         worker, "speculative_num_steps"
     ):
         return lambda: int(worker.speculative_num_steps)

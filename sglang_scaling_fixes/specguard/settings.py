@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
+import importlib
 import json
+import os
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +35,7 @@ def rules(config: Config, server_args: Any) -> Rules:
         found = replace(found, min_length=1.0)
     if not config.guard_overrides:
         return found
-    model = getattr(server_args, "served_model_name", None) or server_args.model_path
+    model = resolved(server_args, "served_model_name") or server_args.model_path
     for pattern, values in _read(Path(config.guard_overrides)).items():
         if fnmatch.fnmatchcase(str(model), pattern):
             found = replace(found, **values)
@@ -68,28 +71,49 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     return read
 
 
+def resolved(server_args: Any, name: str) -> Any:
+    """A server argument as it is in force, None if there is none of that name.
+
+    Since 0.5.19 stock leaves what the operator gave as it was and keeps what it made of it (step
+    counts it chose, algorithms it turned off) elsewhere, from the start of a scheduler on.
+    """
+    with contextlib.suppress(ImportError):
+        context = importlib.import_module("sglang.srt.runtime_context")
+        for group in ("get_spec", "get_memory", "get_disagg", "get_serving"):
+            # Not filled in this process yet, or the name belongs to another group.
+            with contextlib.suppress(Exception):
+                return getattr(getattr(context, group)(), name)
+    return getattr(server_args, name, None)
+
+
 def algorithm(server_args: Any) -> str | None:
     """The speculative algorithm's name, None without one."""
-    name = getattr(server_args, "speculative_algorithm", None)
+    name = resolved(server_args, "speculative_algorithm")
     return None if not name else str(name).upper()
 
 
 def depth(server_args: Any) -> int:
     """How many drafts one verification can accept: the longest path of the tree of drafts.
 
-    EAGLE, MTP and STANDALONE draft `speculative_num_steps` levels, with top-k > 1 as a tree whose
-    other branches can never be accepted together. NGRAM and the block drafters have a chain of
-    all their draft tokens but the last verified one.
+    With top-k above 1 EAGLE, MTP and STANDALONE draft a tree of `speculative_num_steps` levels,
+    whose branches can never be accepted together. A chain (also NGRAM's, and the block drafters',
+    whose step count is 1) is all the draft tokens but the one that is no draft.
     """
-    steps = getattr(server_args, "speculative_num_steps", None)
-    if steps and algorithm(server_args) != "NGRAM":
+    topk = resolved(server_args, "speculative_eagle_topk") or 1
+    steps = resolved(server_args, "speculative_num_steps")
+    if topk > 1 and steps and algorithm(server_args) != "NGRAM":
         return int(steps)
-    return max(int(getattr(server_args, "speculative_num_draft_tokens", None) or 2) - 1, 1)
+    drafted = resolved(server_args, "speculative_num_draft_tokens")
+    if not drafted:
+        raise ConfigError(
+            "--speculative-num-draft-tokens is not known, and without it no accept rate; give it"
+        )
+    return max(int(drafted) - 1, 1)
 
 
 def check(server_args: Any, config: Config) -> None:
     """Raise `ConfigError` where the guard was asked for and could not keep its word."""
-    role = getattr(server_args, "disaggregation_mode", "null")
+    role = resolved(server_args, "disaggregation_mode") or "null"
     rules(config, server_args)
     if algorithm(server_args) is None and NAME in config.named and role != "prefill":
         raise ConfigError(
@@ -98,22 +122,47 @@ def check(server_args: Any, config: Config) -> None:
         )
     if config.guard != "abort":
         return
-    for flag, problem in (
-        ("--enable-streaming-session", "a session keeps its KV beyond an aborted request"),
-        ("--enable-lmcache", "its store cannot be kept from returning the request's KV"),
-        ("--enable-flexkv", "its store cannot be kept from returning the request's KV"),
+
+    def refuse(flag: str, why: str) -> None:
+        raise ConfigError(f"--spec-guard abort with {flag}: {why}; use --spec-guard observe")
+
+    for field, why in (
+        ("enable_streaming_session", "a session keeps its KV beyond an aborted request"),
+        ("enable_lmcache", "its store cannot be kept from returning the request's KV"),
+        ("enable_flexkv", "its store cannot be kept from returning the request's KV"),
     ):
-        if getattr(server_args, flag.removeprefix("--").replace("-", "_"), False):
-            raise ConfigError(
-                f"--spec-guard abort with {flag}: {problem}; use --spec-guard observe"
-            )
-    if (getattr(server_args, "pp_size", 1) or 1) > 1:
-        raise ConfigError(
-            "--spec-guard abort with --pp-size above 1: the stages would end a request in "
-            "different steps; use --spec-guard observe"
+        if resolved(server_args, field):
+            refuse("--" + field.replace("_", "-"), why)
+    if (resolved(server_args, "pp_size") or 1) > 1:
+        refuse("--pp-size above 1", "the stages would end a request in different steps")
+    if (resolved(server_args, "tokenizer_worker_num") or 1) > 1:
+        refuse("--tokenizer-worker-num above 1", "plugins are not loaded where HTTP is spoken then")
+    if os.environ.get("SGLANG_RUST_SERVER", "").lower() in ("1", "true", "yes"):
+        refuse("SGLANG_RUST_SERVER", "plugins are not loaded where HTTP is spoken then")
+    if resolved(server_args, "hicache_host_memory_mode") == "buffer_only":
+        refuse(
+            "--hicache-host-memory-mode buffer_only",
+            "a request that waits for staged KV cannot be kept from it",
         )
-    if role == "prefill" and (getattr(server_args, "tokenizer_worker_num", 1) or 1) > 1:
-        raise ConfigError(
-            "--spec-guard abort on a prefill server with --tokenizer-worker-num above 1: decode "
-            "could not tell it whose KV is corrupt; use one tokenizer worker"
+    if not resolved(server_args, "hicache_storage_backend"):
+        return
+    if (resolved(server_args, "dp_size") or 1) > 1:
+        refuse(
+            "--dp-size above 1 and --hicache-storage-backend",
+            "the ranks share a store and do not know of each other's anomalies",
         )
+    if role == "decode" and not storage_is_namespaced():
+        refuse(
+            "--hicache-storage-backend on a decode server of this release",
+            "it stores by tokens alone, so a later request cannot be kept from suspect pages",
+        )
+
+
+def storage_is_namespaced() -> bool:
+    """Whether keys of the storage tier depend on a request's namespace (since 0.5.20)."""
+    try:
+        return hasattr(
+            importlib.import_module("sglang.srt.mem_cache.utils"), "storage_namespace_seed"
+        )
+    except ImportError:
+        return False

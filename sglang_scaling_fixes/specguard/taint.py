@@ -41,10 +41,15 @@ def beginnings(tokens: Sequence[int]) -> dict[int, int]:
 
 
 class Taint:
-    """The suspect beginnings that this scheduler knows of. `page_size` in tokens."""
+    """The suspect beginnings that this scheduler knows of. `page_size` in tokens.
 
-    def __init__(self, page_size: int, limit: int = LIMIT) -> None:
+    `origin` makes its namespaces unlike those of any other scheduler or start: a storage tier that
+    outlives this one keeps pages by namespace.
+    """
+
+    def __init__(self, page_size: int, origin: str = "0", limit: int = LIMIT) -> None:
         self.page_size = page_size
+        self._origin = origin
         self._limit = limit
         self._count = 0
         self._everything = 0
@@ -78,9 +83,13 @@ class Taint:
         """Namespaces opened so far."""
         return self._count
 
-    def namespace(self, tokens: Sequence[int]) -> str | None:
-        """What a request with this prompt adds to its own namespace; None: nothing."""
-        if not self._count or len(tokens) < self.page_size:
+    def namespace(self, *prompts: Sequence[int]) -> str | None:
+        """What a request whose tokens begin like this adds to its own namespace; None: nothing.
+
+        Several, where one request's tokens are written in several ways (placeholders of images).
+        """
+        if not self._count:
             return None
-        number = self._namespaces.get(digest(tokens[: self.page_size]), self._everything)
-        return f"kv-anomaly-{number}" if number else None
+        pages = [tokens[: self.page_size] for tokens in prompts if len(tokens) >= self.page_size]
+        numbers = [self._namespaces.get(digest(page), self._everything) for page in pages]
+        return f"kv-anomaly-{self._origin}-{max(numbers)}" if any(numbers) else None

@@ -11,10 +11,12 @@ prefill answers 404; that is counted and logged, for its cached prompt stays rea
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import queue
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
@@ -30,6 +32,8 @@ FIELD = "sglang_scaling_fixes_kv_anomaly_"
 TIMEOUT = 5.0
 """Seconds for one telling."""
 ATTEMPTS = 3
+PAUSE = 10.0
+"""Seconds in which a server that could not be told is not tried again: told again, it fails."""
 LIMIT = 1024
 """Tellings that may wait; past it one is lost, and counted as failed."""
 _LARGEST_BODY = 4096
@@ -41,6 +45,7 @@ class Teller:
     def __init__(self, count: Callable[[str], None]) -> None:
         self._count = count
         self._waiting: queue.Queue[tuple[str, bytes]] = queue.Queue(LIMIT)
+        self._silent: dict[str, float] = {}
         threading.Thread(target=self._run, name="kv-anomaly-teller", daemon=True).start()
 
     def tell(self, host: str, port: int, tokens: Any) -> None:
@@ -60,23 +65,23 @@ class Teller:
             self._count(self._send(url, body))
 
     def _send(self, url: str, body: bytes) -> str:
+        """One server that does not answer must not keep the others waiting for long."""
+        if time.monotonic() < self._silent.get(url, 0.0):
+            return "failed"
         problem = ""
         for _ in range(ATTEMPTS):
-            request = urllib.request.Request(
-                url, body, {"Content-Type": "application/json"}, method="POST"
-            )
             try:
-                # No proxy of the environment's: the address is on the servers' own network.
-                opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-                with opener.open(request, timeout=TIMEOUT):
-                    return "told"
-            except urllib.error.HTTPError as error:
-                error.close()
-                problem = f"it answered {error.code}"
-                if error.code in (404, 405):
-                    break  # no plugin there
-            except OSError as error:
-                problem = str(error)
+                status = _post(url, body)
+            except Exception as error:  # also what is no HTTP, and addresses that are none
+                problem = repr(error)
+                continue
+            if status == 200:
+                self._silent.pop(url, None)
+                return "told"
+            problem = f"it answered {status}"
+            if status in (404, 405):
+                break  # no plugin there
+        self._silent[url] = time.monotonic() + PAUSE
         logger.warning(
             "sglang-scaling-fixes: prefill was not told of a KV anomaly (%s: %s); a retry there "
             "may read suspect KV. Arm spec-guard on the prefill server too.",
@@ -86,6 +91,19 @@ class Teller:
         return "failed"
 
 
+def _post(url: str, body: bytes) -> int:
+    """The status of the answer. Raises whatever the network, or the other side, makes of it."""
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"}, method="POST")
+    # No proxy of the environment's: the address is on the servers' own network.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(request, timeout=TIMEOUT) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        with error:
+            return int(error.code)
+
+
 def read(body: bytes) -> dict[int, int]:
     """A telling's digests by page size. ValueError for anything else."""
     if len(body) > _LARGEST_BODY:
@@ -93,11 +111,19 @@ def read(body: bytes) -> dict[int, int]:
     read = json.loads(body)
     if not isinstance(read, dict) or not read:
         raise ValueError("not an object of digests by page size")
-    known = {int(page): beginning for page, beginning in read.items()}
-    for page, beginning in known.items():
-        if page not in PAGES or type(beginning) is not int or not 0 <= beginning < 2**63:
-            raise ValueError(f"{page}: {beginning!r} is not a digest of a page of tokens")
-    return known
+    return {_page(page): _digest(beginning) for page, beginning in read.items()}
+
+
+def _page(text: str) -> int:
+    if text not in map(str, PAGES):
+        raise ValueError(f"{text!r} is not a page size")
+    return int(text)
+
+
+def _digest(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"{value!r} is not a digest of a page of tokens")
+    return value
 
 
 def to_fields(known: Mapping[int, int]) -> dict[str, int]:
@@ -106,12 +132,16 @@ def to_fields(known: Mapping[int, int]) -> dict[str, int]:
 
 
 def from_fields(fields: Mapping[str, Any]) -> dict[int, int]:
-    """The digests in a set_internal_state request; empty if it is not one of ours."""
-    return {
-        int(name.removeprefix(FIELD)): int(value)
-        for name, value in fields.items()
-        if name.startswith(FIELD)
-    }
+    """The digests in a set_internal_state request; empty if it is not one of ours.
+
+    Anybody who may set a server's state may send one, so it is read as `read` reads a body.
+    """
+    found: dict[int, int] = {}
+    for name, value in fields.items():
+        if name.startswith(FIELD):
+            with contextlib.suppress(ValueError):
+                found[_page(name.removeprefix(FIELD))] = _digest(value)
+    return found
 
 
 # -- prefill's main process ----------------------------------------------------------------
@@ -127,7 +157,9 @@ def add_route(server: Any) -> None:
         except ValueError as error:
             return web.Response(status=400, text=f"{error}\n")
         try:
-            await asyncio.wait_for(asyncio.wrap_future(_pass_on(known)), TIMEOUT)
+            # Never cancelled: up to 0.5.15 stock's broadcast would answer nobody after that.
+            passing = asyncio.wrap_future(_pass_on(known))
+            await asyncio.wait_for(asyncio.shield(passing), TIMEOUT)
         except Exception as error:  # the sender tries again, and says so if it stays
             logger.warning("sglang-scaling-fixes: a KV anomaly was not passed on: %r", error)
             return web.Response(status=503, text="not passed on to the schedulers\n")
