@@ -1,9 +1,8 @@
 """What the guard costs per request and decoding step, in microseconds.
 
 A stock request as a scheduler makes it; stock's own question whether it is finished, wrapped as
-the plugin wraps it, with the guard bound and without, in turn. The difference is what an armed
-server pays, the wrapper included; `look` is the guard's own part. A round is one request from
-its first verification to its last, and fresh requests come for each.
+the plugin wraps it, without the wrapper, with it, and with a guard bound, in turn. The difference
+is what an armed server pays. A round is one request from its first verification to its last.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any
@@ -25,6 +24,7 @@ from sglang_scaling_fixes.specguard.taint import Taint
 STEPS = 1000
 """Verifications of one request: thousands of generated tokens."""
 ROUNDS = 15
+COUNTS = 1000
 PAGE = 64
 NEVER = Rules(min_length=0.0)
 """Default rules, but for the low one: a request that is aborted costs nothing afterwards."""
@@ -41,8 +41,8 @@ class Load:
 
 
 LOADS = (
-    Load("accepts 2 of 3, new text", 3, (2, 3, 1, 2), 1 << 20),
-    Load("accepts 3 of 3, new text: the repetition is counted", 3, (3,), 1 << 20),
+    Load("accepts 2 of 3 drafts, new text", 3, (2, 3, 1, 2), 1 << 20),
+    Load("accepts 3 of 3, new text: its repetition is counted", 3, (3,), 1 << 20),
     Load("no speculation", 3, None, 1 << 20),
 )
 
@@ -51,56 +51,64 @@ def report() -> str:
     attach.attach()
     rows = []
     for load in LOADS:
-        stock, armed, look = measure(load)
-        rows.append(
-            [load.name, f"{stock:.2f}", f"{armed:.2f}", f"{armed - stock:.2f}", f"{look:.2f}"]
-        )
-    head = ["a request that", "wrapped, not armed", "armed", "difference", "look alone"]
-    unwrapped = f"{_bare():.2f}"
-    counted = f"{_counting():.0f}"
+        spent = measure(load)
+        extra = spent["armed"] - spent["bare"]
+        wrapper = spent["wrapped"] - spent["bare"]
+        costs = (spent["bare"], wrapper, extra, spent["look"])
+        rows.append([load.name, *(f"{cost:.2f}" for cost in costs)])
+    head = ["a request", "stock", "more, not armed", "more, armed", "of it the guard's look"]
     return (
-        f"µs per request and verification, medians of {ROUNDS} rounds of {STEPS}.\n\n"
+        f"µs of CPU per request and verification, medians of {ROUNDS} rounds of {STEPS}.\n\n"
         + table(head, rows)
-        + f"\nStock's own question without the wrapper: {unwrapped} µs. Counting the repetition of"
-        f" {detector.TAIL} tokens once: {counted} µs, at most every {detector.PATIENCE} tokens.\n"
+        + f"\nCounting the repetition of {detector.TAIL} tokens once: {_counting():.0f} µs, at most"
+        f" every {detector.PATIENCE} tokens.\n"
     )
 
 
-def measure(load: Load) -> tuple[float, float, float]:
-    """Stock with the wrapper, armed, and the guard's look alone: µs per step."""
+def measure(load: Load) -> dict[str, float]:
+    """µs per step: stock without the wrapper, with it, with a guard bound; its look alone."""
     field = attach.accepted_field()
     finish = _finish()
     guard = SpecGuard(NEVER, "abort", Taint(PAGE), lambda: load.depth, field, speaks=False)
+    bare = finish.__wrapped__  # type: ignore[attr-defined]
+    # What is called, and whether a guard is bound then; all in turn, in every round.
+    turns = {
+        "nothing": (_nothing, None),
+        "bare": (bare, None),
+        "wrapped": (finish, None),
+        "armed": (finish, guard),
+        "look": (_look(guard), guard),
+    }
     saved = SpecGuard.current
-    found: dict[str, list[float]] = {"stock": [], "armed": [], "look": []}
+    spent: dict[str, list[float]] = {name: [] for name in turns}
     try:
         for _ in range(ROUNDS):
-            SpecGuard.current = None
-            found["stock"].append(_round(load, field, finish))
-            SpecGuard.current = guard
-            found["armed"].append(_round(load, field, finish))
-            found["look"].append(_round(load, field, _look(guard)))
+            for name, (call, bound) in turns.items():
+                SpecGuard.current = bound
+                spent[name].append(_round(load, field, call))
     finally:
         SpecGuard.current = saved
-    medians = {name: statistics.median(spent) for name, spent in found.items()}
-    return medians["stock"], medians["armed"], medians["look"]
+    medians = {name: statistics.median(found) for name, found in spent.items()}
+    set_up = medians.pop("nothing")
+    return {name: median - set_up for name, median in medians.items()}
 
 
 def _round(load: Load, field: str, call: Callable[[Any, int], object]) -> float:
-    """µs per step, beyond what setting up the step costs."""
-    req = _request(load)
-    steps = list(_steps(load))
-    values = req.__dict__
-    extend, clock = req.output_ids.extend, time.perf_counter_ns
-    spent = 0
+    """µs per step of this thread's CPU time, whatever else the machine does; with the set-up."""
+    req = _request()
+    values, extend = req.__dict__, req.output_ids.extend
+    steps = _steps(load)
+    began = time.thread_time_ns()
     for verifications, accepted, tokens in steps:
         extend(tokens)
         values["spec_verify_ct"] = verifications
         values[field] = accepted
-        began = clock()
         call(req, len(tokens))
-        spent += clock() - began
-    return spent / len(steps) / 1000 - _clock_us()
+    return (time.thread_time_ns() - began) / len(steps) / 1000
+
+
+def _nothing(_req: Any, _tokens: int) -> None:
+    """In place of a call: what is left is the set-up of a step."""
 
 
 def _steps(load: Load) -> list[tuple[int, int, list[int]]]:
@@ -114,17 +122,7 @@ def _steps(load: Load) -> list[tuple[int, int, list[int]]]:
     return steps
 
 
-def _clock_us() -> float:
-    """What reading the clock twice takes."""
-    clock = time.perf_counter_ns
-    spent = 0
-    for _ in range(STEPS):
-        began = clock()
-        spent += clock() - began
-    return spent / STEPS / 1000
-
-
-def _request(load: Load) -> Any:
+def _request() -> Any:
     req = probe._request(range(200))
     req.output_ids = array("q") if isinstance(req.output_ids, array) else []
     return req
@@ -146,19 +144,10 @@ def _look(guard: SpecGuard) -> Callable[[Any, int], object]:
     return look
 
 
-def _bare() -> float:
-    """Stock's own question, without any wrapper."""
-    stock = _finish().__wrapped__  # type: ignore[attr-defined]
-    field = attach.accepted_field()
-    return statistics.median(_round(LOADS[0], field, stock) for _ in range(ROUNDS))
-
-
 def _counting() -> float:
     """µs of one count over a full tail."""
-    tokens: Sequence[int] = array("q", range(4 * detector.TAIL))
-    spent = []
-    for _ in range(200):
-        began = time.perf_counter_ns()
+    tokens = array("q", range(4 * detector.TAIL))
+    began = time.thread_time_ns()
+    for _ in range(COUNTS):
         detector.repetition(tokens)
-        spent.append((time.perf_counter_ns() - began) / 1000)
-    return statistics.median(spent)
+    return (time.thread_time_ns() - began) / COUNTS / 1000

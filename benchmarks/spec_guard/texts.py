@@ -95,7 +95,7 @@ def _distinct(texts: Sequence[str]) -> list[str]:
     return kept[:MOST]
 
 
-def excerpt(draw: random.Random, document: Sequence[str], length: int) -> list[str]:
-    """`length` words in a row from anywhere in the document; all of it if it is shorter."""
+def excerpt(draw: random.Random, document: Sequence[int], length: int) -> Sequence[int]:
+    """`length` tokens in a row from anywhere in the document; all of it if it is shorter."""
     start = draw.randrange(max(len(document) - length, 0) + 1)
-    return list(document[start : start + length])
+    return document[start : start + length]
