@@ -14,8 +14,8 @@ from sglang_scaling_fixes.specguard.detector import Rules
 PANEL_W, PANEL_H = 380, 250
 LEFT, TOP, GAP = 56, 44, 76
 LEGEND_TOP, LEGEND_STEP = 52, 18  # below a panel's axis; px
-MOST_TOKENS = 500
-"""Tokens since the corruption that the second panel shows."""
+MOST_TOKENS = 300
+"""Tokens since the corruption that the second panel shows, and about what is recorded of them."""
 
 CLEAN = ("#1b7837", "#5aae61", "#2166ac", "#67a9cf", "#555555")
 CORRUPT = {1.0: "#b2182b", 0.5: "#ef8a62", 0.1: "#c9a227"}
@@ -51,7 +51,7 @@ def figure(recording: Recording, rules: Rules = replay.DEFAULT) -> str:
         "tokens generated since the corruption",
         0,
         MOST_TOKENS,
-        range(0, MOST_TOKENS + 1, 100),
+        range(0, MOST_TOKENS + 1, 50),
     )
     marks = [
         (rules.min_length, f"below {rules.min_length:g}: low", "start"),
@@ -145,12 +145,13 @@ def detections(recording: Recording, rules: Rules) -> list[Curve]:
 
 
 def found(judged: Sequence[replay.Verdict]) -> Points:
-    """Steps up: (tokens since the corruption, share found by then)."""
-    waits = sorted(v.delay for v in judged if v.delay is not None)
+    """Steps up: (tokens since the corruption, share found by then), to the end of the record."""
+    end = min(MOST_TOKENS, *(len(v.record.ids) - v.after for v in judged))
+    waits = sorted(v.delay for v in judged if v.delay is not None and v.delay <= end)
     points: Points = [(0.0, 0.0)]
-    for number, wait in enumerate((w for w in waits if w <= MOST_TOKENS), start=1):
+    for number, wait in enumerate(waits, start=1):
         points += [(wait, points[-1][1]), (wait, number / len(judged))]
-    return [*points, (float(MOST_TOKENS), points[-1][1])]
+    return [*points, (end, points[-1][1])]
 
 
 def panel(

@@ -14,6 +14,9 @@ PERCENTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 HEALTHY = 2.0
 """Accept length from which on the lab's model drafts as a served model does (3 to 4)."""
 
+LENGTHS = (1.05, 1.1, 1.2, 1.3, 1.4, 1.6)
+"""Thresholds of the low rule that are compared."""
+
 Groups = dict[str, list[Record]]
 
 
@@ -36,6 +39,8 @@ def report(recording: Recording) -> str:
         detection(replay.verdicts(corrupt, twins, replay.DEFAULT)),
         "## Detection by setting\n",
         by_setting(corrupt, twins),
+        "## The low threshold, all of the context overwritten, otherwise the default\n",
+        by_threshold(groups, corrupt, twins),
         "## Clean answers to the same prompt, asked twice\n",
         control(recording.records, twins),
     ]
@@ -184,6 +189,18 @@ def by_setting(corrupt: Sequence[Record], twins: dict[str, Record]) -> str:
         ):
             rows.append([name, onset, *summary(of)])
     return table(["window / repetition", "overwritten", *SUMMARY], rows)
+
+
+def by_threshold(groups: Groups, corrupt: Sequence[Record], twins: dict[str, Record]) -> str:
+    """Only the low rule: what another threshold would gain and cost."""
+    clean = [record for records in groups.values() for record in records]
+    whole = [r for r in corrupt if r.corruption is not None and r.corruption.share == 1.0]
+    rows = []
+    for threshold in LENGTHS:
+        rules = replace(replay.DEFAULT, min_length=threshold, max_rate=1.0)
+        found = replay.verdicts(whole, twins, rules)
+        rows.append([f"{threshold:g}", replay.alarms(clean, rules), *summary(found)])
+    return table(["accept length below", "clean, called anomalous", *SUMMARY], rows)
 
 
 def control(records: Sequence[Record], twins: dict[str, Record]) -> str:

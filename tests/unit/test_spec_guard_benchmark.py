@@ -253,7 +253,7 @@ def test_curves_rise_to_what_was_found() -> None:
     found = replay.verdicts(
         [collapsed("corrupt", 0, "twin-0")], {"twin-0": twin}, Rules(min_length=0)
     )
-    assert figure.found(found) == [(0.0, 0.0), (float(figure.MOST_TOKENS), 0.0)]
+    assert figure.found(found) == [(0.0, 0.0), (figure.MOST_TOKENS, 0.0)]
 
 
 def test_repetition_of_real_text() -> None:
