@@ -25,6 +25,10 @@ class Corruption:
     share: float
     after: int
 
+    @property
+    def label(self) -> str:
+        return f"{self.kind}, {self.share:.0%}, at {self.after}"
+
 
 @dataclass(frozen=True)
 class Record:

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.spec_guard import texts
-from benchmarks.spec_guard.replay import percentile
+from benchmarks.spec_guard.replay import Count, percentile
 from benchmarks.spec_guard.report import table
 from sglang_scaling_fixes.specguard.detector import TAIL, repetition
 
 STEP = 64
 """Tokens between two places that are looked at."""
-THRESHOLDS = (0.3, 0.5, 0.7, 0.9)
+THRESHOLDS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
 PERCENTILES = (0.5, 0.9, 0.95, 0.99, 0.999)
 
 
@@ -61,25 +61,34 @@ PIECE = 4
 
 
 def report(documents: dict[str, list[str]]) -> str:
-    head = ["text", "documents", "places", *(f"p{100 * p:g}" for p in PERCENTILES)]
-    head += [f">= {t:g}" for t in THRESHOLDS]
-    head += [f"documents with a place >= {t:g}" for t in THRESHOLDS]
-    rows = []
+    scores, reached = [], []
     for name, found in documents.items():
         for tokens, length in (("words", 0), ("pieces", PIECE)):
             repeats = measure(found, length)
-            scores = repeats.scores
-            rows.append(
+            head = [f"{name}, {tokens}", repeats.documents]
+            own = repeats.scores
+            above = [sum(score >= t for score in own) / len(own) for t in THRESHOLDS]
+            scores.append(
                 [
-                    f"{name}, {tokens}",
-                    repeats.documents,
-                    len(scores),
-                    *(f"{percentile(scores, p):.2f}" for p in PERCENTILES),
-                    *(f"{sum(s >= t for s in scores) / len(scores):.2%}" for t in THRESHOLDS),
-                    *(f"{repeats.reached[t] / repeats.documents:.1%}" for t in THRESHOLDS),
+                    *head,
+                    len(own),
+                    *(f"{percentile(own, p):.2f}" for p in PERCENTILES),
+                    *(f"{share:.2%}" for share in above),
                 ]
             )
+            reached.append([*head, *map(str, counts(repeats))])
+    limits = [f">= {t:g}" for t in THRESHOLDS]
     return (
         f"Repetition of the last {TAIL} tokens, every {STEP} tokens of real text. `pieces`: words"
-        f" cut into {PIECE} characters at most, nearer to a model's tokens.\n\n{table(head, rows)}"
+        f" cut into {PIECE} characters at most, nearer to a model's tokens.\n\n"
+        + table(
+            ["text", "documents", "places", *(f"p{100 * p:g}" for p in PERCENTILES), *limits],
+            scores,
+        )
+        + "\nDocuments with such a place anywhere: would be stopped if drafted perfectly.\n\n"
+        + table(["text", "documents", *limits], reached)
     )
+
+
+def counts(repeats: Repeats) -> list[Count]:
+    return [Count(repeats.reached[t], repeats.documents) for t in THRESHOLDS]

@@ -71,10 +71,10 @@ class Count:
         return f"{self.hits} of {self.of} ({self.hits / self.of:.1%})"
 
 
-def alarms(records: Iterable[Record], rules: Rules, kind: str | None = None) -> Count:
-    """How many of the requests are called anomalous, by the rule `kind` if one is named."""
+def alarms(records: Iterable[Record], rules: Rules) -> Count:
+    """How many of the requests are called anomalous."""
     found = [watch(record, rules) for record in records]
-    return Count(sum(a is not None and kind in (None, a.kind) for a in found), len(found))
+    return Count(sum(anomaly is not None for anomaly in found), len(found))
 
 
 @dataclass(frozen=True)

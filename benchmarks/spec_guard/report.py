@@ -8,12 +8,10 @@ from dataclasses import replace
 from benchmarks.spec_guard import replay
 from benchmarks.spec_guard.recording import Record, Recording
 from benchmarks.spec_guard.replay import Count, Verdict, percentile
+from sglang_scaling_fixes.lab.standins.corrupt import KINDS
 from sglang_scaling_fixes.specguard.detector import Rules, repetition
 
 PERCENTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
-HEALTHY = 2.0
-"""Accept length from which on the lab's model drafts as a served model does (3 to 4)."""
-
 LENGTHS = (1.05, 1.1, 1.2, 1.3, 1.4, 1.6)
 """Thresholds of the low rule that are compared."""
 
@@ -23,18 +21,19 @@ Groups = dict[str, list[Record]]
 def report(recording: Recording) -> str:
     groups = clean_groups(recording.records)
     twins = {r.name: r for r in recording.records if r.role in {"twin", "long"}}
-    corrupt = [r for r in recording.records if r.role == "corrupt"]
+    corrupt = sorted((r for r in recording.records if r.role == "corrupt"), key=order)
     parts = [
         about(recording),
         "## Accept length and rate of whole requests\n",
         distributions({**groups, **corrupt_groups(corrupt)}),
         "## False alarms: clean requests that are called anomalous\n",
-        "Window in tokens / repetition as a share of n-grams; `none / 0` is the published rule.\n",
-        false_alarms(groups),
-        f"### Of them, requests with an accept length of {HEALTHY:g} or more to the end\n",
-        false_alarms(healthy(groups)),
-        "### By rule, at the default\n",
-        by_rule(groups, replay.DEFAULT),
+        "Both rules; window in tokens / repetition as a share of n-grams; `none / 0` is the"
+        " published rule.\n",
+        false_alarms(groups, replay.settings()),
+        "### The low rule alone, by window\n",
+        false_alarms(groups, low_settings()),
+        "### The high rule alone, by window / repetition\n",
+        false_alarms(groups, high_settings()),
         "## Detection at the default, by corruption\n",
         detection(replay.verdicts(corrupt, twins, replay.DEFAULT)),
         "## Detection by setting\n",
@@ -60,16 +59,11 @@ def clean_groups(records: Sequence[Record]) -> Groups:
 
 def corrupt_groups(records: Sequence[Record]) -> Groups:
     groups: Groups = {}
-    for record in records:
+    for record in sorted(records, key=order):
         if record.corruption is not None:
             what = record.corruption
-            groups.setdefault(f"{what.kind}, {what.share:.0%}, at {what.after}", []).append(record)
+            groups.setdefault(what.label, []).append(record)
     return groups
-
-
-def healthy(groups: Groups) -> Groups:
-    kept = {name: [r for r in of if r.accept_length >= HEALTHY] for name, of in groups.items()}
-    return {name: of for name, of in kept.items() if of}
 
 
 def about(recording: Recording) -> str:
@@ -116,29 +110,25 @@ def distributions(groups: Groups) -> str:
     return table([*head, "rate p50", "rate p99", "repetition p50"], rows)
 
 
-def false_alarms(groups: Groups) -> str:
+def false_alarms(groups: Groups, settings: dict[str, Rules]) -> str:
     return table(
-        ["window / repetition", *groups],
+        ["rules", *groups],
         [
             [name, *(replay.alarms(records, rules) for records in groups.values())]
-            for name, rules in replay.settings().items()
+            for name, rules in settings.items()
         ],
     )
 
 
-def by_rule(groups: Groups, rules: Rules) -> str:
-    return table(
-        ["class", "low accept length", "high accept rate", "high rate, repetition not asked"],
-        [
-            [
-                name,
-                replay.alarms(records, rules, "low_accept_length"),
-                replay.alarms(records, rules, "high_accept_rate"),
-                replay.alarms(records, replace(rules, repetition=0.0), "high_accept_rate"),
-            ]
-            for name, records in groups.items()
-        ],
-    )
+def low_settings() -> dict[str, Rules]:
+    return {
+        f"{window or 'none'}": replace(replay.DEFAULT, window=window, max_rate=1.0)
+        for window in replay.WINDOWS
+    }
+
+
+def high_settings() -> dict[str, Rules]:
+    return {name: replace(rules, min_length=0.0) for name, rules in replay.settings().items()}
 
 
 def summary(found: Sequence[Verdict]) -> list[object]:
@@ -171,7 +161,7 @@ def detection(found: Sequence[Verdict]) -> str:
     rows = []
     for name, of in _split(found, _corruption):
         rows.append([name, *summary(of)])
-    for name, of in _split(found, lambda v: f"all of class {v.record.group}"):
+    for name, of in sorted(_split(found, lambda v: f"all of class {v.record.group}")):
         rows.append([name, *summary(of)])
     return table(["overwritten", *SUMMARY], rows)
 
@@ -209,10 +199,15 @@ def control(records: Sequence[Record], twins: dict[str, Record]) -> str:
     return f"{Count(sum(a is not None for a in apart), len(apart))} differ in some token.\n"
 
 
+def order(record: Record) -> tuple[float, ...]:
+    """Early before late, all of the context before a part of it."""
+    what = record.corruption
+    return (what.after, -what.share, KINDS.index(what.kind)) if what else ()
+
+
 def _corruption(verdict: Verdict) -> str:
-    what = verdict.record.corruption
-    assert what is not None
-    return f"{what.kind}, {what.share:.0%}, at {what.after}"
+    assert verdict.record.corruption is not None
+    return verdict.record.corruption.label
 
 
 def _split(

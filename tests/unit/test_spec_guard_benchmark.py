@@ -265,10 +265,12 @@ def test_repetition_of_real_text() -> None:
     assert repeats.pieces("token isation", 4) == ["toke", "n", "isat", "ion"]
 
 
-def test_only_healthy_requests_are_kept() -> None:
-    groups = report.clean_groups(small().records)
-    assert {name: len(of) for name, of in groups.items()} == {"prose": 2, "long": 1}
-    assert {name: len(of) for name, of in report.healthy(groups).items()} == {
-        "prose": 1,
-        "long": 1,
-    }
+def test_the_rules_are_counted_apart() -> None:
+    """One clean request without an accepted draft; one of perfect drafts that is a loop."""
+    never = recorded("clean-0", "0" * 160)
+    loop = recorded("clean-1", "3" * 100, ids=tuple(n % 9 for n in range(401)))
+    groups = report.clean_groups([never, loop])
+    for settings, found in ((report.low_settings(), [never]), (report.high_settings(), [loop])):
+        for rules in settings.values():
+            alarmed = [r for r in groups["prose"] if replay.watch(r, rules) is not None]
+            assert alarmed == found
