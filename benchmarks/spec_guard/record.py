@@ -55,7 +55,8 @@ def record(path: Path, clean: int, each: int, tokens: int) -> recording.Recordin
     random.Random(1).shuffle(requests)
     requests.sort(key=lambda request: request.tokens < 1000)
     began = time.monotonic()
-    records = send(requests, path.with_name(path.name + ".part"))
+    journal = path.with_name(path.name + ".part")
+    records = send(requests, journal)
     about = {
         "release": RELEASE,
         "cores": os.cpu_count(),
@@ -64,6 +65,7 @@ def record(path: Path, clean: int, each: int, tokens: int) -> recording.Recordin
         "documents": sources,
     }
     recording.write(path, about, records)
+    journal.unlink()
     return recording.read(path)
 
 

@@ -105,16 +105,17 @@ class Verdict:
 def verdicts(records: Iterable[Record], twins: dict[str, Record], rules: Rules) -> list[Verdict]:
     """Of the corrupt requests among `records`."""
     found = []
-    heard: dict[str, bool] = {}
+    heard: dict[str, Anomaly | None] = {}
     for record in records:
         if record.corruption is None or record.twin is None:
             continue
         twin = twins[record.twin]
         if twin.name not in heard:
-            heard[twin.name] = watch(twin, rules) is not None
-        found.append(
-            Verdict(record, agreement(record, twin), watch(record, rules), heard[twin.name])
-        )
+            heard[twin.name] = watch(twin, rules)
+        alarm = heard[twin.name]
+        # A twin may go on longer than the corrupt request did.
+        in_time = alarm is not None and alarm.tokens <= len(record.ids)
+        found.append(Verdict(record, agreement(record, twin), watch(record, rules), in_time))
     return found
 
 

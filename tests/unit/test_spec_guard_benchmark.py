@@ -208,6 +208,14 @@ def test_an_alarm_before_the_corruption_is_no_detection() -> None:
     assert verdict.delay is None
 
 
+def test_only_what_the_twin_does_in_the_same_time_counts() -> None:
+    corrupted = collapsed("corrupt", 0, "twin-0")  # 301 tokens
+    for good, expected in ((25, True), (100, False)):
+        twin = recorded("twin-0", "2" * good + "0" * 400, "twin")
+        (verdict,) = replay.verdicts([corrupted], {"twin-0": twin}, Rules())
+        assert verdict.twin_found is expected
+
+
 def test_where_two_answers_part() -> None:
     one = recorded("a", "2" * 5)
     assert replay.agreement(one, one) is None
