@@ -96,7 +96,7 @@ class Watch:
         self._next = min(STRIDE, rules.after)
         self._next_tail = 0
         # (tokens, drafted, accepted, possible) at the looks inside the window, oldest first.
-        length = -(-rules.window // STRIDE)
+        length = max(-(-rules.window // STRIDE), 1)
         self._looks: deque[tuple[int, int, int, int]] = deque([(0, 0, 0, 0)], maxlen=length)
 
     def observe(

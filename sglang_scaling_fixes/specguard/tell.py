@@ -3,6 +3,10 @@
     decode scheduler -> POST http://bootstrap host:port/sglang_scaling_fixes/kv_anomaly
         -> prefill's main process -> stock's set_internal_state -> all its schedulers, in one step
 
+The client's retry may be at the prefill server some milliseconds after the abort. So decode posts
+before it ends the request, and prefill answers once the message is on its way to the schedulers,
+ahead of every later request: both take the same queues.
+
 The bootstrap server is the one address of a prefill that every decode knows in every release.
 The message holds digests of the prompt's first page, for each page size, and no tokens. A stock
 prefill answers 404; that is counted and logged, for its cached prompt stays readable there.
@@ -29,8 +33,10 @@ logger = logging.getLogger(__name__)
 PATH = "/sglang_scaling_fixes/kv_anomaly"
 FIELD = "sglang_scaling_fixes_kv_anomaly_"
 """Of set_internal_state, which carries numbers by name: this and a page size, a digest each."""
+QUICK = 0.25
+"""Seconds that a scheduler waits for prefill at most, once per anomaly; usually it is a few ms."""
 TIMEOUT = 5.0
-"""Seconds for one telling."""
+"""Seconds for one later attempt, which nobody waits for."""
 ATTEMPTS = 3
 PAUSE = 10.0
 """Seconds in which a server that could not be told is not tried again: told again, it fails."""
@@ -40,7 +46,7 @@ _LARGEST_BODY = 4096
 
 
 class Teller:
-    """Sends from a thread of its own: the scheduler never waits. `count(outcome)` after each."""
+    """Tries once, quickly; what fails is tried again by a thread. `count(outcome)` after each."""
 
     def __init__(self, count: Callable[[str], None]) -> None:
         self._count = count
@@ -53,9 +59,13 @@ class Teller:
         if not known:
             return
         host = f"[{host}]" if ":" in host and not host.startswith("[") else host
+        url, body = f"http://{host}:{port}{PATH}", json.dumps(known).encode()
+        with contextlib.suppress(Exception):  # whatever it is, the thread will say it
+            if time.monotonic() >= self._silent.get(url, 0.0) and _post(url, body, QUICK) == 200:
+                self._count("told")
+                return
         try:
-            body = json.dumps(known).encode()
-            self._waiting.put_nowait((f"http://{host}:{port}{PATH}", body))
+            self._waiting.put_nowait((url, body))
         except queue.Full:
             self._count("lost")
 
@@ -71,7 +81,7 @@ class Teller:
         problem = ""
         for _ in range(ATTEMPTS):
             try:
-                status = _post(url, body)
+                status = _post(url, body, TIMEOUT)
             except Exception as error:  # also what is no HTTP, and addresses that are none
                 problem = repr(error)
                 continue
@@ -91,13 +101,13 @@ class Teller:
         return "failed"
 
 
-def _post(url: str, body: bytes) -> int:
+def _post(url: str, body: bytes, timeout: float) -> int:
     """The status of the answer. Raises whatever the network, or the other side, makes of it."""
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"}, method="POST")
     # No proxy of the environment's: the address is on the servers' own network.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(request, timeout=TIMEOUT) as answer:
+        with opener.open(request, timeout=timeout) as answer:
             return int(answer.status)
     except urllib.error.HTTPError as error:
         with error:
@@ -157,9 +167,7 @@ def add_route(server: Any) -> None:
         except ValueError as error:
             return web.Response(status=400, text=f"{error}\n")
         try:
-            # Never cancelled: up to 0.5.15 stock's broadcast would answer nobody after that.
-            passing = asyncio.wrap_future(_pass_on(known))
-            await asyncio.wait_for(asyncio.shield(passing), TIMEOUT)
+            await asyncio.wait_for(asyncio.wrap_future(_pass_on(known)), TIMEOUT)
         except Exception as error:  # the sender tries again, and says so if it stays
             logger.warning("sglang-scaling-fixes: a KV anomaly was not passed on: %r", error)
             return web.Response(status=503, text="not passed on to the schedulers\n")
@@ -168,8 +176,11 @@ def add_route(server: Any) -> None:
     server.app.router.add_post(PATH, take)
 
 
+_under_way: set[asyncio.Task[Any]] = set()
+
+
 def _pass_on(known: Mapping[int, int]) -> Any:
-    """To every scheduler of this server, by stock's own broadcast; a future."""
+    """To every scheduler of this server, by stock's own broadcast. A future: done when sent."""
     from sglang.srt.entrypoints.http_server import _global_state
     from sglang.srt.managers.io_struct import SetInternalStateReq
 
@@ -178,4 +189,14 @@ def _pass_on(known: Mapping[int, int]) -> Any:
     if manager_loop is None:
         raise RuntimeError("this server has had no request yet")
     request = SetInternalStateReq(server_args=to_fields(known))
-    return asyncio.run_coroutine_threadsafe(manager.set_internal_state(request), manager_loop)
+
+    async def send() -> None:
+        # In a task of its own, which is never cancelled: up to 0.5.15 stock's broadcast answers
+        # nobody after that. It sends before it waits for the first time.
+        task = asyncio.ensure_future(manager.set_internal_state(request))
+        _under_way.add(task)
+        task.add_done_callback(_under_way.discard)
+        for _ in range(3):
+            await asyncio.sleep(0)
+
+    return asyncio.run_coroutine_threadsafe(send(), manager_loop)

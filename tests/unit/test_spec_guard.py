@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,16 +52,16 @@ def verify(guard: SpecGuard, req: Request, accepted: int, times: int = 400) -> N
 
 def test_abort_ends_the_request_and_makes_its_prompt_suspect() -> None:
     told: list[Any] = []
-    watch = guard(tell=told.append)
+    watch = guard(tell=lambda req, tokens: told.append((req, tokens[:20])))
     req = Request(PROMPT)
     verify(watch, req, 0)
     assert req.to_finish.status_code.name == "SERVICE_UNAVAILABLE"
     assert req.to_finish.err_type == "kv_anomaly"
     assert req.skip_radix_cache_insert and tainted(req)
-    assert told == [req]
+    assert told == [(req, PROMPT)]
     later = Request(PROMPT)
     watch.place(later)
-    assert later.extra_key == "|kv-anomaly-1"
+    assert later.extra_key == "|kv-anomaly-0-1"
     assert watch.report()["anomalies"] == {"low_accept_length/aborted": 1}
 
 
@@ -75,13 +76,46 @@ def test_observe_counts_and_changes_nothing() -> None:
     assert watch.report()["anomalies"] == {"low_accept_length/observed": 1}
 
 
-def test_a_request_that_is_ending_anyway_is_left_to_end() -> None:
+def test_a_request_that_is_ending_anyway_ends_that_way_and_is_suspect_all_the_same() -> None:
+    """A client's abort in the same step: stock would insert its KV."""
     watch = guard()
     req = Request(PROMPT)
     req.to_finish = ending = object()
     verify(watch, req, 0)
     assert req.to_finish is ending
+    assert req.skip_radix_cache_insert and tainted(req)
+    assert watch.taint.namespace(PROMPT) is not None
+
+
+def test_a_short_prompt_is_known_by_what_it_generated() -> None:
+    """Retracted, it computes prompt and output again, and both are cached as one prefix."""
+    watch = guard()
+    req = Request([1, 2])
+    verify(watch, req, 0)
+    later = Request([1, 2, 7, 7, 99])  # the next turn of the same conversation
+    watch.place(later)
+    assert later.extra_key is not None
+    other = Request([1, 2, 8, 8, 99])
+    watch.place(other)
+    assert other.extra_key is None
+
+
+def test_a_prompt_with_placeholders_is_known_with_and_without_them() -> None:
+    watch = guard()
+    req = Request(PROMPT)
+    req.origin_input_ids = [900, 901, 902, 903, *PROMPT]
+    verify(watch, req, 0)
+    later = Request([5] * 20)
+    later.origin_input_ids = [900, 901, 902, 903, 1]
+    watch.place(later)
+    assert later.extra_key is not None
+
+
+def test_observing_a_prefill_that_is_told_changes_nothing() -> None:
+    watch = guard("observe")
+    watch.told({4: 1})
     assert len(watch.taint) == 0
+    assert watch.report()["told"] == 1
 
 
 def test_a_namespace_of_the_users_own_is_kept() -> None:
@@ -89,11 +123,11 @@ def test_a_namespace_of_the_users_own_is_kept() -> None:
     watch.taint.add(PROMPT)
     req = Request(PROMPT, extra_key="tenant")
     watch.place(req)
-    assert req.extra_key == "tenant|kv-anomaly-1"
+    assert req.extra_key == "tenant|kv-anomaly-0-1"
     req.extra_key += "|elastic"  # stock adds one of its own, later
     watch.taint.add(PROMPT)
     watch.place(req)
-    assert req.extra_key == "tenant|elastic|kv-anomaly-2"
+    assert req.extra_key == "tenant|elastic|kv-anomaly-0-2"
 
 
 def test_a_request_that_holds_kv_is_not_moved() -> None:
@@ -106,7 +140,7 @@ def test_a_request_that_holds_kv_is_not_moved() -> None:
     assert req.extra_key is None
     req.kv.req_pool_idx = None  # retracted: it begins anew
     watch.place(req)
-    assert req.extra_key == "|kv-anomaly-1"
+    assert req.extra_key == "|kv-anomaly-0-1"
 
 
 @pytest.mark.parametrize(
@@ -138,7 +172,7 @@ def test_the_log_line_is_json_with_what_an_operator_needs(
 
 def test_other_ranks_act_alike_and_stay_silent(caplog: pytest.LogCaptureFixture) -> None:
     told: list[Any] = []
-    watch, req = guard(speaks=False, tell=told.append), Request(PROMPT)
+    watch, req = guard(speaks=False, tell=lambda *args: told.append(args)), Request(PROMPT)
     verify(watch, req, 0)
     assert req.to_finish is not None and len(watch.taint) == 1
     assert not caplog.records and not told
@@ -169,7 +203,7 @@ def server(**more: Any) -> Any:
         (
             {
                 "speculative_algorithm": "DFLASH",
-                "speculative_num_steps": None,
+                "speculative_num_steps": 1,  # as stock sets it
                 "speculative_num_draft_tokens": 16,
             },
             15,
@@ -178,6 +212,20 @@ def server(**more: Any) -> Any:
 )
 def test_the_depth_that_can_be_accepted(args: dict[str, Any], depth: int) -> None:
     assert settings.depth(server(**args)) == depth
+
+
+def test_a_depth_that_is_not_known_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="--speculative-num-draft-tokens"):
+        settings.depth(server(speculative_num_steps=None, speculative_num_draft_tokens=None))
+
+
+def test_what_stock_made_of_the_arguments_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Since 0.5.19 they stay as the operator gave them."""
+    made = SimpleNamespace(speculative_num_draft_tokens=4, speculative_eagle_topk=1)
+    context = SimpleNamespace(get_spec=lambda: made)
+    monkeypatch.setitem(sys.modules, "sglang.srt.runtime_context", context)  # type: ignore[arg-type]
+    given = server(speculative_num_steps=None, speculative_num_draft_tokens=None)
+    assert settings.depth(given) == 3
 
 
 def test_an_adaptive_workers_depth_is_read_each_time() -> None:
@@ -233,7 +281,9 @@ ABORT = Config(fixes=("spec-guard",), guard="abort", named=("spec-guard",))
         ({"enable_lmcache": True}, "--enable-lmcache"),
         ({"enable_flexkv": True}, "--enable-flexkv"),
         ({"pp_size": 2}, "--pp-size"),
-        ({"disaggregation_mode": "prefill", "tokenizer_worker_num": 2}, "--tokenizer-worker-num"),
+        ({"tokenizer_worker_num": 2}, "--tokenizer-worker-num"),
+        ({"hicache_host_memory_mode": "buffer_only"}, "buffer_only"),
+        ({"hicache_storage_backend": "file", "dp_size": 2}, "--dp-size"),
     ],
 )
 def test_what_cannot_be_guarded_is_refused(args: dict[str, Any], says: str) -> None:
@@ -243,7 +293,8 @@ def test_what_cannot_be_guarded_is_refused(args: dict[str, Any], says: str) -> N
 
 def test_what_can_be_guarded_is_not_refused() -> None:
     settings.check(server(), ABORT)
-    settings.check(server(disaggregation_mode="decode", tokenizer_worker_num=2), ABORT)
+    settings.check(server(disaggregation_mode="decode"), ABORT)
+    settings.check(server(hicache_storage_backend="file"), ABORT)
     settings.check(server(disaggregation_mode="prefill", speculative_algorithm=None), ABORT)
     settings.check(server(pp_size=2), Config(fixes=("spec-guard",)))
     # A bare --plugin on a server without speculation: nothing to judge, nothing refused.

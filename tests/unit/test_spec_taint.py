@@ -17,7 +17,7 @@ def test_only_requests_with_the_same_first_page_are_moved() -> None:
     taint = Taint(PAGE)
     assert taint.namespace(BAD) is None
     taint.add(BAD)
-    assert taint.namespace(BAD) == taint.namespace([1, 2, 3, 4, 99]) == "kv-anomaly-1"
+    assert taint.namespace(BAD) == taint.namespace([1, 2, 3, 4, 99]) == "kv-anomaly-0-1"
     assert taint.namespace([1, 2, 3, 99, 5]) is None
     assert taint.namespace([1, 2, 3]) is None  # less than a page is never cached
 
@@ -26,7 +26,22 @@ def test_a_second_anomaly_of_the_same_beginning_leaves_the_second_namespace_too(
     taint = Taint(PAGE)
     taint.add(BAD)
     taint.add(BAD)
-    assert taint.namespace(BAD) == "kv-anomaly-2"
+    assert taint.namespace(BAD) == "kv-anomaly-0-2"
+
+
+def test_schedulers_and_starts_have_namespaces_of_their_own() -> None:
+    """A storage tier outlives them, and keeps by namespace what each has found suspect."""
+    first, second = Taint(PAGE, "a"), Taint(PAGE, "b")
+    first.add(BAD)
+    second.add(BAD)
+    assert first.namespace(BAD) != second.namespace(BAD)
+
+
+def test_a_prompt_written_in_two_ways_is_suspect_in_both() -> None:
+    taint = Taint(PAGE)
+    taint.add(BAD)
+    assert taint.namespace([7, 7, 7, 7], BAD) is not None
+    assert taint.namespace([7, 7, 7, 7], [8, 8, 8, 8]) is None
 
 
 def test_a_full_table_makes_everything_suspect_and_forgets_nobody() -> None:
@@ -46,7 +61,7 @@ def test_no_later_request_shares_a_namespace_with_a_suspect_page(
     prompts: list[list[int]], limit: int
 ) -> None:
     """Whatever came before: a beginning's namespace after an anomaly is one it never had."""
-    taint = Taint(2, limit)
+    taint = Taint(2, limit=limit)
     had: dict[tuple[int, ...], set[str | None]] = {}
     for prompt in prompts:
         page = tuple(prompt[:2])
@@ -62,7 +77,7 @@ def test_another_server_learns_of_it_for_its_own_page_size() -> None:
     for page in (1, 16, 64):
         taint = Taint(page)
         taint.add_beginnings(beginnings(prompt))
-        assert taint.namespace(prompt) == "kv-anomaly-1"
+        assert taint.namespace(prompt) == "kv-anomaly-0-1"
         assert taint.namespace([*reversed(prompt)]) is None
 
 
@@ -86,6 +101,12 @@ def test_digests_pass_through_json_and_through_stocks_message() -> None:
     assert tell.read(json.dumps(known).encode()) == known
     assert tell.from_fields(tell.to_fields(known)) == known
     assert tell.from_fields({"pp_max_micro_batch_size": 8}) == {}
+
+
+@pytest.mark.parametrize("value", [-1, 2**63, 1.5, True, "a", None])
+@pytest.mark.parametrize("page", ["64", "63", "x", ""])
+def test_whoever_may_set_a_servers_state_cannot_end_it(page: str, value: object) -> None:
+    assert tell.from_fields({f"{tell.FIELD}{page}": value}) == {}
 
 
 @given(st.binary(max_size=200))

@@ -59,15 +59,15 @@ def test_prefill_is_told_the_digests_and_no_tokens(port: int) -> None:
 
 
 def test_a_failure_is_tried_again(port: int) -> None:
-    Handler.answers = [503, 503]
+    Handler.answers = [503, 503, 503]
     told(port, "told")
-    assert len(Handler.bodies) == 3
+    assert len(Handler.bodies) == 4  # one by the scheduler, three by the thread
 
 
-def test_a_stock_prefill_is_asked_once_and_counted(port: int) -> None:
-    Handler.answers = [404]
+def test_a_stock_prefill_is_soon_given_up_and_counted(port: int) -> None:
+    Handler.answers = [404, 404]
     told(port, "failed")
-    assert len(Handler.bodies) == 1
+    assert len(Handler.bodies) == 2
 
 
 def test_nobody_there_is_counted(port: int) -> None:
@@ -77,6 +77,42 @@ def test_nobody_there_is_counted(port: int) -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         free = closed.getsockname()[1]
     told(free, "failed")
+
+
+def test_what_is_no_http_is_counted_and_the_next_one_is_told(port: int) -> None:
+    """The thread that tells must outlive whatever answers it."""
+    import socket
+
+    counts: Counter[str] = Counter()
+    teller = tell.Teller(lambda word: counts.update([word]))
+    with socket.create_server(("127.0.0.1", 0)) as odd:
+
+        def answer() -> None:
+            while True:
+                try:
+                    peer, _ = odd.accept()
+                except OSError:
+                    return
+                with peer:
+                    peer.recv(65536)
+                    peer.sendall(b"hello\r\n\r\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        teller.tell("127.0.0.1", odd.getsockname()[1], PROMPT)
+        for _ in range(500):
+            if counts:
+                break
+            time.sleep(0.02)
+        odd.shutdown(socket.SHUT_RDWR)
+    assert counts == {"failed": 1}
+    teller.tell("127.0.0.1", port, PROMPT)
+    assert counts == {"failed": 1, "told": 1}
+    teller.tell("no such host, is there?", 1, PROMPT)
+    for _ in range(500):
+        if counts["failed"] == 2:
+            break
+        time.sleep(0.02)
+    assert counts == {"failed": 2, "told": 1}
 
 
 def test_the_route_of_a_bootstrap_server(monkeypatch: pytest.MonkeyPatch) -> None:
