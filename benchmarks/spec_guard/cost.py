@@ -69,7 +69,7 @@ def measure(load: Load) -> dict[str, float]:
     """µs per step: stock without the wrapper, with it, with a guard bound; its look alone."""
     field = attach.accepted_field()
     finish = _finish()
-    guard = SpecGuard(NEVER, "abort", Taint(PAGE), lambda: load.depth, field, speaks=False)
+    guard = SpecGuard(NEVER, "abort", Taint(PAGE), load.depth, field, speaks=False)
     bare = finish.__wrapped__  # type: ignore[attr-defined]
     # What is called, and whether a guard is bound then; all in turn, in every round.
     turns = {

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from benchmarks.spec_guard import texts
 from benchmarks.spec_guard.recording import Corruption
+from sglang_scaling_fixes.lab.serve import prompt
 from sglang_scaling_fixes.lab.standins.corrupt import KINDS
 
 GROUPS = (*texts.CLASSES, "copy")
@@ -73,6 +74,20 @@ class Prompts:
         group = self._draw.choice(texts.CLASSES)
         text = self._text(group, COPIED)[: LONGEST - BEGUN]
         return (*text, *text[:BEGUN]) if len(text) >= COPIED else ()
+
+
+def quotes(count: int, tokens: int) -> list[Request]:
+    """Clean requests whose answer is a faithful copy of what stands in the prompt, all of it new.
+
+    Tokens at random, of which the last third repeats the first: unlike words they hardly come
+    twice, so that the model copies what follows and never strays into a loop.
+    """
+    return [
+        Request(
+            f"quote-{number}", "quote", "clean", tuple(prompt(3 * tokens, 5000 + number)), tokens
+        )
+        for number in range(count)
+    ]
 
 
 def clean(prompts: Prompts, count: int, tokens: int) -> list[Request]:

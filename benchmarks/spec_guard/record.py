@@ -46,6 +46,7 @@ def record(path: Path, clean: int, each: int, tokens: int) -> recording.Recordin
     late, early = plan.long(prompts), plan.twins(prompts)
     requests = [
         *plan.clean(prompts, clean, tokens),
+        *plan.quotes(clean // 4, tokens),
         *late,
         *early,
         *plan.corrupt(early, late, each),

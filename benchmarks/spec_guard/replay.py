@@ -33,11 +33,7 @@ def watch(record: Record, rules: Rules) -> Anomaly | None:
         accepted += int(digit)
         # Prefill gives the first token, every verification its drafts and one more.
         sent = 1 + number + accepted
-
-        def output(sent: int = sent) -> Sequence[int]:
-            return record.ids[:sent]
-
-        found = watched.observe(rules, number, accepted, DRAFTS, output)
+        found = watched.observe(rules, number, accepted, DRAFTS, record.ids[:sent])
         if found is not None:
             return found
     return None

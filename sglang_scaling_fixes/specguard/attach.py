@@ -175,7 +175,7 @@ def bind(scheduler: Any, server_args: Any, config: Config) -> None:
         settings.rules(config, server_args),
         config.guard,
         Taint(_page_size(scheduler), _origin(scheduler)),
-        depth_of(scheduler, server_args) if settings.algorithm(server_args) else lambda: 1,
+        depth_of(scheduler, server_args) if settings.algorithm(server_args) else 1,
         accepted_field(),
         worker=f"{server_args.host}:{server_args.port}",
         tell=told,

@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -78,11 +78,11 @@ class Watch:
 
     __slots__ = (
         "_looks",
-        "_next",
         "_next_tail",
         "accepted",
         "drafted",
         "found",
+        "next_look",
         "possible",
         "verifications",
     )
@@ -93,7 +93,9 @@ class Watch:
         self.accepted = 0
         self.possible = 0
         self.found: Anomaly | None = None
-        self._next = min(STRIDE, rules.after)
+        # Generated tokens from which on the rules are looked at again. With a depth that never
+        # changes nothing is lost if `observe` is not called before.
+        self.next_look = min(STRIDE, rules.after)
         self._next_tail = 0
         # (tokens, drafted, accepted, possible) at the looks inside the window, oldest first.
         length = max(-(-rules.window // STRIDE), 1)
@@ -105,14 +107,14 @@ class Watch:
         verifications: int,
         accepted: int,
         depth: int,
-        output: Callable[[], Sequence[int]],
+        output: Sequence[int],
     ) -> Anomaly | None:
         """The first anomaly, once; None before, and ever after.
 
         `verifications` and `accepted` (drafts, without the token each verification adds by
         itself) are totals of the request; `depth` is how many drafts of one verification can be
-        accepted at present, a path of the tree and not all of it. `output` gives the tokens
-        generated so far; it is called only when their repetition matters.
+        accepted at present, a path of the tree and not all of it; `output` the tokens
+        generated so far.
         """
         # An adaptive depth may be read a step late: what was accepted was possible. At depth 0
         # nothing is drafted, and a verification says nothing.
@@ -124,19 +126,17 @@ class Watch:
         self.verifications = verifications
         self.accepted = accepted
         tokens = verifications + accepted
-        if tokens < self._next or self.found is not None:
+        if tokens < self.next_look or self.found is not None:
             return None
-        self._next = tokens + STRIDE
+        self.next_look = tokens + STRIDE
         if tokens >= rules.after:
             self.found = self._judge(rules, tokens, output)
         else:
-            self._next = min(self._next, rules.after)
+            self.next_look = min(self.next_look, rules.after)
         self._looks.append((tokens, self.drafted, accepted, self.possible))
         return self.found
 
-    def _judge(
-        self, rules: Rules, tokens: int, output: Callable[[], Sequence[int]]
-    ) -> Anomaly | None:
+    def _judge(self, rules: Rules, tokens: int, output: Sequence[int]) -> Anomaly | None:
         life = (tokens, self.drafted, self.accepted, self.possible)
         scopes: list[tuple[Scope, tuple[int, ...]]] = [("life", life)]
         oldest = self._looks[0]
@@ -159,9 +159,7 @@ class Watch:
                 return None  # the other scope has the same output
         return None
 
-    def _repetition(
-        self, rules: Rules, tokens: int, output: Callable[[], Sequence[int]]
-    ) -> float | None:
+    def _repetition(self, rules: Rules, tokens: int, output: Sequence[int]) -> float | None:
         """None if the rule does not ask; 0 while it is too early to count again.
 
         In a loop the last n-gram always stands earlier too; where it does not there is none, and
@@ -171,7 +169,7 @@ class Watch:
             return None
         if tokens < self._next_tail:
             return 0.0
-        raw, width = _tail(output())
+        raw, width = _tail(output)
         if raw.find(raw[-NGRAM * width :]) == len(raw) - NGRAM * width:
             return 0.0
         self._next_tail = tokens + PATIENCE

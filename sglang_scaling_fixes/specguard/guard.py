@@ -26,14 +26,16 @@ _WATCH = "sglang_scaling_fixes_watch"
 _TAINTED = "sglang_scaling_fixes_tainted"
 _NAMESPACE = "sglang_scaling_fixes_namespace"
 
+Depth = int | Callable[[], int]
+"""How many drafts of a verification can be accepted: for good, or at present."""
 Tell = Callable[[Any, Sequence[int]], None]
 
 
 class SpecGuard:
     """One per scheduler process, made once stock has built the scheduler.
 
-    `depth()` is how many drafts a verification can accept now; `counter` the name of the
-    request's count of accepted drafts; `tell(req, tokens)` lets the prefill
+    `depth` is how many drafts a verification can accept; `counter` the name of the request's
+    count of accepted drafts; `tell(req, tokens)` lets the prefill
     server of a pair know that what begins like this is suspect.
     """
 
@@ -44,7 +46,7 @@ class SpecGuard:
         rules: Rules,
         action: str,
         taint: Taint,
-        depth: Callable[[], int],
+        depth: Depth,
         counter: str,
         *,
         worker: str = "",
@@ -67,20 +69,20 @@ class SpecGuard:
     def look(self, req: Any) -> None:
         """Before stock asks whether `req` is finished."""
         verifications = req.spec_verify_ct
+        accepted = getattr(req, self._counter)
         watch = req.__dict__.get(_WATCH)
         if watch is None or verifications < watch.verifications:
             if watch is None:
                 self._count("requests")
             watch = req.__dict__[_WATCH] = Watch(self.rules)
+        depth = self._depth
+        if not isinstance(depth, int):
+            depth = depth()
+        elif verifications + accepted < watch.next_look:
+            return
         if verifications == watch.verifications:
             return  # asked again within one verification
-        anomaly = watch.observe(
-            self.rules,
-            verifications,
-            getattr(req, self._counter),
-            self._depth(),
-            lambda: req.output_ids,
-        )
+        anomaly = watch.observe(self.rules, verifications, accepted, depth, req.output_ids)
         if anomaly is not None:
             self._act(req, anomaly)
 
@@ -201,12 +203,11 @@ def holds_kv(req: Any) -> bool:
     return row is not None and row != -1
 
 
-def depth_of(scheduler: Any, server_args: Any) -> Callable[[], int]:
-    """How many drafts a verification can accept, now; an adaptive worker changes it."""
-    fixed = settings.depth(server_args)
+def depth_of(scheduler: Any, server_args: Any) -> Depth:
+    """How many drafts a verification can accept; an adaptive worker changes it."""
     worker: Any = getattr(scheduler, "draft_worker", None)
     if settings.resolved(server_args, "speculative_adaptive") and hasattr(
         worker, "speculative_num_steps"
     ):
         return lambda: int(worker.speculative_num_steps)
-    return lambda: fixed
+    return settings.depth(server_args)

@@ -32,9 +32,7 @@ def run() -> None:
     saved = SpecGuard.current
     try:
         field = attach.accepted_field()
-        SpecGuard.current = SpecGuard(
-            Rules(), "abort", Taint(_PAGE), lambda: 3, field, speaks=False
-        )
+        SpecGuard.current = SpecGuard(Rules(), "abort", Taint(_PAGE), 3, field, speaks=False)
         _prove(field)
     finally:
         SpecGuard.current = saved

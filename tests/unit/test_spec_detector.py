@@ -28,7 +28,7 @@ def run(
     for number, more in enumerate(steps, 1):
         accepted += more
         tokens = number + accepted
-        found = watch.observe(rules, number, accepted, depth, lambda: output[:tokens])  # noqa: B023
+        found = watch.observe(rules, number, accepted, depth, output[:tokens])
         if found is not None:
             return found, watch
     return None, watch
@@ -101,7 +101,7 @@ def test_an_adaptive_depth_is_weighed_step_by_step() -> None:
     for number in range(1, 400):
         depth = 1 if number % 2 else 3
         accepted += depth
-        found = found or watch.observe(rules, number, accepted, depth, lambda: loop(7))
+        found = found or watch.observe(rules, number, accepted, depth, loop(7))
     assert found is not None
     assert found.value == 1.0
 
@@ -111,14 +111,14 @@ def test_without_drafts_a_verification_says_nothing() -> None:
     rules = Rules()
     watch = Watch(rules)
     for number in range(1, 1000):
-        assert watch.observe(rules, number, 0, 0, list) is None
+        assert watch.observe(rules, number, 0, 0, []) is None
     assert watch.drafted == 0
 
 
 def test_an_anomaly_is_told_once() -> None:
     rules = Rules()
     watch = Watch(rules)
-    found = [watch.observe(rules, number, 0, DEPTH, list) for number in range(1, 500)]
+    found = [watch.observe(rules, number, 0, DEPTH, []) for number in range(1, 500)]
     assert sum(anomaly is not None for anomaly in found) == 1
 
 
