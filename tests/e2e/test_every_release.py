@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from sglang_scaling_fixes.config import PLUGIN_ENV
+from sglang_scaling_fixes.config import GUARD_ENV, PLUGIN_ENV
 from sglang_scaling_fixes.lab.install import Environment
 from sglang_scaling_fixes.lab.runtime import cpu_env
 from tests.contract import wheels
@@ -26,13 +26,27 @@ PROBE = """
 import json, sglang
 from sglang_scaling_fixes import fixes
 from sglang_scaling_fixes.config import Config
-states = [state.as_dict() for state in fixes.arm_all(Config.from_env())]
-print("probe:" + json.dumps([sglang.__file__, states]))
+config = Config.from_env()
+states = [state.as_dict() for state in fixes.arm_all(config)]
+
+# What a scheduler with speculation would make of it.
+from types import SimpleNamespace
+from sglang_scaling_fixes.specguard import attach, settings
+from sglang_scaling_fixes.specguard.guard import SpecGuard
+args = SimpleNamespace(
+    speculative_algorithm="EAGLE", speculative_num_steps=3, speculative_eagle_topk=1,
+    speculative_num_draft_tokens=4, disaggregation_mode="null", host="host", port=1,
+    model_path="model", served_model_name=None, enable_metrics=False,
+)
+tree = SimpleNamespace(page_size=64)
+attach.bind(SimpleNamespace(page_size=64, tree_cache=tree), args, config)
+guard = {"report": SpecGuard.current.report(), "depth": settings.depth(args)}
+print("probe:" + json.dumps([sglang.__file__, states, guard]))
 """
 
 
 def probe(environment: Environment, source: Path) -> Any:
-    env = cpu_env({**environment.env, PLUGIN_ENV: ",".join(FIXES)})
+    env = cpu_env({**environment.env, PLUGIN_ENV: ",".join(FIXES), GUARD_ENV: "abort"})
     env["PYTHONPATH"] = f"{source}:{env['PYTHONPATH']}"
     done = subprocess.run(
         [str(environment.python), "-c", PROBE],
@@ -61,7 +75,16 @@ def found(old: Environment, new: Environment) -> dict[str, Any]:
 @pytest.mark.parametrize("fix", FIXES)
 @pytest.mark.parametrize("release", wheels.RELEASES)
 def test_armed(found: dict[str, Any], release: str, fix: str) -> None:
-    origin, states = found[release]
+    origin, states, _ = found[release]
     assert origin.startswith(str(wheels.source(release)))
     (status,) = (state for state in states if state["name"] == fix)
     assert status["state"] == "armed", status["reason"]
+
+
+@pytest.mark.parametrize("release", wheels.RELEASES)
+def test_a_scheduler_is_guarded(found: dict[str, Any], release: str) -> None:
+    """Its arguments are read as the release keeps them, before and after it has resolved them."""
+    *_, guard = found[release]
+    assert guard["depth"] == 3
+    assert guard["report"]["action"] == "abort"
+    assert guard["report"]["rules"]["after"] == 128
