@@ -8,6 +8,7 @@ decode, null), `rank` (of this scheduler within its group) and `dp_rank`.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -220,6 +221,18 @@ def _rank(group: Any) -> int:
     return int(torch.distributed.get_rank(group))
 
 
+def _dp_rank(scheduler: Any) -> int:
+    """Kept by the scheduler up to 0.5.13, in its `ps` up to 0.5.20, and by the process since."""
+    for owner in (scheduler, getattr(scheduler, "ps", None)):
+        if (rank := getattr(owner, "dp_rank", None)) is not None:
+            return int(rank)
+    with contextlib.suppress(ImportError, AttributeError):
+        from sglang.srt.runtime_context import get_parallel
+
+        return int(get_parallel().dp_rank or 0)
+    return 0
+
+
 def of_scheduler(scheduler: Any, server_args: Any) -> Metrics:
     """The guard's metrics of this scheduler process."""
     if not getattr(server_args, "enable_metrics", False):
@@ -227,7 +240,7 @@ def of_scheduler(scheduler: Any, server_args: Any) -> Metrics:
     labels = {
         "role": str(getattr(server_args, "disaggregation_mode", "null")),
         "rank": str(_rank(getattr(scheduler, "tp_cpu_group", None))),
-        "dp_rank": str(getattr(scheduler, "dp_rank", None) or 0),
+        "dp_rank": str(_dp_rank(scheduler)),
     }
     return Metrics(SPEC_GUARD, labels, _SPEC_GUARD)
 

@@ -35,8 +35,8 @@ class SpecGuard:
     """One per scheduler process, made once stock has built the scheduler.
 
     `depth` is how many drafts a verification can accept; `counter` the name of the request's
-    count of accepted drafts; `tell(req, tokens)` lets the prefill
-    server of a pair know that what begins like this is suspect.
+    count of accepted drafts; `tell(req, tokens)` lets the prefill server of a pair know that what
+    begins like this is suspect.
     """
 
     current: ClassVar[SpecGuard | None] = None
