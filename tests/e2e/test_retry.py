@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -19,13 +20,14 @@ from sglang_scaling_fixes.lab.client import Answer, call
 from sglang_scaling_fixes.lab.cluster import greedy
 from sglang_scaling_fixes.lab.install import Environment
 from sglang_scaling_fixes.lab.link import LOCAL
-from sglang_scaling_fixes.lab.serve import Served, serving
+from sglang_scaling_fixes.lab.serve import Served, prompt, serving
 
 from .test_spec_guard import ABORT, PROMPT, TOKENS, corrupted, events, guard
 
 pytestmark = pytest.mark.e2e
 
 CLIENTS = 6
+MANY, MANY_TOKENS = 100, 32
 HOLD = 180  # the guard's first verdict comes at the 128th token, and looks every 16
 
 
@@ -57,6 +59,11 @@ class Proxy:
         """End it, and return what it logged."""
         self._process.terminate()
         return self._process.communicate(timeout=60)[1]
+
+
+def failures(log: str) -> list[dict[str, Any]]:
+    """What the proxy said of each attempt that failed."""
+    return [json.loads(line) for line in log.splitlines() if line.startswith("{")]
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +130,7 @@ def test_every_request_gets_the_sound_workers_answer(
     ended = guard(workers[0])["anomalies"]["low_accept_length/aborted"]
     assert ended >= 2
     assert 'sglang_scaling_fixes_retry_proxy_requests_total{outcome="recovered"}' in metrics
-    retries = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
+    retries = failures(log)
     assert {retry["reason"] for retry in retries} == {"anomaly"}
     assert len(retries) == ended
 
@@ -159,3 +166,50 @@ def test_what_has_begun_ends_with_an_error_and_no_second_beginning(
     assert [(e["type"], e["retryable"]) for e in errors] == [("kv_anomaly", True)]
     (whole,) = (end for end in ends if "error" not in end)
     assert whole["output_ids"] == right
+
+
+def test_a_worker_is_killed_under_a_hundred_clients(workers: tuple[Served, Served]) -> None:
+    """Nothing is lost: each answer is whole and right, or a right beginning and one clear error."""
+    prompts = [prompt(60, seed=number) for number in range(8)]
+    right = [workers[1].ask(asked, MANY_TOKENS).ids for asked in prompts]
+    proxy = Proxy([w.servers[0].url for w in workers])
+
+    def one(number: int) -> str:
+        asked, wanted = prompts[number % 8], right[number % 8]
+        stream = number % 2 == 0
+        body = {**greedy(asked, MANY_TOKENS), "rid": f"many:{number}", "stream": stream}
+        answer = proxy.post("/generate", body)
+        assert answer.status == 200
+        if not stream:
+            assert answer.body["output_ids"] == wanted
+            return "whole"
+        said = events(answer.body)
+        for chunk in said:
+            if "error" not in chunk:
+                assert chunk["output_ids"] == wanted[: len(chunk["output_ids"])]
+        errors = [chunk["error"] for chunk in said if "error" in chunk]
+        if not errors:
+            assert said[-1]["output_ids"] == wanted
+            return "whole"
+        assert len(errors) == 1 and said[-1].get("error") == errors[0]
+        assert errors[0]["type"] == "worker_lost" and errors[0]["retryable"]
+        return "broken"
+
+    def kill() -> None:
+        """Once answers flow."""
+        while 'retry_proxy_requests_total{outcome="ok"} 0.0' in str(proxy.get("/metrics").body):
+            time.sleep(0.1)
+        workers[0].servers[0].signal(signal.SIGKILL)
+
+    try:
+        with ThreadPoolExecutor(MANY + 1) as pool:
+            killed = pool.submit(kill)
+            ends = list(pool.map(one, range(MANY)))
+            killed.result()
+        metrics = str(proxy.get("/metrics").body)
+    finally:
+        log = proxy.end()
+    assert len(ends) == MANY
+    # The kill did strike: somebody's answer was lost, and told or begun again elsewhere.
+    assert {failed["reason"] for failed in failures(log)} & {"lost", "refused"}
+    assert f'outcome="broken"}} {float(ends.count("broken"))}' in metrics
