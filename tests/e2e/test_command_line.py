@@ -48,7 +48,9 @@ PD = ("--disaggregation-mode", "decode", "--disaggregation-transfer-backend")
     ("argv", "env", "words"),
     [
         (("--plugin", "safe-reclam"), {}, ["--plugin", "safe-reclam", "choose from"]),
-        (("--plugin", "spec-guard"), {}, ["spec-guard", "not in force", "not starting"]),
+        (("--plugin", "layer-split"), {}, ["layer-split", "not in force", "not starting"]),
+        (("--plugin", "--spec-guard", "abort"), {}, ["spec-guard", "--speculative-algorithm"]),
+        (("--plugin", "--spec-guard", "end"), {}, ["--spec-guard", "'end'", "abort"]),
         (("--plugin", "--safe-reclaim-peer", "x"), {}, ["--safe-reclaim-peer", "'x'", "require"]),
         (
             ("--plugin", *PD, "nixl"),
@@ -95,5 +97,5 @@ def test_doctor(release: str, request: pytest.FixtureRequest) -> None:
         "safe-reclaim": "armed",
         "hicache-ordering": "off",
         "layer-split": "unsupported",
-        "spec-guard": "unsupported",
+        "spec-guard": "armed",
     }
