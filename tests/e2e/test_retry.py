@@ -28,7 +28,7 @@ pytestmark = pytest.mark.e2e
 
 CLIENTS = 6
 MANY, MANY_TOKENS = 100, 32
-HOLD = 180  # the guard's first verdict comes at the 128th token, and looks every 16
+HOLD = 96  # the guard's first verdict comes at the 64th token here, the next one 16 later
 
 
 class Proxy:

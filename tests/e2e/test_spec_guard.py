@@ -20,19 +20,20 @@ from sglang_scaling_fixes.lab.standins.corrupt import KINDS
 pytestmark = pytest.mark.e2e
 
 PROMPT = prompt(450, seed=7)
-TOKENS = 200
-AFTER = 20
+TOKENS = 120
+AFTER = 10
+JUDGED = "64"  # sooner than by default: a corrupt request takes a step per token
 OBSERVE = Options(
     spec=True,
     text=True,
     env={runtime.CORRUPT: "1"},
-    flags=("--plugin", "--spec-guard", "observe", "--enable-metrics"),
+    flags=("--plugin", "--spec-guard", "observe", "--spec-guard-after", JUDGED),
 )
 ABORT = replace(
     OBSERVE,
     hicache=True,
     tokens=1024,  # few: other prompts soon push one out to the host tier
-    flags=("--plugin", "--spec-guard", "abort", "--enable-metrics"),
+    flags=("--plugin", "--spec-guard", "abort", "--spec-guard-after", JUDGED, "--enable-metrics"),
 )
 
 
@@ -166,8 +167,14 @@ def test_an_anomaly_is_counted_and_logged_once(aborting: Served) -> None:
     assert said["kind"] == "low_accept_length"
     assert said["prompt_tokens"] == len(PROMPT)
     assert said["value"] < said["threshold"] == 1.4
-    metrics = str(aborting.servers[0].get("/metrics").body)
-    assert "sglang_scaling_fixes_spec_guard_anomalies_total" in metrics
+    (series,) = (
+        line
+        for line in str(aborting.servers[0].get("/metrics").body).splitlines()
+        if line.startswith("sglang_scaling_fixes_spec_guard_anomalies_total{")
+        and 'action="aborted"' in line
+        and 'kind="low_accept_length"' in line
+    )
+    assert float(series.split()[-1]) == before + 1
 
 
 def push_out(served: Served) -> None:
