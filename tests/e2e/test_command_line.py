@@ -60,7 +60,16 @@ PD = ("--disaggregation-mode", "decode", "--disaggregation-transfer-backend")
         (("--plugin", *PD, "mooncake"), {"MC_TCP_PROTO": "1"}, ["TCP protocol v1", "0.3.12"]),
         (("--plugin",), {"SGLANG_PLUGINS": "other"}, ["unrecognized arguments: --plugin"]),
     ],
-    ids=["unknown-fix", "not-built", "bad-setting", "backend", "tcp-v1", "plugin-excluded"],
+    ids=[
+        "unknown-fix",
+        "not-built",
+        "no-drafts",
+        "unknown-action",
+        "bad-setting",
+        "backend",
+        "tcp-v1",
+        "plugin-excluded",
+    ],
 )
 def test_bad_input_is_one_line_and_no_start(
     old: Environment,
