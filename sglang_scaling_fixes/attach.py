@@ -359,3 +359,15 @@ def is_wrapped(target: str) -> bool:
     except AttachError:
         return False
     return bool(getattr(getattr(raw, "__func__", raw), _MARK, False))
+
+
+def require_wrapped(fix: str, absent: str = "") -> None:
+    """Every place of `fix` runs through our wrapper; `absent`: one this release does not have.
+
+    Raises `AttachError` naming the first that does not.
+    """
+    for point in ATTACH_POINTS:
+        if point.fix != fix or not point.wrapped or point.target == absent:
+            continue
+        if not is_wrapped(point.target):
+            raise AttachError(f"probe: {point.target} is not wrapped")

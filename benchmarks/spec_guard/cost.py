@@ -16,6 +16,7 @@ from itertools import cycle, islice
 from typing import Any
 
 from benchmarks.spec_guard.report import table
+from sglang_scaling_fixes.attach import resolve
 from sglang_scaling_fixes.specguard import attach, detector, probe
 from sglang_scaling_fixes.specguard.detector import Rules
 from sglang_scaling_fixes.specguard.guard import SpecGuard
@@ -129,7 +130,7 @@ def _request() -> Any:
 
 
 def _finish() -> Callable[[Any, int], object]:
-    owner, name, _ = probe._finish()
+    owner, name, _ = resolve(attach.finish_target())
     wrapped: Callable[[Any, int], object] = getattr(owner, name)
     return wrapped
 

@@ -23,14 +23,12 @@ def arm(config: Config) -> str:
     Raises `ScalingFixesError` when a stock part is missing or behaves differently.
     """
     os.environ.setdefault("MC_TRANSFER_TIMEOUT", TRANSFER_TIMEOUT)
-    from sglang_scaling_fixes.attach import ATTACH_POINTS, is_wrapped
+    from sglang_scaling_fixes.attach import is_wrapped, require_wrapped
     from sglang_scaling_fixes.reclaim import attach_decode, prefill, probe
 
     if not is_wrapped(probe.SENTINEL):
         attach_decode.attach(config)
         prefill.attach()
-    for point in ATTACH_POINTS:
-        if point.fix == "safe-reclaim" and point.wrapped and not is_wrapped(point.target):
-            probe.fail(f"{point.target} is not wrapped")
+    require_wrapped("safe-reclaim")
     probe.run()
     return "attached and proven on this release's own classes"

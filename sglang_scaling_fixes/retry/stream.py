@@ -104,9 +104,8 @@ class Stream:
                 f"the first {self._hold_tokens} tokens take more than {self._limit} bytes",
             )
         if held and self.failure is not None:
-            return (
-                b""  # one block brought the last token to be held and the bad news: nobody has it
-            )
+            # One block brought the last token to be held and the bad news: nobody has it yet.
+            return b""
         given = b"".join(out)
         self._last = given or self._last
         return given

@@ -13,18 +13,11 @@ def arm(config: Config) -> str:
 
     Raises `ScalingFixesError` when a stock part is missing or behaves differently.
     """
-    from sglang_scaling_fixes.attach import ATTACH_POINTS, AttachPoint, is_wrapped
-    from sglang_scaling_fixes.errors import AttachError
+    from sglang_scaling_fixes.attach import require_wrapped
     from sglang_scaling_fixes.specguard import attach, probe
 
     attach.attach()
-
-    def ours(point: AttachPoint) -> bool:
-        other_finish = point.target in attach.FINISH and point.target != attach.finish_target()
-        return point.fix == "spec-guard" and point.wrapped and not other_finish
-
-    for point in filter(ours, ATTACH_POINTS):
-        if not is_wrapped(point.target):
-            raise AttachError(f"{point.target} is not wrapped")
+    (other,) = (target for target in attach.FINISH if target != attach.finish_target())
+    require_wrapped("spec-guard", absent=other)
     probe.run()
     return f"{config.guard}: attached and proven on this release's own classes"

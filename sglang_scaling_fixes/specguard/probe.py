@@ -42,9 +42,9 @@ def _prove(field: str) -> None:
     sound, corrupt = _request(_PROMPT), _request(_PROMPT)
     _verified(sound, field, _TOKENS // 3, _TOKENS - _TOKENS // 3)
     _verified(corrupt, field, _TOKENS, 0)
-    check(not isinstance_abort(sound), "a sound request was aborted")
+    check(not _aborted(sound), "a sound request was aborted")
     reason = corrupt.finished_reason
-    check(isinstance_abort(corrupt), "a request without an accepted draft was not aborted")
+    check(_aborted(corrupt), "a request without an accepted draft was not aborted")
     check(
         reason.status_code is HTTPStatus.SERVICE_UNAVAILABLE and reason.err_type == ERROR_TYPE,
         "the abort does not carry status 503 and its type",
@@ -80,17 +80,10 @@ def _verified(req: Any, field: str, verifications: int, accepted: int) -> None:
     req.output_ids.extend(range(100, 100 + verifications + accepted))
     req.spec_verify_ct = verifications
     setattr(req, field, accepted)
-    _, name, _ = _finish()
-    getattr(req, name)(1)
+    getattr(req, attach.finish_target().rpartition(".")[2])(1)
 
 
-def _finish() -> tuple[Any, str, Any]:
-    from sglang_scaling_fixes.attach import resolve
-
-    return resolve(attach.finish_target())
-
-
-def isinstance_abort(req: Any) -> bool:
+def _aborted(req: Any) -> bool:
     from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
     return isinstance(req.finished_reason, FINISH_ABORT)
