@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from benchmarks.reclaim import holds, interleaved, ledger, pair, report, share, throughput
+from benchmarks.reclaim import holds, ledger, pair, report, share, throughput
 from benchmarks.reclaim.load import Shape
 from sglang_scaling_fixes.errors import ScalingFixesError
 from sglang_scaling_fixes.lab.errors import LabError
@@ -40,27 +40,23 @@ def _parser() -> argparse.ArgumentParser:
     load.add_argument("--prompt-tokens", type=int, default=64)
     load.add_argument("--new-tokens", type=int, default=8)
     load.add_argument("--seed", type=int, default=1)
-    fresh = argparse.ArgumentParser(add_help=False, parents=[load])
-    fresh.add_argument("--runs", type=int, default=5, help="of each half (default 5)")
-    fresh.add_argument("--requests", type=int, default=600, help="in each run (default 600)")
+    turns = argparse.ArgumentParser(add_help=False, parents=[load])
+    turns.add_argument("--sessions", type=int, default=5, help="of fresh servers (default 5)")
+    turns.add_argument(
+        "--seconds", type=float, default=90.0, help="of each half in a session (default 90)"
+    )
+    turns.add_argument("--turn", type=float, default=0.25, help="seconds (default 0.25)")
+    turns.add_argument("--control", action="store_true", help="stock against stock")
+    turns.set_defaults(run=_throughput, requests=0)
 
-    plain = commands.add_parser("throughput", parents=[fresh], help="fresh servers for each run")
-    plain.set_defaults(run=_load, part="throughput", abort_share=0.0, abort_within=0.0)
-    aborts = commands.add_parser("aborts", parents=[fresh], help="some requests are aborted")
+    plain = commands.add_parser("throughput", parents=[turns], help="no request is aborted")
+    plain.set_defaults(part="throughput", abort_share=0.0, abort_within=0.0)
+    aborts = commands.add_parser("aborts", parents=[turns], help="some requests are aborted")
     aborts.add_argument("--abort-share", type=float, default=0.1)
     aborts.add_argument(
         "--abort-within", type=float, default=0.3, help="seconds after the sending (default 0.3)"
     )
-    aborts.set_defaults(run=_load, part="aborts")
-
-    close = commands.add_parser(
-        "interleaved", parents=[load], help="both pairs warm, short bursts in turn"
-    )
-    close.add_argument("--sessions", type=int, default=5, help="of fresh servers (default 5)")
-    close.add_argument("--bursts", type=int, default=12, help="of each half in a session")
-    close.add_argument("--requests", type=int, default=150, help="in each burst (default 150)")
-    close.add_argument("--control", action="store_true", help="stock against stock")
-    close.set_defaults(run=_interleaved, abort_share=0.0, abort_within=0.0)
+    aborts.set_defaults(part="aborts")
 
     share = commands.add_parser(
         "share", parents=[load], help="of an armed pair's CPU time, in the plugin; by sampling"
@@ -96,20 +92,11 @@ def _shape(args: argparse.Namespace) -> Shape:
     )
 
 
-def _load(args: argparse.Namespace) -> int:
-    result = throughput.measure(args.release, _shape(args), args.runs, _say)
-    report.save(_path(args), args.release, args.part, result)
+def _throughput(args: argparse.Namespace) -> int:
+    plan = throughput.Plan(args.sessions, args.seconds, args.turn)
+    result = throughput.measure(args.release, _shape(args), plan, _say, control=args.control)
+    report.save(_path(args), args.release, args.part + "_control" * args.control, result)
     print(report.throughput_table(result))
-    return 1 if throughput.wrong(result) else 0
-
-
-def _interleaved(args: argparse.Namespace) -> int:
-    result = interleaved.measure(
-        args.release, _shape(args), args.sessions, args.bursts, _say, control=args.control
-    )
-    part = "interleaved_control" if args.control else "interleaved"
-    report.save(_path(args), args.release, part, result)
-    print(report.interleaved_table(result))
     return 1 if throughput.wrong(result) else 0
 
 

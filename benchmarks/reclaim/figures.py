@@ -1,11 +1,11 @@
-"""Medians, ratios and percentiles of what the runs gave."""
+"""Medians, percentiles and ratios of what the runs gave."""
 
 from __future__ import annotations
 
 import math
+import random
 import statistics
 from collections.abc import Sequence
-from typing import Any
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -23,18 +23,21 @@ def spread(values: Sequence[float], digits: int = 4) -> dict[str, float]:
     }
 
 
-def compare(runs: Sequence[tuple[str, float]]) -> dict[str, Any]:
-    """Stock and fixed figures of alternating runs: medians, their ratio, and pair by pair.
+def ratio(upper: Sequence[float], lower: Sequence[float], samples: int = 4000) -> dict[str, float]:
+    """Ratio of the means of paired values, with its 95% interval.
 
-    `runs` is in the order of running; each two in a row are one stock and one fixed run.
+    The interval is the bootstrap's: the ratio of as many pairs drawn with replacement,
+    `samples` times. Pairs share what befell both, so they are drawn together.
     """
-    halves = {half: [v for h, v in runs if h == half] for half in ("stock", "fixed")}
-    pairs = [dict(runs[i : i + 2]) for i in range(0, len(runs) - 1, 2)]
-    ratios = [pair["fixed"] / pair["stock"] for pair in pairs]
-    medians = {half: statistics.median(values) for half, values in halves.items()}
+    pairs = list(zip(upper, lower, strict=True))
+    draw = random.Random(1)
+    drawn = sorted(_ratio(draw.choices(pairs, k=len(pairs))) for _ in range(samples))
     return {
-        "median": {half: round(value, 3) for half, value in medians.items()},
-        "ratio_of_medians": round(medians["fixed"] / medians["stock"], 4),
-        "ratio_per_pair": [round(ratio, 4) for ratio in ratios],
-        "pairs": spread(ratios),
+        "value": round(_ratio(pairs), 4),
+        "from": round(drawn[round(0.025 * samples)], 4),
+        "to": round(drawn[round(0.975 * samples) - 1], 4),
     }
+
+
+def _ratio(pairs: Sequence[tuple[float, float]]) -> float:
+    return sum(upper for upper, _ in pairs) / sum(lower for _, lower in pairs)

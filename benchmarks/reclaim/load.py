@@ -1,7 +1,7 @@
 """A closed loop of short requests through one prefill and one decode server.
 
 The client shares two cores with the servers, so it does as little as it can: bodies
-are encoded before the clock starts, each client is one thread with one kept
+are encoded before the loop begins, each client is one thread with one kept
 connection per server, and nothing is looked at until the loop is over.
 """
 
@@ -11,17 +11,14 @@ import http.client
 import itertools
 import json
 import random
-import statistics
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.reclaim import processes
 from sglang_scaling_fixes.lab import model as lab_model
-from sglang_scaling_fixes.lab.cluster import ANSWER_S, Cluster, Server
-from sglang_scaling_fixes.lab.errors import LabError
+from sglang_scaling_fixes.lab.cluster import ANSWER_S
 
 PROMPTS = 64
 """Distinct prompts: each is answered many times, so that answers can be compared."""
@@ -58,42 +55,24 @@ class Reply:
     ids: Ids | None
     aborted: bool
     error: str
-    seconds: float
 
 
 @dataclass(frozen=True)
-class Burst:
-    """What one loop over a schedule gave; seconds of wall and of CPU time."""
+class End:
+    """Where a server listens."""
 
-    seconds: float
-    replies: list[Reply]
-    cpu: dict[str, float]
-    other_cores: float
-    """Cores that everything else on the machine kept busy meanwhile: noise, if not near 0."""
+    name: str
+    address: str
+    port: int
 
-    @property
-    def completed(self) -> list[Reply]:
-        return [reply for reply in self.replies if reply.ids is not None]
 
-    @property
-    def errors(self) -> list[str]:
-        return [reply.error for reply in self.replies if reply.error]
+@dataclass(frozen=True)
+class Ends:
+    """The two servers a request goes to, and the port at which decode finds prefill."""
 
-    def summary(self) -> dict[str, Any]:
-        """The figures of this loop: requests per second, CPU ms per completed request."""
-        done = len(self.completed)
-        if done == 0:
-            raise LabError(f"no request was answered: {self.errors[:1]}")
-        return {
-            "seconds": round(self.seconds, 3),
-            "completed": done,
-            "aborted": sum(reply.aborted for reply in self.replies),
-            "requests_per_s": round(done / self.seconds, 3),
-            "latency_ms": round(1e3 * statistics.median(r.seconds for r in self.completed), 1),
-            "latency_max_ms": round(1e3 * max(r.seconds for r in self.completed), 1),
-            "other_cores": round(self.other_cores, 2),
-            "cpu_ms": {who: round(1e3 * s / done, 2) for who, s in sorted(self.cpu.items())},
-        }
+    prefill: End
+    decode: End
+    bootstrap_port: int
 
 
 def each_prompt_once() -> list[Request]:
@@ -113,46 +92,46 @@ def schedule(shape: Shape) -> list[Request]:
 
 
 class Load:
-    """Runs schedules on one cluster."""
+    """Runs schedules on one pair of servers."""
 
-    def __init__(self, cluster: Cluster, shape: Shape) -> None:
+    def __init__(self, ends: Ends, shape: Shape, first_room: int = 1) -> None:
         draw = random.Random(f"prompts-{shape.seed}")
-        self._cluster = cluster
+        self._ends = ends
         self._shape = shape
         self._prompts = [
             [draw.randrange(3, lab_model.VOCAB) for _ in range(shape.prompt_tokens)]
             for _ in range(PROMPTS)
         ]
-        self._rooms = itertools.count(1)
+        self._rooms = itertools.count(first_room)
 
-    def run(self, requests: Sequence[Request]) -> Burst:
-        """Send `requests` in order, `concurrency` at a time, each once its slot is free."""
+    def run(
+        self,
+        requests: Sequence[Request],
+        ended: Callable[[Reply], bool] = lambda reply: True,
+    ) -> list[Reply]:
+        """Send `requests` in order, `concurrency` at a time, each once its slot is free.
+
+        `ended` is called with each reply, by any thread; False: no more requests.
+        """
         items = [(request, *self._body(request)) for request in requests]
         replies: list[Reply | None] = [None] * len(items)
         turn = itertools.count()
-        clients = [_Client(self._cluster) for _ in range(self._shape.concurrency)]
+        clients = [_Client(self._ends) for _ in range(self._shape.concurrency)]
 
         def work(client: _Client) -> None:
             while (i := next(turn)) < len(items):
-                replies[i] = client.ask(*items[i])
+                replies[i] = reply = client.ask(*items[i])
+                if not ended(reply):
+                    return
 
         threads = [threading.Thread(target=work, args=(client,)) for client in clients]
-        before, busy, began = self._cpu(), processes.machine_cpu_seconds(), time.monotonic()
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        seconds, after = time.monotonic() - began, self._cpu()
-        busy = processes.machine_cpu_seconds() - busy
-        cpu = {who: after[who] - before.get(who, 0.0) for who in after}
         for client in clients:
             client.close()
-        return Burst(
-            seconds,
-            [reply for reply in replies if reply is not None],
-            cpu,
-            max(0.0, busy - sum(cpu.values())) / seconds,
-        )
+        return [reply for reply in replies if reply is not None]
 
     def _body(self, request: Request) -> tuple[str, bytes]:
         room = next(self._rooms)
@@ -165,51 +144,40 @@ class Load:
                 "ignore_eos": True,
             },
             "rid": rid,
-            "bootstrap_host": self._cluster.fast.place.address,
-            "bootstrap_port": self._cluster.fast.bootstrap_port,
+            "bootstrap_host": self._ends.prefill.address,
+            "bootstrap_port": self._ends.bootstrap_port,
             "bootstrap_room": room,
         }
         return rid, json.dumps(payload).encode()
-
-    def _cpu(self) -> dict[str, float]:
-        """CPU seconds so far: both servers' schedulers, the rest of them, and this client."""
-        used = {"client": time.process_time()}
-        for server in (self._cluster.decode, self._cluster.fast):
-            for kind, seconds in processes.cpu_seconds(server.process.pids()).items():
-                used[f"{server.role} {kind}"] = seconds
-        return used
 
 
 @dataclass
 class _Client:
     """One thread's connections; both servers must answer before it goes on."""
 
-    cluster: Cluster
+    ends: Ends
     _kept: dict[str, http.client.HTTPConnection] = field(default_factory=dict)
 
     def ask(self, request: Request, rid: str, body: bytes) -> Reply:
-        began = time.monotonic()
-        servers = (self.cluster.fast, self.cluster.decode)
+        servers = (self.ends.prefill, self.ends.decode)
         try:
             for server in servers:
                 self._send(server, "/generate", body)
             if request.abort_after is not None:
                 time.sleep(request.abort_after)
                 self._abort(rid)
-            status, answer = self._receive(self.cluster.decode)
-            seconds = time.monotonic() - began
-            self._receive(self.cluster.fast)
+            status, answer = self._receive(self.ends.decode)
+            self._receive(self.ends.prefill)
         except (OSError, http.client.HTTPException, ValueError) as error:
             self.close()
-            problem = f"{rid}: {type(error).__name__}: {error}"
-            return Reply(request.prompt, None, False, problem, time.monotonic() - began)
+            return Reply(request.prompt, None, False, f"{rid}: {type(error).__name__}: {error}")
         ids, aborted = _judge(status, answer)
         if request.abort_after is not None and status >= 400:
             # Prefill may act on the abort first, and decode then says that the transfer failed.
             aborted = True
         expected = ids is not None or (aborted and request.abort_after is not None)
         problem = "" if expected else f"{rid}: {status}: {str(answer)[:200]}"
-        return Reply(request.prompt, ids, aborted, problem, seconds)
+        return Reply(request.prompt, ids, aborted, problem)
 
     def close(self) -> None:
         for connection in self._kept.values():
@@ -218,20 +186,20 @@ class _Client:
 
     def _abort(self, rid: str) -> None:
         """On both servers, as a router does that passes an abort on."""
-        for server in (self.cluster.decode, self.cluster.fast):
+        for server in (self.ends.decode, self.ends.prefill):
             name = f"{server.name} abort"
             self._send(server, "/abort_request", json.dumps({"rid": rid}).encode(), name)
             self._receive(server, name)
 
-    def _send(self, server: Server, path: str, body: bytes, name: str = "") -> None:
+    def _send(self, server: End, path: str, body: bytes, name: str = "") -> None:
         connection = self._kept.get(name or server.name)
         if connection is None:
             connection = self._kept[name or server.name] = http.client.HTTPConnection(
-                server.place.address, server.port, timeout=ANSWER_S
+                server.address, server.port, timeout=ANSWER_S
             )
         connection.request("POST", path, body, {"Content-Type": "application/json"})
 
-    def _receive(self, server: Server, name: str = "") -> tuple[int, Any]:
+    def _receive(self, server: End, name: str = "") -> tuple[int, Any]:
         response = self._kept[name or server.name].getresponse()
         text = response.read()
         return response.status, json.loads(text) if text else None
@@ -258,14 +226,14 @@ class Answers:
         self._right: dict[int, set[Ids]] = {}
         self._given: dict[str, list[tuple[int, Ids]]] = {"stock": [], "fixed": []}
 
-    def learn(self, burst: Burst) -> None:
-        """Answers of stock without aborts."""
-        for reply in burst.completed:
-            assert reply.ids is not None
-            self._right.setdefault(reply.prompt, set()).add(reply.ids)
+    def learn(self, replies: Sequence[Reply]) -> None:
+        """Replies of stock without aborts."""
+        for reply in replies:
+            if reply.ids is not None:
+                self._right.setdefault(reply.prompt, set()).add(reply.ids)
 
-    def given(self, half: str, burst: Burst) -> None:
-        self._given[half] += [(r.prompt, r.ids) for r in burst.completed if r.ids is not None]
+    def given(self, half: str, replies: Sequence[Reply]) -> None:
+        self._given[half] += [(r.prompt, r.ids) for r in replies if r.ids is not None]
 
     def verdict(self) -> dict[str, Any]:
         """Compared and wrong answers of both halves, and prompts stock is not sure about."""

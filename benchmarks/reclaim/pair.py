@@ -6,14 +6,14 @@ import contextlib
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.reclaim.load import Burst, Load, Shape, each_prompt_once
+from benchmarks.reclaim.load import End, Ends, Load, Reply, Shape, each_prompt_once
 from sglang_scaling_fixes.config import ENV_PREFIX
 from sglang_scaling_fixes.lab import model as lab_model
-from sglang_scaling_fixes.lab.cluster import Cluster
+from sglang_scaling_fixes.lab.cluster import Cluster, Server
 from sglang_scaling_fixes.lab.errors import LabError
 from sglang_scaling_fixes.lab.install import Environment, install
 from sglang_scaling_fixes.lab.link import link
@@ -43,7 +43,7 @@ class Bench:
         self.progress = progress
 
     @contextlib.contextmanager
-    def load(self, half: str, shape: Shape) -> Iterator[tuple[Cluster, Load, Burst]]:
+    def load(self, half: str, shape: Shape) -> Iterator[tuple[Cluster, Load, list[Reply]]]:
         """A warm pair, and the answers of its last warm-up (each prompt once, no aborts)."""
         run_dir = Path(tempfile.mkdtemp(prefix=f"{half}-", dir=self.folder))
         with (
@@ -59,17 +59,24 @@ class Bench:
                 max_total_tokens=POOL_TOKENS,
             ) as cluster,
         ):
-            load = Load(cluster, shape)
+            load = Load(ends_of(cluster), shape)
             for _ in range(WARM_UPS):
                 warm = load.run(each_prompt_once())
             check(warm)
             yield cluster, load, warm
 
 
-def check(burst: Burst) -> None:
+def ends_of(cluster: Cluster) -> Ends:
+    def end(server: Server) -> End:
+        return End(server.name, server.place.address, server.port)
+
+    return Ends(end(cluster.fast), end(cluster.decode), cluster.fast.bootstrap_port)
+
+
+def check(replies: Sequence[Reply]) -> None:
     """LabError when a request that was not aborted has no answer."""
-    if burst.errors:
-        raise LabError(f"{len(burst.errors)} requests failed, the first: {burst.errors[0]}")
+    if errors := [reply.error for reply in replies if reply.error]:
+        raise LabError(f"{len(errors)} requests failed, the first: {errors[0]}")
 
 
 @contextlib.contextmanager

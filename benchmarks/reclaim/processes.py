@@ -1,26 +1,23 @@
-"""CPU time as the kernel counts it (ticks of 10 ms): of servers, and of the whole machine."""
+"""CPU time as the kernel counts it (ticks of 10 ms)."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 _TICK = os.sysconf("SC_CLK_TCK")
 
 
-def cpu_seconds(pids: Iterable[int]) -> dict[str, float]:
-    """User plus system time so far: of the scheduler, and of a server's other processes."""
-    ticks: Counter[str] = Counter()
+def cpu_seconds(pids: Iterable[int]) -> float:
+    """User plus system time of these processes so far."""
+    ticks = 0
     for pid in pids:
         with contextlib.suppress(OSError):
-            title = Path(f"/proc/{pid}/cmdline").read_bytes()
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            kind = "scheduler" if b"scheduler" in title else "rest"
-            ticks[kind] += int(fields[11]) + int(fields[12])
-    return {kind: count / _TICK for kind, count in ticks.items()}
+            ticks += int(fields[11]) + int(fields[12])
+    return ticks / _TICK
 
 
 def machine_cpu_seconds() -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -37,59 +36,35 @@ def machine() -> dict[str, Any]:
 
 
 def throughput_table(result: dict[str, Any]) -> str:
-    """One row per run, then the comparison."""
-    header = ("run", "half", "requests/s", "latency ms", "server CPU ms", "client CPU ms")
-    rows: list[tuple[str, ...]] = [(*header, "other cores")]
-    for number, run in enumerate(result["runs"], 1):
-        cpu = run["cpu_ms"]
-        server = sum(ms for who, ms in cpu.items() if who != "client")
-        cells = (run["requests_per_s"], run["latency_ms"], round(server, 1), cpu["client"])
-        texts = (str(cell) for cell in (*cells, run["other_cores"]))
-        rows.append((str(number), run["half"], *texts))
-    lines = [table(rows), ""]
-    for name in ("requests_per_s", "cpu_ms_per_request"):
-        found = result[name]
-        lines.append(
-            f"{name}: stock {found['median']['stock']}, fixed {found['median']['fixed']}; "
-            f"fixed/stock {found['ratio_of_medians']}; per pair {found['ratio_per_pair']}"
-        )
-    answers = result["answers"]
-    lines.append(f"answers compared {answers['compared']}, wrong {answers['wrong']}")
+    """One row per session, then the comparison over all turns."""
+    rows: list[tuple[str, ...]] = [
+        ("session", "stock requests/s", "fixed requests/s", "fixed/stock", "CPU", "other cores")
+    ]
+    for number, session in enumerate(result["sessions"], 1):
+        stock, fixed = session["stock"], session["fixed"]
+        rates = (f"{half['requests_per_s']:.2f}" for half in (stock, fixed))
+        cpu = f"{fixed['server_cpu_ms'] / stock['server_cpu_ms']:.4f}"
+        found = (f"{session['ratio']:.4f}", cpu, str(session["other_cores"]))
+        rows.append((str(number), *rates, *found))
+    ratio, answers = result["ratio"], result["answers"]
+    lines = [
+        "stock against stock, the noise of the method\n" if result["control"] else "",
+        table(rows),
+        "",
+        f"requests/s, fixed/stock over all turns: {ratio['value']} "
+        f"(95%: {ratio['from']} to {ratio['to']}); per session {result['ratio_per_session']}",
+        f"server CPU time per request, fixed/stock per session: {result['cpu_ratio_per_session']}",
+        f"answers compared {answers['compared']}, wrong {answers['wrong']}",
+    ]
     if "holds" in result:
         lines.append(f"holds: {result['holds']}")
-    return "\n".join(lines)
+    return "\n".join(filter(None, lines))
 
 
 def share_line(result: dict[str, Any]) -> str:
     return (
         f"{100 * result['share']:.2f}% of both servers' CPU time is the plugin's"
         f" ({result['ours']} of {result['samples']} samples in {result['seconds']} s of load)"
-    )
-
-
-def interleaved_table(result: dict[str, Any]) -> str:
-    """One row per session, then the comparison over all bursts."""
-    rows: list[tuple[str, ...]] = [("session", "stock requests/s", "fixed requests/s", "ratio")]
-    for number, session in enumerate(result["sessions"], 1):
-        rates = [
-            statistics.median(run["requests_per_s"] for run in session if run["half"] == half)
-            for half in ("stock", "fixed")
-        ]
-        ratio = result["ratio_per_session"][number - 1]
-        rows.append((str(number), *(f"{rate:.2f}" for rate in rates), str(ratio)))
-    title = "stock against stock, the noise of the method\n" if result["control"] else ""
-    return "\n".join(
-        [
-            title + table(rows),
-            "",
-            *(
-                f"{name}: fixed/stock per pair of bursts {result[name]['pairs']}, "
-                f"of medians {result[name]['ratio_of_medians']}"
-                for name in ("requests_per_s", "cpu_ms_per_request")
-            ),
-            f"cores kept busy by others: {result['other_cores']}",
-            f"answers compared {result['answers']['compared']}, wrong {result['answers']['wrong']}",
-        ]
     )
 
 
