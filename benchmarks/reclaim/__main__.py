@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     turns = argparse.ArgumentParser(add_help=False, parents=[load])
     turns.add_argument("--sessions", type=int, default=5, help="of fresh servers (default 5)")
     turns.add_argument(
-        "--seconds", type=float, default=90.0, help="of each half in a session (default 90)"
+        "--seconds", type=float, default=80.0, help="of each half in a session (default 80)"
     )
     turns.add_argument("--turn", type=float, default=0.25, help="seconds (default 0.25)")
     turns.add_argument("--control", action="store_true", help="stock against stock")

@@ -71,7 +71,6 @@ def decode_landed(requests: int) -> None:
     for room in range(requests):
         exposure = ledger.expose(room, [RANK])
         ledger.sent(exposure, RANK)
-        ledger.here(RANK, PREFILL, exposure.gen)
         window.append(exposure)
         if len(window) > OPEN:
             oldest = window.popleft()
@@ -98,12 +97,11 @@ def prefill_done(requests: int) -> None:
 
 
 def messages_landed(requests: int) -> None:
-    """Bind rides out and is split off, Here and Mark come back."""
+    """Bind rides out and is split off, Mark comes back."""
     for number in range(requests):
         gen = f"d-{number}"
-        bind = messages.Bind(DECODE, RANK, gen, gen)
+        bind = messages.Bind(DECODE, RANK, gen, gen, expects=PREFILL)
         messages.split(messages.ride(STOCK_FRAMES, bind))
-        messages.split([messages.encode(messages.Here(RANK, PREFILL, gen))])
         messages.split([b"7", b"4", b"0", messages.encode(messages.Mark(gen, RANK))])
 
 
@@ -115,7 +113,6 @@ def decode_given_up(requests: int) -> None:
     for room in range(requests):
         exposure = ledger.expose(room, [RANK])
         ledger.sent(exposure, RANK)
-        ledger.here(RANK, PREFILL, exposure.gen)
         ledger.give_up(exposure, float(room))
         for _ask in ledger.tick(float(room)):
             pass
@@ -143,12 +140,11 @@ def prefill_asked(requests: int) -> None:
 
 
 def messages_given_up(requests: int) -> None:
-    """Bind and Here as ever, then Ask and Answer."""
+    """Bind as ever, then Ask and Answer."""
     for number in range(requests):
         gen = f"d-{number}"
-        bind = messages.Bind(DECODE, RANK, gen, gen)
+        bind = messages.Bind(DECODE, RANK, gen, gen, expects=PREFILL)
         messages.split(messages.ride(STOCK_FRAMES, bind))
-        messages.split([messages.encode(messages.Here(RANK, PREFILL, gen))])
         ask = SendAsk(RANK, number, gen)
         messages.split([messages.encode(messages.Ask(DECODE, ask.rank, ask.room, ask.gen))])
         messages.split([messages.encode(messages.Answer(RANK, PREFILL, gen, "drained"))])

@@ -33,8 +33,9 @@ from benchmarks.reclaim.turns import Half, half
 from sglang_scaling_fixes.lab.cluster import Cluster
 from sglang_scaling_fixes.lab.errors import LabError
 
-BLOCK_TURNS = 20
-"""Turns of each half that are one entry of the result: long beside the ups and downs of a core."""
+BLOCK_TURNS = 80
+"""Turns of each half that are one entry of the result. Requests end in batches, so a
+count is off by up to a batch at either end of a block: little, if the block is long."""
 _MOST_PER_S = 200
 """More requests a second than any machine answers here: the length of the schedule."""
 _BACK = re.compile(r"token slots back after ([0-9.]+) s")
@@ -96,6 +97,8 @@ def _half(bench: Bench, name: str, shape: Shape, answers: Answers, control: bool
 def _session(
     halves: dict[str, Half], plan: Plan, answers: Answers, shape: Shape, control: bool
 ) -> dict[str, Any]:
+    for pair in halves.values():
+        pair.begin()
     busy = processes.machine_cpu_seconds()
     turns = [(name, *halves[name].turn(plan.turn)) for name in alternating(plan.turns)]
     busy = processes.machine_cpu_seconds() - busy

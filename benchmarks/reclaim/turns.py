@@ -33,19 +33,39 @@ _END_S = 120.0
 
 
 class Half:
-    """A warm pair with its client, still but for its turns.
+    """A warm pair and a client for it, standing still but for their turns.
 
     `server_cpu` and `client_cpu`: seconds of CPU time in the turns so far.
     """
 
-    def __init__(self, cluster: Cluster, client: Guarded, board: Board, replies: Path) -> None:
+    def __init__(self, cluster: Cluster, job: Job, board: Board, folder: Path) -> None:
         self.cluster = cluster
-        self._client = client
+        self._job = folder / "job"
         self._board = board
-        self._replies = replies
-        self._servers = [p for s in (cluster.fast, cluster.decode) for p in s.process.pids()]
-        self._pids = [*self._servers, *client.pids()]
+        self._replies = Path(job.replies)
+        self._log = folder / "client.log"
+        self._client: Guarded | None = None
+        self._pids = [p for s in (cluster.fast, cluster.decode) for p in s.process.pids()]
+        self._servers = list(self._pids)
+        job.save(self._job)
+
+    def begin(self) -> None:
+        """Start the client; when it is in the middle of its loop, all stand still.
+
+        Only once both pairs are warm: a write that stood still for a minute has failed.
+        """
+        self.go()
+        environment = {**os.environ, "PYTHONPATH": str(_ROOT)}
+        command = [sys.executable, "-m", "benchmarks.reclaim.client", str(self._job)]
+        self._client = Guarded(command, log=self._log, env=environment)
+        while not self._board.completed:
+            if not self._client.alive:
+                raise LabError(f"the client ended: {self._client.tail()}")
+            time.sleep(0.05)
+        self._pids += self._client.pids()
         self._servers_before = processes.cpu_seconds(self._servers)
+        self._client_before = processes.cpu_seconds(self._client.pids())
+        self.stop()
 
     def turn(self, seconds: float) -> tuple[int, float]:
         """Go on for so long. Requests completed meanwhile, and seconds in truth."""
@@ -64,6 +84,7 @@ class Half:
 
     def end(self) -> list[Reply]:
         """No more requests; the replies to all that were sent. The pair goes on from here."""
+        assert self._client is not None
         self._board.stop()
         self.go()
         deadline = time.monotonic() + _END_S
@@ -72,8 +93,13 @@ class Half:
                 raise LabError(f"requests unanswered for {_END_S:.0f} s after the load")
             time.sleep(0.05)
         if self._client.status != 0:
-            raise LabError(f"the client ended with status {self._client.status}")
+            raise LabError(f"the client ended: {self._client.tail()}")
         return read_replies(self._replies)
+
+    def close(self) -> None:
+        self.go()
+        if self._client is not None:
+            self._client.end()
 
     @property
     def server_cpu(self) -> float:
@@ -81,31 +107,21 @@ class Half:
 
     @property
     def client_cpu(self) -> float:
-        return processes.cpu_seconds(self._client.pids())
+        assert self._client is not None
+        return processes.cpu_seconds(self._client.pids()) - self._client_before
 
 
 @contextlib.contextmanager
 def half(cluster: Cluster, shape: Shape, folder: Path) -> Iterator[Half]:
-    """`cluster` with a client of its own that is in the middle of its loop, standing still."""
+    """`cluster` with a client of its own that has not begun, standing still."""
     job = Job(ends_of(cluster), shape, FIRST_ROOM, str(folder / "board"), str(folder / "replies"))
-    job.save(folder / "job")
     with Board.on(Path(job.board)) as board:
-        command = [sys.executable, "-m", "benchmarks.reclaim.client", str(folder / "job")]
-        environment = {**os.environ, "PYTHONPATH": str(_ROOT)}
-        client = Guarded(command, log=folder / "client.log", env=environment)
+        pair = Half(cluster, job, board, folder)
+        pair.stop()
         try:
-            while not board.completed:
-                if not client.alive:
-                    raise LabError(f"the client ended: {client.tail()}")
-                time.sleep(0.05)
-            pair = Half(cluster, client, board, Path(job.replies))
-            pair.stop()
-            try:
-                yield pair
-            finally:
-                pair.go()
+            yield pair
         finally:
-            client.end()
+            pair.close()
 
 
 def _signal(pids: list[int], number: signal.Signals) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from benchmarks.reclaim import __main__ as command
-from benchmarks.reclaim import figures, pair, report, share
-from benchmarks.reclaim.load import Answers, Burst, Reply, Request, Shape, schedule
+from benchmarks.reclaim import client, figures, pair, report, share
+from benchmarks.reclaim.client import Board, Job
+from benchmarks.reclaim.load import Answers, End, Ends, Reply, Request, Shape, schedule
 from sglang_scaling_fixes.reclaim import taps
 
 
@@ -52,12 +55,55 @@ def test_the_same_aborts_in_every_run() -> None:
     assert sum(request.abort_after is not None for request in once) == 20
 
 
-def test_runs_alternate_and_are_compared_in_pairs() -> None:
+def test_turns_alternate() -> None:
     assert pair.alternating(3) == ["stock", "fixed", "fixed", "stock", "stock", "fixed"]
-    runs = list(zip(pair.alternating(2), [10.0, 9.0, 18.0, 20.0], strict=True))
-    result = figures.compare(runs)
-    assert result["ratio_per_pair"] == [0.9, 0.9]
-    assert result["median"] == {"stock": 15.0, "fixed": 13.5}
+
+
+def test_a_ratio_comes_with_what_resampling_says_of_it() -> None:
+    steady = figures.ratio([9.0] * 20, [10.0] * 20)
+    assert steady == {"value": 0.9, "from": 0.9, "to": 0.9}
+    drifting = [10.0 * (1 + i % 5) for i in range(50)]  # both halves alike: no part of the ratio
+    assert figures.ratio([0.9 * rate for rate in drifting], drifting)["to"] == 0.9
+    uncertain = figures.ratio([8.0, 10.0] * 10, [10.0] * 20)
+    assert uncertain["value"] == 0.9
+    assert 0.8 < uncertain["from"] < 0.9 < uncertain["to"] < 1.0
+
+
+class Worker(BaseHTTPRequestHandler):
+    """Answers as a server does; every tenth room fails."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        failed = body["bootstrap_room"] % 10 == 3
+        answer = json.dumps({"output_ids": [body["bootstrap_room"]]}).encode()
+        self.send_response(500 if failed else 200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *_: object) -> None:
+        """Quiet."""
+
+
+def test_a_client_counts_what_was_completed_and_stops_when_told(tmp_path: Path) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Worker) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        ends = Ends(*(End(name, "127.0.0.1", server.server_port) for name in ("p", "d")), 1)
+        shape = Shape(40, 2, 4, 1, 1)
+        job = Job(ends, shape, 1, str(tmp_path / "board"), str(tmp_path / "replies"))
+        job.save(tmp_path / "job")
+        assert Job.read(tmp_path / "job") == job
+        client.main(str(tmp_path / "job"))
+        replies = client.read_replies(tmp_path / "replies")
+        with Board.on(tmp_path / "board") as board:
+            assert board.completed == sum(reply.ids is not None for reply in replies) == 36
+            assert sum(bool(reply.error) for reply in replies) == 4
+            board.stop()
+        client.main(str(tmp_path / "job"))
+        assert len(client.read_replies(tmp_path / "replies")) == shape.concurrency
+        server.shutdown()
 
 
 def test_percentiles_are_values_that_occurred() -> None:
@@ -68,17 +114,16 @@ def test_percentiles_are_values_that_occurred() -> None:
 
 def test_an_answer_stock_never_gave_is_wrong() -> None:
     answers = Answers()
-    answers.learn(burst((1, 2), (1, 3)))  # stock in two ways: both are right
-    answers.given("stock", burst((1, 2)))
-    answers.given("fixed", burst((1, 3), (9, 9)))
+    answers.learn(replies((1, 2), (1, 3)))  # stock in two ways: both are right
+    answers.given("stock", replies((1, 2)))
+    answers.given("fixed", replies((1, 3), (9, 9)))
     verdict = answers.verdict()
     assert verdict["wrong"] == {"stock": 0, "fixed": 1}
     assert verdict["prompts_stock_answers_in_two_ways"] == 1
 
 
-def burst(*answers: tuple[int, ...]) -> Burst:
-    replies = [Reply(Request(0).prompt, ids, False, "", 0.1) for ids in answers]
-    return Burst(1.0, replies, {"client": 0.0}, 0.0)
+def replies(*answers: tuple[int, ...]) -> list[Reply]:
+    return [Reply(Request(0).prompt, ids, False, "") for ids in answers]
 
 
 def test_settings_in_the_environment_are_refused() -> None:
