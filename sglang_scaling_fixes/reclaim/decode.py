@@ -216,7 +216,9 @@ class DecodeGuard:
         with self._lock:
             same = self._hello_on.get(rank) is socket
             self.ledger.sent(exposure, rank, after_hello=same)
-        bind = messages.Bind(self._reply_to, rank, exposure.gen, exposure.epoch)
+            expects = exposure.writers[rank].incarnation
+        gen, epoch = exposure.gen, exposure.epoch
+        bind = messages.Bind(self._reply_to, rank, gen, epoch, expects=expects)
         return messages.ride(frames, bind)
 
     def _greeted(self, rank: str, frames: list[bytes], socket: Any) -> list[bytes]:
@@ -570,6 +572,8 @@ class DecodeGuard:
             return None
         if is_success(stock):
             mark = message if isinstance(message, messages.Mark) else None
+            if mark is not None:
+                self._pace.heard(mark.rank)
             return stock if self._admits(int(stock[0]), mark, stock[2]) else None
         if isinstance(message, messages.Here | messages.Answer):
             self._pace.heard(message.rank)

@@ -103,9 +103,9 @@ class Writer:
     hello: int = 0
     """Number of the Hello that went ahead of them on the same socket, 0 without one."""
     bound_by: str | None = None
-    """The process that confirmed it received them."""
+    """The process that said it received them."""
     disputed: bool = False
-    """Two processes say they received the same destinations: only a fence proves it."""
+    """Two processes may have received the same destinations: only a fence proves it."""
     sent: bool = False
     reported: bool = False
     """It reported success of this generation."""
@@ -114,6 +114,14 @@ class Writer:
     """Why an answer did not prove anything, for the operator. Empty: no answer yet."""
     asks: int = 0
     next_ask: float = 0.0
+
+    @property
+    def meant_for(self) -> str | None:
+        """The process that has or had the destinations, as far as anybody knows.
+
+        One that decode named in them does not confirm them; any other says so.
+        """
+        return self.bound_by or self.incarnation
 
 
 @dataclass
@@ -214,10 +222,10 @@ class DecodeLedger:
             self.peers[rank] = incarnation
         if seq:
             self._served_before(rank, incarnation, seq)
-        if writer is not None and writer.bound_by is None:
-            writer.bound_by = incarnation
-        elif writer is not None and writer.bound_by != incarnation:
-            writer.disputed = True
+        if writer is not None:
+            # Meant for one process, received by another: the first may have them as well.
+            writer.disputed |= writer.meant_for not in (None, incarnation)
+            writer.bound_by = writer.bound_by or incarnation
 
     def _served_before(self, rank: Rank, incarnation: str, seq: int) -> None:
         """This process received the Hello that went ahead of these destinations.
@@ -309,16 +317,11 @@ class DecodeLedger:
         if verdict == "poisoned":
             writer.stuck = f"a write failed and may still land ({reason})"
             return exposure
-        if verdict == "drained":
-            # Only a process that received these destinations says "drained".
-            credible = writer.bound_by in (None, incarnation)
-        else:
-            # "unknown" proves something only from the process that received them or
-            # would have: a successor knows nothing of its predecessor's writes.
-            credible = verdict == "unknown" and incarnation == (
-                writer.bound_by or writer.incarnation
-            )
-        if credible and not writer.disputed:
+        # A successor knows nothing of its predecessor's writes. Where nobody knows who has
+        # the destinations, only a process that received them says "drained".
+        meant_for = writer.meant_for
+        credible = incarnation == meant_for or (meant_for is None and verdict == "drained")
+        if credible and verdict in ("drained", "unknown") and not writer.disputed:
             self._prove(exposure, writer, Proof.DRAINED)
         else:
             writer.stuck = "it cannot vouch for the process that may have had the destinations"
@@ -439,7 +442,7 @@ class DecodeLedger:
 
     def replaced(self, writer: Writer) -> bool:
         """Another process serves the writer's rank now: the one in question is gone."""
-        had = writer.bound_by or writer.incarnation
+        had = writer.meant_for
         return had is not None and self.peers.get(writer.rank, had) != had
 
     def reason(self, exposure: Exposure) -> str:

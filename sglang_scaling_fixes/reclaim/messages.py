@@ -4,15 +4,16 @@
                         Bind    trailer frame on stock's metadata message (the
                                 destinations of one attempt, with its generation)
                         Ask     a message of its own: "room aborted; is it drained?"
-    prefill -> decode   Here    answer to Hello and Bind: "I speak this, and I am
-                                this process"
+    prefill -> decode   Here    answer to a Hello, and to a Bind that expected another
+                                process: "I speak this, and I am this process"
                         Answer  answer to Ask
 
 Stock peers must never see a message they cannot read: a stock prefill's receive
 thread dies of one. So the first words ride as one extra trailing frame on a
-message stock sends anyway, far behind every frame a release reads (`ride`), and
-`Ask`, which has no such carrier, goes only to a rank
-that has answered `Here`. `Here`, `Mark` and `Answer` go only to whoever spoke first.
+message stock sends anyway, behind every frame of it that a release reads (`ride`), and
+`Ask`, which has no such carrier, goes only to a rank that has said `Here`. `Here`,
+`Mark` and `Answer` go only to whoever spoke first. A request without trouble thus
+costs two frames, behind its destinations and behind its success, and no message.
 
 Wire format: one frame, `TAG` followed by a msgpack-encoded tagged struct. `Ask`,
 `Here` and `Answer` travel alone as a single-frame message; `Mark` trails a success.
@@ -40,7 +41,10 @@ MAX_FRAME = 65536
 SESSION_FRAME = 3
 """Where both of stock's messages to prefill name decode's session (contract-tested)."""
 TRAILER_AT = 32
-"""Frame index of a trailer from decode: beyond any frame a stock prefill reads."""
+"""Frame index of a trailer from decode: far beyond any frame a stock prefill reads."""
+KNOWN_TRAILER_AT = 10
+"""The same behind destinations for a rank that is known to speak this: beyond any frame of
+that message which a supported release reads, should it be replaced by a stock one."""
 
 Rank = Annotated[str, Meta(max_length=256)]
 """A prefill rank as decode addresses it: `"ip:port"` of its ZMQ endpoint."""
@@ -75,6 +79,8 @@ class Bind(msgspec.Struct, frozen=True, tag="bind"):
     """These destinations belong to generation `gen` of the room in this message.
 
     `epoch` is common to all decode ranks that send destinations for one attempt.
+    `expects` is the process that serves `rank` as far as decode knows: that one need
+    not answer, so a request without trouble costs no message of ours.
     """
 
     reply_to: Address
@@ -82,6 +88,7 @@ class Bind(msgspec.Struct, frozen=True, tag="bind"):
     gen: Name
     epoch: Name
     stock: Stock = 0
+    expects: Name | None = None
 
 
 class Ask(msgspec.Struct, frozen=True, tag="ask"):
@@ -166,9 +173,11 @@ def ride(frames: Sequence[bytes], message: Hello | Bind) -> list[bytes]:
 
     A prefill of a newer release has more optional frames than a decode of an older
     one sends; right behind them ours would be taken for one. Empty frames between
-    read as absent (contract-tested for every pair of releases).
+    read as absent (contract-tested for every pair of releases). They are not free: ZMQ's
+    binding lets go of the GIL for each. So a rank known to speak this gets few.
     """
-    padding = [b""] * (TRAILER_AT - len(frames))
+    known = isinstance(message, Bind) and message.expects is not None
+    padding = [b""] * ((KNOWN_TRAILER_AT if known else TRAILER_AT) - len(frames))
     trailer = msgspec.structs.replace(message, stock=len(frames))
     return [*frames, *padding, encode(trailer)]
 

@@ -158,7 +158,8 @@ class PrefillGuard:
         if delivery is Delivery.DEFER:
             self._deferred.append(lambda: self._bind(stock, bind))
             return None
-        self._here(bind.reply_to, bind.rank, bind.gen)
+        if bind.expects != self._ledger.incarnation:
+            self._here(bind.reply_to, bind.rank, bind.gen)
         self.metrics.inc("bound")
         return stock if delivery is Delivery.DELIVER else None
 

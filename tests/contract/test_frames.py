@@ -3,18 +3,20 @@
 A decode of one release may talk to a stock prefill of another. Ours rides at a fixed
 index with empty frames before it, so two things must hold in every wheel: no frame
 index that far is read, and frames past the first eight are read only where empty
-means absent.
+means absent. Destinations for a rank that is known to have the plugin ride nearer; it
+may be replaced by one without.
 """
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
 import pytest
 import wheels
 
-from sglang_scaling_fixes.reclaim.messages import SESSION_FRAME, TRAILER_AT
+from sglang_scaling_fixes.reclaim.messages import KNOWN_TRAILER_AT, SESSION_FRAME, TRAILER_AT
 
 READ = re.compile(r"\b(?:msg|waiting_req_bytes)\[(\d+)\]")
 SESSION = re.compile(r"mooncake_session_id ?= ?(?:msg|waiting_req_bytes)\[(\d+)\]")
@@ -33,6 +35,17 @@ def test_no_stock_release_reads_as_far_as_the_trailer(release: str) -> None:
     read += [int(index) + 2 for index in FIELDS_FROM.findall(text)]
     assert max(read) >= 7  # the pattern still matches what stock reads
     assert max(read) < TRAILER_AT
+
+
+@pytest.mark.parametrize("release", wheels.RELEASES)
+def test_no_stock_release_reads_destinations_as_far_as_a_known_ranks_trailer(release: str) -> None:
+    tree = ast.parse(conn(release).read_text())
+    (info,) = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "TransferInfo"]
+    text = ast.unparse(info)
+    read = [int(index) for index in READ.findall(text)]
+    assert max(read) >= 7
+    assert max(read) < KNOWN_TRAILER_AT
+    assert not FIELDS_FROM.findall(text) and "msg[:" not in text and "*msg" not in text
 
 
 @pytest.mark.parametrize("release", wheels.RELEASES)

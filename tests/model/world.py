@@ -154,6 +154,7 @@ class Msg(NamedTuple):
     gen: str = ""
     room: int = -1
     incarnation: str = ""
+    """Whose word it is; in destinations, whom they are meant for."""
     verdict: str = ""
     slot: int = -1
     epoch: int = 0
@@ -564,7 +565,13 @@ class World:
                 life = self.prefills[p].life
                 self.exposed_in = {**self.exposed_in, (exposure.gen, p): life}
                 meta = Msg(
-                    "meta", exposure.gen, room, slot=slot, epoch=d.epoch, attempt=exposure.epoch
+                    "meta",
+                    exposure.gen,
+                    room,
+                    exposure.writers[p].incarnation or "",
+                    slot=slot,
+                    epoch=d.epoch,
+                    attempt=exposure.epoch,
                 )
                 self._send(d.name, p, meta)
         if not self.config.late_arrival:
@@ -779,7 +786,7 @@ class World:
             self._here(p, d, m)
 
     def _here(self, p: Prefill, d: str, m: Msg) -> None:
-        if d != STRANGER:
+        if d != STRANGER and m.incarnation != p.incarnation:
             self._send(p.name, d, Msg("here", m.gen, m.room, p.incarnation))
 
     def do_retry(self, name: str) -> None:

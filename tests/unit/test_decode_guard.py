@@ -150,6 +150,43 @@ def restored() -> Iterator[None]:
     DecodeGuard.current = saved
 
 
+def test_destinations_name_the_process_they_are_meant_for() -> None:
+    """To one decode does not know they ride as far behind as a registration."""
+    decode = Decode(Config())
+
+    def sent(room: int) -> tuple[int, str | None]:
+        decode.expose(room, 1)
+        frames = decode.socket.sent[-1]
+        bind = messages.split(frames)[1]
+        assert isinstance(bind, messages.Bind) and bind.stock == 8
+        return len(frames), bind.expects
+
+    assert sent(7) == (messages.TRAILER_AT + 1, None)
+    decode.hears(messages.Here(decode.rank, "first", seq=1))
+    assert sent(8) == (messages.KNOWN_TRAILER_AT + 1, "first")
+    decode.tap.send_multipart([b"None", b"192.0.2.2", b"1", OLD.encode(), b"pointers"])
+    assert sent(9) == (messages.TRAILER_AT + 1, None), "it registered anew: who is there now?"
+    decode.hears(messages.Here(decode.rank, "second", seq=2))
+    assert sent(10) == (messages.KNOWN_TRAILER_AT + 1, "second")
+
+
+def test_a_successor_nobody_announced_says_who_it_is(fenced: list[str]) -> None:
+    """It got destinations meant for its predecessor: nobody can tell who else has them."""
+    decode = Decode(Config(max_held=1.0))
+    decode.hears(messages.Here(decode.rank, "first", seq=1))
+    lost = decode.give_up(*decode.expose(7, 1), age=IDLE_AFTER + 1)
+    receiver, slots, aux = decode.expose(8, 1)
+    gen = receiver.sglang_scaling_fixes_exposure.gen
+    decode.hears(messages.Here(decode.rank, "second", gen))
+    assert decode.guard.ledger.peers == {decode.rank: "second"}
+    taken = decode.give_up(receiver, slots, aux)
+    decode.hears(messages.Answer(decode.rank, "second", taken.gen, "drained"))
+    decode.hears(messages.Answer(decode.rank, "second", lost.gen, "unknown"))
+    assert (taken.state, lost.state) == (State.HELD, State.HELD)
+    decode.guard.tick()
+    assert len(fenced) == 1, "the first is gone"
+
+
 def test_below_the_bound_nothing_is_refused_and_nothing_fenced(fenced: list[str]) -> None:
     decode = Decode(Config(max_held=0.5, fence=True))
     decode.give_up(*decode.expose(7, 50))
@@ -238,9 +275,10 @@ def test_a_prefill_that_says_nothing_is_asked_rarely_until_it_does() -> None:
     assert decode.asks() == UNHEARD
     report = decode.guard.metrics.report()
     assert (report["asks"], report["asks_resent"]) == (UNHEARD, UNHEARD - 1)
-    decode.hears(messages.Here(decode.rank, "process"))
+    mark = messages.encode(messages.Mark("another's", decode.rank))
+    decode.guard._read([b"8", b"4", b"0", mark])
     ask_again()
-    assert decode.asks() == UNHEARD + 1
+    assert decode.asks() == UNHEARD + 1, "a success says that it reads what it is sent"
 
 
 def test_young_holds_do_not_count(fenced: list[str]) -> None:

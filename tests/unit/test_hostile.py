@@ -79,6 +79,7 @@ def valid(gen: str) -> list[list[bytes]]:
     return [
         m.ride(REGISTRATION, m.Hello(REPLY, RANK, seq=2)),
         m.ride(STOCK, m.Bind(REPLY, RANK, "g2", "e2")),
+        m.ride(STOCK, m.Bind(REPLY, RANK, "g3", "e3", expects="process")),
         [m.encode(m.Ask(REPLY, RANK, 7, "g1"))],
         [m.encode(m.Here(RANK, "process", gen, 1))],
         [m.encode(m.Answer(RANK, "process", gen, "drained"))],

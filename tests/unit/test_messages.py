@@ -14,6 +14,7 @@ MESSAGES = [
     m.Hello(REPLY, RANK),
     m.Hello("tcp://[::1]:1", RANK, seq=3),
     m.Bind(REPLY, RANK, "g-1", "e-1"),
+    m.Bind(REPLY, RANK, "g-1", "e-1", expects="inc"),
     m.Mark("g-1", RANK),
     m.Ask(REPLY, RANK, 2**63 - 1, "g-1"),
     m.Here(RANK, "inc"),
@@ -33,6 +34,7 @@ OUT_OF_BOUNDS = [
     m.Hello(REPLY, RANK, seq=-1),
     m.Bind(REPLY, RANK, LONG, "e-1"),
     m.Bind(REPLY, RANK, "g-1", LONG),
+    m.Bind(REPLY, RANK, "g-1", "e-1", expects=LONG),
     m.Bind(REPLY, RANK, "g-1", "e-1", stock=-1),
     m.Bind(REPLY, RANK, "g-1", "e-1", stock=m.TRAILER_AT + 1),
     m.Mark(LONG, RANK),
@@ -51,7 +53,8 @@ def test_round_trip(message: m.Message) -> None:
     assert m.decode(frame) == message
     if isinstance(message, m.Hello | m.Bind):
         frames = m.ride([b"77", b"127.0.0.1"], message)
-        assert len(frames) == m.TRAILER_AT + 1
+        known = isinstance(message, m.Bind) and message.expects == "inc"
+        assert len(frames) == 1 + (m.KNOWN_TRAILER_AT if known else m.TRAILER_AT)
         assert set(frames[2:-1]) == {b""}
         stock, received = m.split(frames)
         assert stock == [b"77", b"127.0.0.1"]
@@ -83,13 +86,15 @@ def test_in_the_wrong_place_is_garbage(message: m.Message) -> None:
 
 
 def test_peers_of_before_the_numbers_are_understood() -> None:
-    """A Hello without a number, a Here without an echo: as if nobody counted."""
+    """A Hello without a number, a Here without an echo, a Bind to whoever gets it."""
 
     def bare(kind: str, **fields: object) -> bytes:
         return m.TAG + msgspec.msgpack.encode({"type": kind, **fields})
 
     hello = m.decode(bare("hello", reply_to=REPLY, rank=RANK, stock=2))
     assert isinstance(hello, m.Hello) and hello.seq == 0
+    bind = m.decode(bare("bind", reply_to=REPLY, rank=RANK, gen="g", epoch="e", stock=2))
+    assert isinstance(bind, m.Bind) and bind.expects is None
     here = m.decode(bare("here", rank=RANK, incarnation="inc"))
     assert isinstance(here, m.Here) and here.seq is None
     newer = m.decode(bare("here", rank=RANK, incarnation="inc", more=1))

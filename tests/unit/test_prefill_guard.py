@@ -41,9 +41,9 @@ class Prefill:
             send=lambda to, frame: self.said.append(messages.decode(frame))
         )
 
-    def bind(self, room: int, gen: str) -> list[bytes] | None:
+    def bind(self, room: int, gen: str, expects: str | None = None) -> list[bytes] | None:
         stock = [str(room).encode(), b"127.0.0.1", b"1", b"s:1", b"\0" * 4, b"0", b"", b"1"]
-        bind = messages.Bind(REPLY, RANK, gen, f"e-{gen}")
+        bind = messages.Bind(REPLY, RANK, gen, f"e-{gen}", expects=expects)
         return self.guard._read(messages.ride(stock, bind))
 
     def ask(self, room: int, gen: str) -> str:
@@ -63,6 +63,19 @@ def prefill() -> Any:
     saved = PrefillGuard.current
     yield Prefill()
     PrefillGuard.current = saved
+
+
+def test_destinations_meant_for_this_process_cost_no_message(prefill: Prefill) -> None:
+    own = prefill.guard._ledger.incarnation
+    assert prefill.bind(7, "g1", own) is not None
+    first = prefill.sender(7)
+    assert prefill.bind(7, "g2", own) is None, "its room is in use"
+    prefill.guard.retire(first)
+    assert prefill.guard._next_deferred() is not None
+    assert prefill.said == []
+    for room, expects in enumerate((None, "its predecessor"), 8):
+        assert prefill.bind(room, f"g{room}", expects) is not None
+        assert prefill.said.pop() == messages.Here(RANK, own, f"g{room}")
 
 
 def test_an_abort_before_the_request_arrives_ends_it_when_it_does(prefill: Prefill) -> None:
