@@ -1,4 +1,4 @@
-"""Shared by all tests: the folder is the marker, and property tests do not flake."""
+"""Shared by all tests: folders as markers, property tests that do not flake, the releases."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from sglang_scaling_fixes.lab import install
+from sglang_scaling_fixes.lab import model as lab_model
+
+from .releases import NEW, OLD
+
 # Same examples every run in CI; no deadline anywhere, since shared machines pause.
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
@@ -15,6 +20,23 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 _TESTS = Path(__file__).parent
 _MARKED = {"contract", "e2e", "gpu"}
+
+
+@pytest.fixture(scope="session")
+def old() -> install.Environment:
+    """The release without any ABORT message."""
+    return install.install(OLD)
+
+
+@pytest.fixture(scope="session")
+def new() -> install.Environment:
+    """The newest release, which is also the one of `.venv`."""
+    return install.install(NEW)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(new: install.Environment) -> lab_model.Model:
+    return lab_model.llama(new)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

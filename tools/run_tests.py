@@ -2,8 +2,8 @@
 
     lint              ruff and mypy: seconds, and first to say what is wrong
     stock wheels      download what the contract tests read, once
+    lab               the release that tests start beside the one of .venv
     fast tests        unit, contract, ...: side by side, no server
-    lab               the release the end-to-end tests run
     e2e               real servers, one test at a time
 
 A failed step does not stop the next: one run shows all there is to mend. The
@@ -35,12 +35,12 @@ def main() -> int:
         ("ruff format", BIN / "ruff", "format", "--check", "--quiet", "."),
         ("mypy", BIN / "mypy"),
         ("stock wheels", sys.executable, "tests/contract/wheels.py"),
+        ("lab", BIN / "sglang-scaling-fixes", "lab", "install", LAB_RELEASE),
     ):
         step(name, *command)
     # All but those below, so that a new folder is never left out.
     fast = sorted({f"tests/{p.name}" for p in (ROOT / "tests").iterdir() if p.is_dir()} - SLOW)
     pytest("fast tests", fast, "-n", "auto", "--dist=worksteal")
-    step("lab", BIN / "sglang-scaling-fixes", "lab", "install", LAB_RELEASE)
     pytest("e2e", ["tests/e2e"], "-n", "0", "-m", "e2e")
     return finish()
 

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from sglang_scaling_fixes.lab import reclaim, scenarios
-
-from .conftest import OLD
+from tests.releases import OLD
 
 ROUNDS = 1
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from sglang_scaling_fixes.lab import soak
-
-from .conftest import NEW
+from tests.releases import NEW
 
 
 def test_a_minute() -> None:

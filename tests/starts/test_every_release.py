@@ -19,8 +19,8 @@ from sglang_scaling_fixes.config import GUARD_ENV, PLUGIN_ENV
 from sglang_scaling_fixes.lab.install import Environment
 from sglang_scaling_fixes.lab.runtime import cpu_env
 from tests.contract import wheels
+from tests.releases import NEW
 
-NEWEST = "0.5.23"
 FIXES = ("safe-reclaim", "spec-guard")
 PROBE = """
 import json, sglang
@@ -66,7 +66,7 @@ def found(old: Environment, new: Environment) -> dict[str, Any]:
     """Two at a time: an import of SGLang takes one core for ten seconds or more."""
     with ThreadPoolExecutor(2) as pool:
         pending = {
-            release: pool.submit(probe, new if release == NEWEST else old, wheels.source(release))
+            release: pool.submit(probe, new if release == NEW else old, wheels.source(release))
             for release in wheels.RELEASES
         }
         return {release: future.result() for release, future in pending.items()}

@@ -1,0 +1,114 @@
+"""Negative control of the start-up probes: with any one part out of force they say so."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from typing import Any
+
+import pytest
+
+from sglang_scaling_fixes.lab.install import Environment
+from sglang_scaling_fixes.lab.runtime import cpu_env
+
+RECLAIM = """
+import json
+from unittest import mock
+from sglang_scaling_fixes.config import Config
+from sglang_scaling_fixes.errors import AttachError
+from sglang_scaling_fixes.reclaim import arm, decode, gate, ledger, messages, probe, taps
+
+def verdict():
+    try:
+        probe.run()
+    except (AttachError, RuntimeError) as error:
+        return str(error)
+    return "armed"
+
+arm(Config())
+found = {"nothing": verdict()}
+for name, owner, attribute, broken in (
+    ("gate", gate.Gate, "_kept", lambda *a: False),
+    ("trailer", decode.DecodeGuard, "outgoing", lambda self, rank, route, frames, *_: frames),
+    ("drop", ledger.PrefillLedger, "take", lambda self, a: setattr(a, "active", 1) or True),
+    ("poison", ledger.PrefillLedger, "failed", lambda *a: []),
+):
+    with mock.patch.object(owner, attribute, broken):
+        found[name] = verdict()
+print("found:" + json.dumps(found))
+"""
+
+GUARD = """
+import json
+from unittest import mock
+from sglang_scaling_fixes.config import Config
+from sglang_scaling_fixes.errors import AttachError
+from sglang_scaling_fixes.specguard import arm, attach, detector, guard, probe, taint
+
+def verdict():
+    try:
+        probe.run()
+    except AttachError as error:
+        return str(error)
+    return "armed"
+
+def plain(self, req, anomaly):
+    from sglang.srt.managers.schedule_batch import FINISH_ABORT
+    req.to_finish = FINISH_ABORT("an anomaly")
+
+always = detector.Anomaly("low_accept_length", "life", 1.0, 1.6, None, 256, 256, 0, 768)
+
+arm(Config())
+found = {"nothing": verdict()}
+for name, owner, attribute, broken in (
+    ("look", guard.SpecGuard, "look", lambda self, req: None),
+    ("judge", detector.Watch, "_judge", lambda *a: always),
+    ("status", guard.SpecGuard, "_abort", plain),
+    ("keep", guard.SpecGuard, "_quarantine", lambda self, req: None),
+    ("place", guard.SpecGuard, "place", lambda self, req: None),
+    ("everybody", taint.Taint, "namespace", lambda self, *prompts: "kv-anomaly"),
+):
+    with mock.patch.object(owner, attribute, broken):
+        found[name] = verdict()
+print("found:" + json.dumps(found))
+"""
+
+
+def verdicts(environment: Environment, script: str) -> dict[str, str]:
+    """What the probe says, by what was taken out of force."""
+    done = subprocess.run(
+        [str(environment.python), "-c", script],
+        env=cpu_env(environment.env),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("found:")]
+    assert lines, done.stderr[-2000:]
+    found: dict[str, str] = json.loads(lines[0].removeprefix("found:"))
+    assert found.pop("nothing") == "armed"
+    return found
+
+
+def test_safe_reclaims_probe_notices_each_missing_part(old: Environment) -> None:
+    found = verdicts(old, RECLAIM)
+    assert "past the gate" in found["gate"]  # the gate's own check is first
+    assert "without a generation" in found["trailer"]
+    assert "did not skip" in found["drop"]
+    assert "failed write" in found["poison"]
+
+
+@pytest.mark.parametrize("release", ["old", "new"])
+def test_the_guards_probe_notices_each_missing_part(
+    release: str, request: pytest.FixtureRequest
+) -> None:
+    environment: Any = request.getfixturevalue(release)
+    assert verdicts(environment, GUARD) == {
+        "look": "probe: a request without an accepted draft was not aborted",
+        "judge": "probe: a sound request was aborted",
+        "status": "probe: the abort does not carry status 503 and its type",
+        "keep": "probe: an aborted request may enter the prefix cache",
+        "place": "probe: a later request may read suspect KV",
+        "everybody": "probe: a request with another beginning was moved",
+    }
