@@ -2,7 +2,8 @@
 
 The pair whose turn it is not stands still: SIGSTOP for its servers and its client, so
 its requests are where they were when it goes on. What a pair does in its own turns is
-what counts.
+what counts. Prefill and decode have a core each, as on two machines; where the kernel puts
+what stood still is luck otherwise, and lasts.
 
     stock  ──run──┊  stopped  ┊┊  stopped  ┊──run──  ...   completed while running,
     fixed  stopped┊───run─────┊┊───run─────┊stopped  ...   per second of running
@@ -29,6 +30,7 @@ from sglang_scaling_fixes.lab.process import Guarded
 FIRST_ROOM = 1_000_001
 """The warm-up has the rooms below."""
 _ROOT = Path(__file__).parents[2]
+_CORES = sorted(os.sched_getaffinity(0))[:2]
 _END_S = 120.0
 
 
@@ -47,6 +49,8 @@ class Half:
         self._client: Guarded | None = None
         self._pids = [p for s in (cluster.fast, cluster.decode) for p in s.process.pids()]
         self._servers = list(self._pids)
+        for core, server in zip(_CORES, (cluster.fast, cluster.decode), strict=False):
+            processes.pin(server.process.pids(), core)
         job.save(self._job)
 
     def begin(self) -> None:
