@@ -41,7 +41,9 @@ def _parser() -> argparse.ArgumentParser:
     load.add_argument("--new-tokens", type=int, default=8)
     load.add_argument("--seed", type=int, default=1)
     turns = argparse.ArgumentParser(add_help=False, parents=[load])
-    turns.add_argument("--sessions", type=int, default=5, help="of fresh servers (default 5)")
+    turns.add_argument(
+        "--sessions", type=int, default=6, help="of fresh servers (default 6); take an even number"
+    )
     turns.add_argument(
         "--seconds", type=float, default=80.0, help="of each half in a session (default 80)"
     )
