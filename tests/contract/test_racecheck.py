@@ -5,10 +5,8 @@ Every check runs in a process of its own on this environment's dependencies.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from wheels import between
 
 from sglang_scaling_fixes.lab.runtime import STANDINS, cpu_env
 from sglang_scaling_fixes.ordering import racecheck
+from tests import child
 
 INDEX, KV = "load-before-index-read", "load-before-kv-read"
 LOAD, WRITE = "load-over-inflight-write", "writeback-before-forward-write"
@@ -149,17 +148,7 @@ def test_one_wait_removed_turns_exactly_its_hazard() -> None:
     env = cpu_env({"CUDA_VISIBLE_DEVICES": ""})
     env.pop(STANDINS)
     env["PYTHONPATH"] = os.pathsep.join([str(racecheck._PACKAGE), env["PYTHONPATH"]])
-    done = subprocess.run(
-        [sys.executable, "-c", CONTROLS],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("found:")]
-    assert lines, done.stderr[-2000:]
-    found = json.loads(lines[0].removeprefix("found:"))
+    found = child.said(sys.executable, CONTROLS, env=env, mark="found:", timeout_s=600)
     for control, hazard in EXPECTED.items():
         calm = {name: v for name, v in found[control].items() if v in ("ordered", "n/a")}
         turned = {name: v for name, v in found[control].items() if name not in calm}

@@ -7,8 +7,6 @@ that guards a server's start passes on all of them.
 
 from __future__ import annotations
 
-import json
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import pytest
 from sglang_scaling_fixes.config import GUARD_ENV, PLUGIN_ENV
 from sglang_scaling_fixes.lab.install import Environment
 from sglang_scaling_fixes.lab.runtime import cpu_env
+from tests import child
 from tests.contract import wheels
 from tests.releases import NEW
 
@@ -48,17 +47,7 @@ print("probe:" + json.dumps([sglang.__file__, states, guard]))
 def probe(environment: Environment, source: Path) -> Any:
     env = cpu_env({**environment.env, PLUGIN_ENV: ",".join(FIXES), GUARD_ENV: "abort"})
     env["PYTHONPATH"] = f"{source}:{env['PYTHONPATH']}"
-    done = subprocess.run(
-        [str(environment.python), "-c", PROBE],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("probe:")]
-    assert lines, done.stderr[-2000:]
-    return json.loads(lines[0].removeprefix("probe:"))
+    return child.said(environment.python, PROBE, env=env, mark="probe:", timeout_s=400)
 
 
 @pytest.fixture(scope="module")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 from typing import Any
 
 import pytest
 
 from sglang_scaling_fixes.lab.install import Environment
 from sglang_scaling_fixes.lab.runtime import cpu_env
+from tests import child
 
 RECLAIM = """
 import json
@@ -76,17 +75,10 @@ print("found:" + json.dumps(found))
 
 def verdicts(environment: Environment, script: str) -> dict[str, str]:
     """What the probe says, by what was taken out of force."""
-    done = subprocess.run(
-        [str(environment.python), "-c", script],
-        env=cpu_env(environment.env),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+    env = cpu_env(environment.env)
+    found: dict[str, str] = child.said(
+        environment.python, script, env=env, mark="found:", timeout_s=300
     )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("found:")]
-    assert lines, done.stderr[-2000:]
-    found: dict[str, str] = json.loads(lines[0].removeprefix("found:"))
     assert found.pop("nothing") == "armed"
     return found
 

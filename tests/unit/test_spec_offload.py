@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 
 import pytest
 
 from sglang_scaling_fixes.lab.runtime import cpu_env
+from tests import child
 
 SCRIPT = """
 import json, sys
@@ -84,17 +83,9 @@ print("said:" + json.dumps(said))
 def said() -> dict[str, dict[str, object]]:
     found = {}
     for action in ("off", "abort"):
-        done = subprocess.run(
-            [sys.executable, "-c", SCRIPT, action],
-            env=cpu_env({}),
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
+        found[action] = child.said(
+            sys.executable, SCRIPT, action, env=cpu_env({}), mark="said:", timeout_s=300
         )
-        lines = [line for line in done.stdout.splitlines() if line.startswith("said:")]
-        assert lines, done.stderr[-2000:]
-        found[action] = json.loads(lines[0].removeprefix("said:"))
     return found
 
 
