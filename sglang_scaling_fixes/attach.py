@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -315,6 +315,10 @@ def resolve(target: str) -> tuple[Any, str, Any]:
     return owner, name, raw
 
 
+_replaced: dict[str, tuple[Any, Any]] = {}
+"""Target -> the wrapper put there, and what stood there before (None: inherited)."""
+
+
 def wrap_method(target: str, around: Callable[..., Any]) -> None:
     """Replace a method by `around(original, *args, **kwargs)`, once."""
 
@@ -349,7 +353,38 @@ def replace_method(target: str, make: Callable[[Callable[..., Any]], Callable[..
 
     wrapper = functools.wraps(original)(make(original))
     setattr(wrapper, _MARK, True)
-    setattr(owner, name, kind(wrapper) if kind is not None else wrapper)
+    installed = kind(wrapper) if kind is not None else wrapper
+    _replaced[target] = installed, vars(owner).get(name)
+    setattr(owner, name, installed)
+
+
+def unwrap(targets: Iterable[str]) -> None:
+    """Put back what stood at these targets before we wrapped them.
+
+    For wrappers that have nothing to do in this process: the hottest of them run for every
+    token and every turn of a scheduler's loop. One that somebody else has wrapped again stays.
+    """
+    for target in targets:
+        if target not in _replaced:
+            continue
+        installed, before = _replaced[target]
+        owner, name, raw = resolve(target)
+        if raw is not installed:
+            continue
+        del _replaced[target]
+        if before is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
+
+
+def unwrap_other_roles(fix: str, role: str) -> None:
+    """This process serves as `role` for good: take off what `fix` has attached for another."""
+    unwrap(
+        point.target
+        for point in ATTACH_POINTS
+        if point.fix == fix and point.wrapped and point.role not in (role, "both")
+    )
 
 
 def is_wrapped(target: str) -> bool:

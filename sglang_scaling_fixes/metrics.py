@@ -156,17 +156,21 @@ class Metrics:
         self._exported = (
             {} if labels is None else {m.name: _make(m, self._labels, prefix) for m in known}
         )
-        self._counts = Counter({m.name: 0 for m in known if m.kind == "counter" and not m.labels})
+        self._children: dict[tuple[str, ...], Any] = {}
+        """By the metric's name and its own labels' values: the client looks a series up slowly."""
+        self._counts = {m.name: 0 for m in known if m.kind == "counter" and not m.labels}
         self._by_label: dict[str, Counter[str]] = {
             m.name: Counter() for m in known if m.kind == "counter" and m.labels
         }
 
     def inc(self, name: str, *values: str) -> None:
         """Count one; `values` are those of the metric's own labels, in their order."""
-        counts = self._by_label[name] if values else self._counts
-        counts["/".join(values) or name] += 1
-        if (series := self._series(name, values)) is not None:
-            series.inc()
+        if values:
+            self._by_label[name]["/".join(values)] += 1
+        else:
+            self._counts[name] += 1
+        if self._exported:
+            self._series(name, values).inc()
 
     def set(self, name: str, value: float, *values: str) -> None:
         if (series := self._series(name, values)) is not None:
@@ -185,8 +189,11 @@ class Metrics:
         metric = self._known[name]
         if not self._exported:
             return None
-        values = {**self._labels, **dict(zip(metric.labels, own, strict=True))}
-        return self._exported[name].labels(**values)
+        key = (name, *own)
+        if (series := self._children.get(key)) is None:
+            labels = {**self._labels, **dict(zip(metric.labels, own, strict=True))}
+            series = self._children[key] = self._exported[name].labels(**labels)
+        return series
 
 
 def of_process(known: tuple[Metric, ...], manager: Any) -> Metrics:

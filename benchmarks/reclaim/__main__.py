@@ -42,10 +42,13 @@ def _parser() -> argparse.ArgumentParser:
     load.add_argument("--seed", type=int, default=1)
     turns = argparse.ArgumentParser(add_help=False, parents=[load])
     turns.add_argument(
-        "--sessions", type=int, default=6, help="of fresh servers (default 6); take an even number"
+        "--sessions",
+        type=int,
+        default=10,
+        help="of fresh servers (default 10); take an even number",
     )
     turns.add_argument(
-        "--seconds", type=float, default=80.0, help="of each half in a session (default 80)"
+        "--seconds", type=float, default=40.0, help="of each half in a session (default 40)"
     )
     turns.add_argument("--turn", type=float, default=0.25, help="seconds (default 0.25)")
     turns.add_argument("--control", action="store_true", help="stock against stock")

@@ -46,13 +46,15 @@ def throughput_table(result: dict[str, Any]) -> str:
         cpu = f"{fixed['server_cpu_ms'] / stock['server_cpu_ms']:.4f}"
         found = (f"{session['ratio']:.4f}", cpu, str(session["other_cores"]))
         rows.append((str(number), *rates, *found))
-    ratio, answers = result["ratio"], result["answers"]
+    ratio, between, answers = result["ratio"], result["ratio_over_sessions"], result["answers"]
     lines = [
         "stock against stock, the noise of the method\n" if result["control"] else "",
         table(rows),
         "",
         f"requests/s, fixed/stock over all turns: {ratio['value']} "
-        f"(95%: {ratio['from']} to {ratio['to']}); per session {result['ratio_per_session']}",
+        f"(95% from blocks of turns: {ratio['from']} to {ratio['to']}; from sessions: "
+        f"{between['from']} to {between['to']})",
+        f"per session: {result['ratio_per_session']}",
         f"server CPU time per request, fixed/stock per session: {result['cpu_ratio_per_session']}",
         f"answers compared {answers['compared']}, wrong {answers['wrong']}",
     ]

@@ -9,10 +9,10 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from sglang_scaling_fixes.attach import wrap_method
+from sglang_scaling_fixes.attach import replace_method, wrap_method
 from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.reclaim import layout
-from sglang_scaling_fixes.reclaim.decode import DecodeGuard, OutgoingTap, rank_of
+from sglang_scaling_fixes.reclaim.decode import SUCCESS, DecodeGuard, OutgoingTap, rank_of
 
 _MOONCAKE = "sglang.srt.disaggregation.mooncake.conn"
 _DECODE = "sglang.srt.disaggregation.decode"
@@ -43,41 +43,57 @@ def _attach_manager(config: Config) -> None:
 
 
 def _attach_receiver() -> None:
-    def connect(stock: Callable[..., Any], cls: Any, bootstrap_info: dict[str, Any]) -> Any:
-        route = functools.partial(stock, cls, bootstrap_info)
-        socket, lock = route()
-        guard = DecodeGuard.current
-        if guard is None:
-            return socket, lock
-        return OutgoingTap(socket, rank_of(bootstrap_info), route, guard), lock
+    def connect(stock: Callable[..., Any]) -> Callable[..., Any]:
+        def connected(cls: Any, bootstrap_info: dict[str, Any]) -> Any:
+            socket, lock = stock(cls, bootstrap_info)
+            guard = DecodeGuard.current
+            if guard is None:
+                return socket, lock
+            rank = rank_of(bootstrap_info)
+            route = functools.partial(stock, cls, bootstrap_info)
+            return OutgoingTap(socket, rank, route, guard), lock
 
-    def send_metadata(stock: Callable[..., Any], receiver: Any, *args: Any, **kwargs: Any) -> Any:
-        guard = DecodeGuard.current
-        if guard is None:
-            return stock(receiver, *args, **kwargs)
-        return guard.send_metadata(stock, receiver, *args, **kwargs)
+        return connected
 
-    def poll(stock: Callable[..., Any], receiver: Any) -> Any:
-        guard = DecodeGuard.current
-        return stock(receiver) if guard is None else guard.poll(stock, receiver)
+    def send_metadata(stock: Callable[..., Any]) -> Callable[..., Any]:
+        def sent(receiver: Any, *args: Any, **kwargs: Any) -> Any:
+            guard = DecodeGuard.current
+            if guard is None:
+                return stock(receiver, *args, **kwargs)
+            return guard.send_metadata(stock, receiver, *args, **kwargs)
 
-    def clear(stock: Callable[..., Any], receiver: Any) -> Any:
-        if (guard := DecodeGuard.current) is not None:
-            guard.clearing(receiver)
-        return stock(receiver)
+        return sent
 
-    def commit(stock: Callable[..., Any], queue: Any, request: Any) -> Any:
-        guard = DecodeGuard.current
-        if guard is None:
-            return stock(queue, request)
-        with guard.committing(request.kv_receiver):
-            return stock(queue, request)
+    def poll(stock: Callable[..., Any]) -> Callable[..., Any]:
+        def polled(receiver: Any) -> Any:
+            # Every receiver in every turn of the loop, and nearly always one that waits.
+            status = stock(receiver)
+            if status != SUCCESS or DecodeGuard.current is None:
+                return status
+            return DecodeGuard.current.succeeded(stock, receiver)
 
-    wrap_method(f"{_MOONCAKE}:MooncakeKVReceiver._connect_to_bootstrap_server", connect)
-    wrap_method(f"{_MOONCAKE}:MooncakeKVReceiver.send_metadata", send_metadata)
-    wrap_method(f"{_MOONCAKE}:MooncakeKVReceiver.poll", poll)
-    wrap_method(f"{_MOONCAKE}:MooncakeKVReceiver.clear", clear)
-    wrap_method(f"{_DECODE}:DecodeTransferQueue._commit_transfer_to_req", commit)
+        return polled
+
+    def clear(stock: Callable[..., Any]) -> Callable[..., Any]:
+        def cleared(receiver: Any) -> Any:
+            if DecodeGuard.current is not None:
+                DecodeGuard.current.clearing(receiver)
+            return stock(receiver)
+
+        return cleared
+
+    def commit(stock: Callable[..., Any]) -> Callable[..., Any]:
+        def committed(queue: Any, request: Any) -> Any:
+            guard = DecodeGuard.current
+            return stock(queue, request) if guard is None else guard.commit(stock, queue, request)
+
+        return committed
+
+    replace_method(f"{_MOONCAKE}:MooncakeKVReceiver._connect_to_bootstrap_server", connect)
+    replace_method(f"{_MOONCAKE}:MooncakeKVReceiver.send_metadata", send_metadata)
+    replace_method(f"{_MOONCAKE}:MooncakeKVReceiver.poll", poll)
+    replace_method(f"{_MOONCAKE}:MooncakeKVReceiver.clear", clear)
+    replace_method(f"{_DECODE}:DecodeTransferQueue._commit_transfer_to_req", commit)
 
 
 def _attach_scheduler() -> None:
@@ -98,21 +114,23 @@ def _attach_scheduler() -> None:
             kwargs["is_rebootstrap"] = True
         return stock(queue, req, is_retracted, **kwargs)
 
-    def process_input_requests(
-        stock: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        # Every iteration of every loop, on all TP ranks alike, paused or not.
-        if (guard := DecodeGuard.current) is not None:
-            guard.tick()
-        return stock(scheduler, *args, **kwargs)
+    def process_input_requests(stock: Callable[..., Any]) -> Callable[..., Any]:
+        def processed(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+            # Every iteration of every loop, on all TP ranks alike, paused or not.
+            if DecodeGuard.current is not None:
+                DecodeGuard.current.tick()
+            return stock(scheduler, *args, **kwargs)
 
-    def is_fully_idle(
-        stock: Callable[..., Any], scheduler: Any, for_health_check: bool = False, **kwargs: Any
-    ) -> Any:
-        idle = stock(scheduler, for_health_check, **kwargs)
-        guard = DecodeGuard.current
-        return idle and (for_health_check or guard is None or not guard.holding())
+        return processed
+
+    def is_fully_idle(stock: Callable[..., Any]) -> Callable[..., Any]:
+        def idle(scheduler: Any, for_health_check: bool = False, **kwargs: Any) -> Any:
+            guard = DecodeGuard.current
+            fully = stock(scheduler, for_health_check, **kwargs)
+            return fully and (for_health_check or guard is None or not guard.holding())
+
+        return idle
 
     wrap_method(f"{_QUEUE}.add", add)
-    wrap_method(f"{_SCHEDULER}:Scheduler.process_input_requests", process_input_requests)
-    wrap_method(f"{_SCHEDULER}:Scheduler.is_fully_idle", is_fully_idle)
+    replace_method(f"{_SCHEDULER}:Scheduler.process_input_requests", process_input_requests)
+    replace_method(f"{_SCHEDULER}:Scheduler.is_fully_idle", is_fully_idle)

@@ -20,7 +20,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -178,14 +178,9 @@ class DecodeGuard:
                 "session since it fenced its memory: retry the request",
             )
             return None
-        with self._sends(exposure):
-            return stock(receiver, kv_indices, aux_index, state_indices, **kwargs)
-
-    @contextlib.contextmanager
-    def _sends(self, exposure: Exposure) -> Iterator[None]:
         self._sending = exposure
         try:
-            yield
+            return stock(receiver, kv_indices, aux_index, state_indices, **kwargs)
         finally:
             self._sending = None
 
@@ -211,12 +206,12 @@ class DecodeGuard:
             self._stock_abort(int(frames[1]), rank, frames)
             return frames
         exposure = self._sending
-        if exposure is None or rank not in exposure.writers:
+        writer = None if exposure is None else exposure.writers.get(rank)
+        if exposure is None or writer is None:
             return frames
         with self._lock:
-            same = self._hello_on.get(rank) is socket
-            self.ledger.sent(exposure, rank, after_hello=same)
-            expects = exposure.writers[rank].incarnation
+            self.ledger.sent(exposure, rank, after_hello=self._hello_on.get(rank) is socket)
+            expects = writer.incarnation
         gen, epoch = exposure.gen, exposure.epoch
         bind = messages.Bind(self._reply_to, rank, gen, epoch, expects=expects)
         return messages.ride(frames, bind)
@@ -264,8 +259,8 @@ class DecodeGuard:
 
     # -- endings ------------------------------------------------------------------
 
-    def poll(self, stock: Callable[..., Any], receiver: Any) -> Any:
-        """Stock's poll; a success that stock has counted is shown only if it is this attempt's.
+    def succeeded(self, stock: Callable[..., Any], receiver: Any) -> Any:
+        """Stock's poll says success, which is shown only if it is this attempt's.
 
         Stock counts by room, some time after the success was admitted: one of the
         attempt before may be counted for this one. Then the room waits on, so that
@@ -274,7 +269,7 @@ class DecodeGuard:
         change loses none.
         """
         with getattr(receiver, "_lifecycle_lock", contextlib.nullcontext()):
-            status = stock(receiver)
+            status = stock(receiver)  # again: it may have been aborted before the lock was ours
             if status != SUCCESS or self._complete(receiver):
                 return status
             waiting = type(status)(WAITING)
@@ -293,12 +288,12 @@ class DecodeGuard:
         with self._lock:
             return self.ledger.complete(exposure)
 
-    @contextlib.contextmanager
-    def committing(self, receiver: Any) -> Iterator[None]:
+    def commit(self, stock: Callable[..., Any], queue: Any, request: Any) -> Any:
         """Stock hands the KV to its request, which it does on every TP rank or on none."""
+        receiver = request.kv_receiver
         receiver.sglang_scaling_fixes_commit = True
         try:
-            yield
+            return stock(queue, request)
         finally:
             receiver.sglang_scaling_fixes_commit = False
 

@@ -93,7 +93,7 @@ class LedgerError(AssertionError):
     """An event arrived that the table does not allow: a bug in an adapter."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Writer:
     """One prefill rank that may write into an exposure's slots."""
 
@@ -124,7 +124,7 @@ class Writer:
         return self.bound_by or self.incarnation
 
 
-@dataclass
+@dataclass(slots=True)
 class Exposure:
     """Destinations of one attempt, as decode sent them."""
 
@@ -537,7 +537,7 @@ class Delivery(enum.Enum):
     DROP = "its attempt is over: stock must not see it"
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Attempt:
     """All destinations of one attempt at a room, and what is being done with them."""
 

@@ -10,18 +10,16 @@ Three kinds of threads meet here, so every ledger call is made under one lock:
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import logging
 import threading
-import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from sglang_scaling_fixes import release
-from sglang_scaling_fixes.attach import wrap_method
+from sglang_scaling_fixes.attach import replace_method, wrap_method
 from sglang_scaling_fixes.metrics import PREFILL, of_process
 from sglang_scaling_fixes.reclaim import messages
 from sglang_scaling_fixes.reclaim.ledger import (
@@ -48,6 +46,22 @@ logger = logging.getLogger(__name__)
 _MOONCAKE = "sglang.srt.disaggregation.mooncake.conn"
 _FAILED, _TRANSFERRING, _SUCCESS = 0, 3, 4
 """KVPoll values in every supported release (contract-tested)."""
+
+
+class Ticket:
+    """A sender's key in the ledger. Only the sender has it, so it goes when the sender does.
+
+    It may go anywhere, also under our lock, so all it does then is leave a note.
+    """
+
+    __slots__ = ("_dropped", "key", "room")
+
+    def __init__(self, key: int, room: int, dropped: deque[tuple[int, int]]) -> None:
+        self.key, self.room = key, room
+        self._dropped = dropped
+
+    def __del__(self) -> None:
+        self._dropped.append((self.key, self.room))
 
 
 class PrefillGuard:
@@ -118,6 +132,8 @@ class PrefillGuard:
         if message is messages.GARBAGE or not self._for_prefill(stock, message):
             self.metrics.inc("garbage")
             return None
+        if isinstance(message, messages.Bind):
+            return self._bind(stock, message)
         if isinstance(message, messages.Ask):
             self.metrics.inc("asked")
             with self._lock:
@@ -129,18 +145,16 @@ class PrefillGuard:
         if isinstance(message, messages.Hello):
             self._here(message.reply_to, message.rank, seq=message.seq)
             return stock
-        if isinstance(message, messages.Bind):
-            return self._bind(stock, message)
         return self._bind_stranger(stock) if stock[0].isdigit() else stock
 
     def _for_prefill(self, stock: list[bytes], message: messages.Message | None) -> bool:
         """Something a decode rank says, as far as it is read here."""
+        if isinstance(message, messages.Bind):
+            return is_metadata(stock)
         if isinstance(message, messages.Ask):
             return True
         if isinstance(message, messages.Hello):
             return stock[:1] == [b"None"]
-        if isinstance(message, messages.Bind):
-            return is_metadata(stock)
         if message is not None or not stock:
             return False
         if stock[0].isdigit():
@@ -206,39 +220,37 @@ class PrefillGuard:
     def sender_made(self, sender: Any) -> None:
         """Stock made a sender. It may never clear it (several abort paths do not)."""
         self._retire_dropped()
-        key, room = next(self._keys), sender.bootstrap_room
-        sender.sglang_scaling_fixes_key = key
-        weakref.finalize(sender, self._dropped.append, (key, room)).atexit = False
+        ticket = Ticket(next(self._keys), sender.bootstrap_room, self._dropped)
+        sender.sglang_scaling_fixes_ticket = ticket
         with self._lock:
-            actions = self._ledger.sender_made(key, room)
+            actions = self._ledger.sender_made(ticket.key, ticket.room)
         self._act(actions)
 
     def _retire_dropped(self) -> None:
-        """Retire senders the interpreter has dropped. A finalizer may run anywhere,
-        also under our lock, so it only leaves a note."""
+        """Retire senders the interpreter has dropped."""
         while self._dropped:
             key, room = self._dropped.popleft()
             with self._lock:
                 actions = self._ledger.retire(key, room)
             self._act(actions)
 
-    @contextlib.contextmanager
-    def sending(self, sender: Any) -> Iterator[None]:
-        """Chunks queued inside are this sender's."""
-        self._sender = sender.sglang_scaling_fixes_key
+    def send(self, stock: Callable[..., Any], sender: Any, *args: Any, **kwargs: Any) -> Any:
+        """Stock's send: the chunks it queues are this sender's."""
+        self._sender = sender.sglang_scaling_fixes_ticket.key
         try:
-            yield
+            return stock(sender, *args, **kwargs)
         finally:
             self._sender = None
 
     def retire(self, sender: Any) -> None:
+        ticket: Ticket = sender.sglang_scaling_fixes_ticket
         with self._lock:
-            actions = self._ledger.retire(sender.sglang_scaling_fixes_key, sender.bootstrap_room)
+            actions = self._ledger.retire(ticket.key, ticket.room)
         self._act(actions)
 
     def busy(self, sender: Any) -> bool:
         with self._lock:
-            return self._ledger.busy(sender.sglang_scaling_fixes_key)
+            return self._ledger.busy(sender.sglang_scaling_fixes_ticket.key)
 
     # -- chunks (see taps.ChunkLedger) ---------------------------------------------------
 
@@ -363,20 +375,23 @@ def attach() -> None:
     def send(stock: Callable[..., Any], sender: Any, *args: Any, **kwargs: Any) -> Any:
         if (guard := PrefillGuard.current) is None:
             return stock(sender, *args, **kwargs)
-        with guard.sending(sender):
-            return stock(sender, *args, **kwargs)
+        return guard.send(stock, sender, *args, **kwargs)
 
-    def poll(stock: Callable[..., Any], sender: Any) -> Any:
+    def poll(stock: Callable[..., Any]) -> Callable[..., Any]:
         """Failed is not shown while a write of the room still reads its source pages.
 
         Stock frees a failed room's source pages at once; the next owner's KV would
         then be sent in their place.
         """
-        status = stock(sender)
-        guard = PrefillGuard.current
-        if status == _FAILED and guard is not None and guard.busy(sender):
-            return type(status)(_TRANSFERRING)
-        return status
+
+        def polled(sender: Any) -> Any:
+            # Every sender in every turn of the loop.
+            status = stock(sender)
+            if status == _FAILED and (guard := PrefillGuard.current) is not None:
+                return type(status)(_TRANSFERRING) if guard.busy(sender) else status
+            return status
+
+        return polled
 
     def clear(stock: Callable[..., Any], sender: Any) -> Any:
         result = stock(sender)
@@ -390,5 +405,5 @@ def attach() -> None:
     wrap_method(f"{_MOONCAKE}:MooncakeKVManager._connect", connect)
     wrap_method(f"{_MOONCAKE}:MooncakeKVSender.__init__", sender_init)
     wrap_method(f"{_MOONCAKE}:MooncakeKVSender.send", send)
-    wrap_method(f"{_MOONCAKE}:MooncakeKVSender.poll", poll)
+    replace_method(f"{_MOONCAKE}:MooncakeKVSender.poll", poll)
     wrap_method(f"{_MOONCAKE}:MooncakeKVSender.clear", clear)

@@ -205,15 +205,17 @@ def _prove_success(guard: DecodeGuard, manager: Any, expose: Any, tokens: Any, a
     before = available()
     receiver, slots, slot = expose(_ROOM + 1)
     manager.request_status[_ROOM + 1] = receiver.conclude_state = 4
-    with guard.committing(receiver):
-        receiver.clear()
+    guard.commit(lambda *_: receiver.clear(), None, SimpleNamespace(kv_receiver=receiver))
     check(free() == before, "a landed request was held")
 
     receiver, slots, slot = expose(_ROOM + 2)
+    manager.request_status[_ROOM + 2] = 4  # as counted for the attempt before
+    check(receiver.poll() != 4, "a success of another attempt was shown to the scheduler")
     mark = messages.encode(messages.Mark(receiver.sglang_scaling_fixes_exposure.gen, _RANK))
     success = manager.server_socket._read([str(_ROOM + 2).encode(), b"4", b"0", mark])
     check(success is not None, "this attempt's own success did not reach stock")
-    manager.request_status[_ROOM + 2] = receiver.conclude_state = 4
+    manager.request_status[_ROOM + 2] = 4
+    check(receiver.poll() == 4, "this attempt's own success was not shown to the scheduler")
     receiver.clear()  # success here, and yet ended: another rank may have no proof
     check(free() != before, "a success of one rank was taken for all")
     guard.tick()
@@ -299,10 +301,9 @@ def _prove_prefill() -> None:
     check(read(metadata(_ROOM, "g1")) == metadata(_ROOM, "g1")[:8], "metadata did not reach stock")
     read(metadata(_ROOM + 1, "g2"))
     senders = {room: _Sender(room) for room in (_ROOM, _ROOM + 1)}
-    for room, sender in senders.items():
+    for sender in senders.values():
         guard.sender_made(sender)
-        with guard.sending(sender):
-            tap.put(_Chunk(room))
+        guard.send(lambda sender: tap.put(_Chunk(sender.bootstrap_room)), sender)
     ask = messages.Ask("tcp://192.0.2.2:9", _RANK, _ROOM, "g1")
     check(read([messages.encode(ask)]) is None, "stock saw our message")
     last = answers[-1]
@@ -323,8 +324,7 @@ def _prove_prefill() -> None:
         check(seen == [_ROOM + 1], "the worker did not skip the aborted room's chunk")
         sender = senders[_ROOM + 1]
         check(not guard.busy(sender), "a finished chunk still counts as being written")
-        with guard.sending(sender):
-            attempt = guard.put(_Chunk(_ROOM + 1))
+        attempt: Attempt | None = guard.send(lambda _: guard.put(_Chunk(_ROOM + 1)), sender)
         assert attempt is not None
         tapped = ExecutorTap(pool, guard)
         IN_HAND.attempt = attempt

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from sglang_scaling_fixes import release
+from sglang_scaling_fixes.attach import unwrap_other_roles
 from sglang_scaling_fixes.errors import ConfigError
 from sglang_scaling_fixes.reclaim import fence
 from sglang_scaling_fixes.reclaim.decode import DecodeGuard
@@ -78,7 +79,10 @@ def field_defaults(record: type) -> dict[str, Any]:
 
 
 def check_in_force(scheduler: Any) -> None:
-    """After stock built its scheduler: what this role needs is really in its objects."""
+    """After stock built its scheduler: what this role needs is really in its objects.
+
+    What the other role needs is taken off again: a role is for good (a switch is refused).
+    """
     mode = scheduler.disaggregation_mode.value
     if mode == "decode":
         manager = scheduler.disagg_decode_prealloc_queue.kv_manager
@@ -87,13 +91,14 @@ def check_in_force(scheduler: Any) -> None:
             raise ConfigError("the decode allocators of this scheduler are not gated")
     elif mode == "prefill":
         manager = scheduler.disagg_prefill_bootstrap_queue.kv_manager
-        if not _is_mooncake(manager):
-            return
         deadline = time.monotonic() + _TAP_WAIT
-        while not (PrefillGuard.current is not None and PrefillGuard.current.guards(manager)):
+        while _is_mooncake(manager) and not (
+            PrefillGuard.current is not None and PrefillGuard.current.guards(manager)
+        ):
             if time.monotonic() >= deadline:
                 raise ConfigError("the transfer queues of this scheduler are not accounted for")
             time.sleep(0.01)
+    unwrap_other_roles("safe-reclaim", mode)
 
 
 def _is_mooncake(manager: Any) -> bool:

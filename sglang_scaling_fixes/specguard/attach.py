@@ -8,7 +8,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sglang_scaling_fixes import metrics
-from sglang_scaling_fixes.attach import is_wrapped, replace_method, resolve, wrap_method
+from sglang_scaling_fixes.attach import (
+    is_wrapped,
+    replace_method,
+    resolve,
+    unwrap,
+    wrap_method,
+)
 from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.errors import AttachError, ConfigError
 from sglang_scaling_fixes.specguard import settings, tell
@@ -23,6 +29,8 @@ _RESPONSES = "sglang.srt.entrypoints.openai.serving_responses:OpenAIServingRespo
 
 FINISH = (f"{_BATCH}:Req.update_finish_state", f"{_BATCH}:Req.check_finished")
 """Where a request's end is decided: the first since 0.5.13, the second before."""
+PLACES = (f"{_BATCH}:Req.__init__", f"{_BATCH}:Req.init_next_round_input")
+"""Where every request is placed: in a namespace without suspect KV."""
 ACCEPTED = ("spec_num_correct_drafts", "spec_accepted_drafts")
 """The request's count of accepted drafts: the first since 0.5.12, the second before."""
 
@@ -79,8 +87,8 @@ def _wrap_requests() -> None:
         return stock(queue, req)
 
     replace_method(finish_target(), finish)
-    wrap_method(f"{_BATCH}:Req.__init__", init)
-    wrap_method(f"{_BATCH}:Req.init_next_round_input", next_round)
+    for target, place in zip(PLACES, (init, next_round), strict=True):
+        wrap_method(target, place)
     wrap_method(
         "sglang.srt.disaggregation.decode:DecodePreallocQueue._match_prefix_and_lock", match
     )
@@ -157,7 +165,12 @@ def bind(scheduler: Any, server_args: Any, config: Config) -> None:
     """After stock built its scheduler: make the guard. ConfigError where it cannot judge."""
     settings.check(server_args, config)  # again: what stock made of the arguments is known now
     role = str(getattr(server_args, "disaggregation_mode", "null"))
-    if settings.algorithm(server_args) is None and role != "prefill":
+    judges = settings.algorithm(server_args) is not None
+    if not judges:
+        unwrap([finish_target()])
+    if config.guard != "abort" or not (judges or role == "prefill"):
+        unwrap(PLACES)  # nothing becomes suspect here
+    if not judges and role != "prefill":
         return  # a bare --plugin on a server without speculation: nothing to judge
     if config.guard == "abort" and type(scheduler.tree_cache).__name__ == "RadixCacheCpp":
         raise ConfigError(
@@ -175,7 +188,7 @@ def bind(scheduler: Any, server_args: Any, config: Config) -> None:
         settings.rules(config, server_args),
         config.guard,
         Taint(_page_size(scheduler), _origin(scheduler)),
-        depth_of(scheduler, server_args) if settings.algorithm(server_args) else 1,
+        depth_of(scheduler, server_args) if judges else 1,
         accepted_field(),
         worker=f"{server_args.host}:{server_args.port}",
         tell=told,

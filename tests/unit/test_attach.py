@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-from sglang_scaling_fixes.attach import ATTACH_POINTS, is_wrapped, resolve, wrap_method
+from sglang_scaling_fixes.attach import (
+    ATTACH_POINTS,
+    is_wrapped,
+    resolve,
+    unwrap,
+    wrap_method,
+)
 from sglang_scaling_fixes.errors import AttachError
 
 SOURCE = """
@@ -58,6 +65,32 @@ def test_wrapping_twice_is_refused(stock: Any) -> None:
     assert is_wrapped("stock_module:Base.method")
     with pytest.raises(AttachError, match="already"):
         wrap_method("stock_module:Base.method", loudly)
+
+
+def test_what_is_unwrapped_is_what_it_was(stock: Any) -> None:
+    before = dict(vars(stock.Base))
+    targets = ["stock_module:Child.method", "stock_module:Child.build"]
+    targets += [f"stock_module:Base.{name}" for name in ("method", "build", "plain")]
+    for target in targets:
+        wrap_method(target, loudly)
+    unwrap([*targets, "stock_module:Base.never_wrapped", "no_such_module:A.b"])
+    assert dict(vars(stock.Base)) == before
+    assert not {"method", "build"} & set(vars(stock.Child))
+    wrap_method("stock_module:Base.method", loudly)  # and it can be wrapped anew
+    assert stock.Base().method(1) == ("ours", ("method", 1))
+
+
+def test_a_wrapper_that_somebody_wrapped_stays(stock: Any) -> None:
+    wrap_method("stock_module:Base.method", loudly)
+    inner = stock.Base.method
+
+    @functools.wraps(inner)
+    def theirs(self: Any, x: int) -> Any:
+        return ("theirs", inner(self, x))
+
+    stock.Base.method = theirs
+    unwrap(["stock_module:Base.method"])
+    assert stock.Base().method(1) == ("theirs", ("ours", ("method", 1)))
 
 
 @pytest.mark.parametrize(

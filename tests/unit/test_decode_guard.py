@@ -206,8 +206,8 @@ def test_a_gone_writers_hold_below_the_bound_ends_when_nothing_flies(fenced: lis
         time.sleep(0.1)
     decode.guard.tick()
     assert not fenced, "it would end the other transfer"
-    with decode.guard.committing(flying[0]):
-        decode.guard.clearing(flying[0])
+    request = SimpleNamespace(kv_receiver=flying[0])
+    decode.guard.commit(lambda *_: decode.guard.clearing(flying[0]), None, request)
     decode.guard.tick()
     decode.guard.tick()
     assert len(fenced) == 1 and decode.free() == (POOL - 1, 7)

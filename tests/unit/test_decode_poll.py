@@ -81,19 +81,19 @@ def test_a_success_counted_for_the_attempt_before_is_not_shown(guard: DecodeGuar
     guard.ledger.give_up(first, now=0.0)
     second = receiver(guard)
     assert Receiver.poll(second) is Poll.SUCCESS, "stock shows it"
-    assert guard.poll(Receiver.poll, second) is Poll.WAITING
+    assert guard.succeeded(Receiver.poll, second) is Poll.WAITING
     assert second.conclude_state is None and second.statuses[7] is Poll.WAITING
     assert success(guard, second.sglang_scaling_fixes_exposure.gen)
     second.statuses[7] = Poll.SUCCESS  # stock counts its own
-    assert guard.poll(Receiver.poll, second) is Poll.SUCCESS
+    assert guard.succeeded(Receiver.poll, second) is Poll.SUCCESS
     assert second.conclude_state is Poll.SUCCESS
 
 
 def test_a_failure_after_it_is(guard: DecodeGuard) -> None:
     second = receiver(guard)
-    assert guard.poll(Receiver.poll, second) is Poll.WAITING
+    assert guard.succeeded(Receiver.poll, second) is Poll.WAITING
     second.statuses[7] = Poll.FAILED
-    assert guard.poll(Receiver.poll, second) is Poll.FAILED
+    assert guard.succeeded(Receiver.poll, second) is Poll.FAILED
 
 
 def test_a_failure_that_comes_while_the_poll_looks_is_kept(guard: DecodeGuard) -> None:
@@ -104,19 +104,19 @@ def test_a_failure_that_comes_while_the_poll_looks_is_kept(guard: DecodeGuard) -
         receiver.statuses[7] = Poll.FAILED
         return Poll.SUCCESS
 
-    assert guard.poll(stock, second) is Poll.WAITING
+    assert guard.succeeded(stock, second) is Poll.WAITING
     assert second.statuses[7] is Poll.FAILED
-    assert guard.poll(Receiver.poll, second) is Poll.FAILED
+    assert guard.succeeded(Receiver.poll, second) is Poll.FAILED
 
 
 def test_a_prefill_without_safe_reclaim_is_taken_at_its_word_for_this_attempt(
     guard: DecodeGuard,
 ) -> None:
     only = receiver(guard)
-    assert guard.poll(Receiver.poll, only) is Poll.WAITING
+    assert guard.succeeded(Receiver.poll, only) is Poll.WAITING
     assert success(guard, None)
     only.statuses[7] = Poll.SUCCESS
-    assert guard.poll(Receiver.poll, only) is Poll.SUCCESS
+    assert guard.succeeded(Receiver.poll, only) is Poll.SUCCESS
 
 
 def test_a_success_that_comes_while_the_poll_looks_is_not_lost(guard: DecodeGuard) -> None:
@@ -130,9 +130,9 @@ def test_a_success_that_comes_while_the_poll_looks_is_not_lost(guard: DecodeGuar
             super().__setitem__(room, status)
 
     only.statuses = guard._manager.request_status = Statuses(only.statuses)
-    assert guard.poll(Receiver.poll, only) is Poll.WAITING
-    assert guard.poll(Receiver.poll, only) is Poll.SUCCESS
+    assert guard.succeeded(Receiver.poll, only) is Poll.WAITING
+    assert guard.succeeded(Receiver.poll, only) is Poll.SUCCESS
 
 
 def test_a_receiver_whose_destinations_were_never_sent_is_left_alone(guard: DecodeGuard) -> None:
-    assert guard.poll(Receiver.poll, Receiver(guard._manager, None)) is Poll.SUCCESS
+    assert guard.succeeded(Receiver.poll, Receiver(guard._manager, None)) is Poll.SUCCESS

@@ -125,8 +125,7 @@ def test_a_rank_without_destinations_is_no_stranger(
     assert prefill.guard._read(stock) == stock
     assert "runs without safe-reclaim" not in caplog.text
     sender = prefill.sender(7)
-    with prefill.guard.sending(sender):
-        assert prefill.guard.put(None) is not None
+    assert prefill.guard.send(lambda _: prefill.guard.put(None), sender) is not None
     stranger = [b"8", b"127.0.0.1", b"1", b"s:1", b"\0" * 4, b"0", b"", b"1"]
     assert prefill.guard._read(stranger) == stranger
     assert "runs without safe-reclaim" in caplog.text
@@ -138,8 +137,7 @@ def test_a_worker_that_dies_holds_the_answer_no_longer(prefill: Prefill) -> None
     sender = prefill.sender(7)
     waiting: Queue[Any] = Queue()
     tap = prefill.guard.tap_queue(waiting)
-    with prefill.guard.sending(sender):
-        tap.put(SimpleNamespace(room=7))
+    prefill.guard.send(lambda _: tap.put(SimpleNamespace(room=7)), sender)
 
     def worker(manager: Any, queue: Any, executor: Any) -> None:
         del manager, executor
