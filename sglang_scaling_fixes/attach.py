@@ -358,6 +358,23 @@ def replace_method(target: str, make: Callable[[Callable[..., Any]], Callable[..
     setattr(owner, name, installed)
 
 
+def require_in_place(fix: str) -> None:
+    """What `fix` has attached is what stock still calls: nobody has put something in its place.
+
+    Other plugins' hooks are applied when all plugins have been loaded, so after our probe.
+    Raises `AttachError` naming the first place that is not as we left it.
+    """
+    for point in ATTACH_POINTS:
+        if point.fix != fix or point.target not in _replaced:
+            continue
+        if resolve(point.target)[2] is not _replaced[point.target][0]:
+            raise AttachError(
+                f"{point.target} was hooked again by something else after {fix} was proven, so it "
+                "may no longer be in force; load the plugins apart (SGLANG_PLUGINS), or start "
+                f"without {fix}"
+            )
+
+
 def unwrap(targets: Iterable[str]) -> None:
     """Put back what stood at these targets before we wrapped them.
 

@@ -44,6 +44,8 @@ class Mooncake:
     distribution: str
     protocol: str
     """`"rdma"`, `"tcp-v1"` (success unproven) or `"tcp-v2"` (acknowledged)."""
+    unproven: str = ""
+    """Why it may write in another way, of which nothing is known here; with the remedy."""
 
     @property
     def success_means_landed(self) -> bool:
@@ -57,7 +59,7 @@ def mooncake() -> Mooncake | None:
             version = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-        return Mooncake(version, name, _protocol(version))
+        return Mooncake(version, name, _protocol(version), _unproven(name))
     return None
 
 
@@ -68,12 +70,61 @@ def mooncake_problem(found: Mooncake | None) -> str | None:
             "Mooncake is not installed; pip install mooncake-transfer-engine "
             "(without a GPU: mooncake-transfer-engine-non-cuda)"
         )
+    if found.unproven:
+        return found.unproven
     if not found.success_means_landed:
         return (
             f"Mooncake {found.version} speaks TCP protocol v1, whose success does not mean "
             "that the bytes have landed; use Mooncake 0.3.12 or later without MC_TCP_PROTO=1"
         )
     return None
+
+
+OFF = frozenset({"", "0", "false", "no", "n", "none"})
+"""How SGLang's own switches read as off. Mooncake only looks whether its own are set at all."""
+_OTHER_ENGINES = {"MC_USE_TENT": "TENT", "MC_USE_TEV1": "TENT"}
+_OTHER_TRANSPORTS = {
+    "MC_FORCE_MNNVL": "NVLink",
+    "MC_INTRANODE_NVLINK": "NVLink",
+    "MC_FORCE_MUSA": "MUSA",
+    "MC_CXL_DEV_PATH": "CXL",
+    "USE_BAREX": "Barex",
+}
+_OTHER_OF_SGLANG = {
+    "ENABLE_ASCEND_TRANSFER_WITH_MOONCAKE": "Ascend",
+    "SGLANG_MOONCAKE_CUSTOM_MEM_POOL": "NVLink or Barex",
+}
+"""Variables that make Mooncake write in ways whose success is not shown to mean landed, or whose
+sender keeps decode's memory mapped whatever decode closes. All but the engines yield to
+MC_FORCE_TCP (transfer_engine_impl.cpp)."""
+
+
+def _unproven(distribution: str) -> str:
+    """Why this environment may select neither RDMA nor TCP, empty if it does not."""
+    forced = bool(os.environ.get("MC_FORCE_TCP"))
+    asked = {**_OTHER_ENGINES, **({} if forced else _OTHER_TRANSPORTS)}
+    found = {name: what for name, what in asked.items() if name in os.environ}
+    for name, what in {} if forced else _OTHER_OF_SGLANG.items():
+        if os.environ.get(name, "").lower() not in OFF:
+            found[name] = what
+    for name, what in found.items():
+        return (
+            f"{name}={os.environ[name]}: Mooncake over {what} is not proven to tell when a write "
+            "has landed or can no longer land; unset it, or start with --plugin none"
+        )
+    protocol = os.environ.get("MOONCAKE_PROTOCOL", "rdma").lower()
+    if not forced and protocol not in ("rdma", "tcp"):
+        return (
+            f"MOONCAKE_PROTOCOL={protocol}: only rdma and tcp are proven; choose one of them, or "
+            "start with --plugin none"
+        )
+    if not forced and not mooncake_retries() and not distribution.endswith("-non-cuda"):
+        return (
+            f"there is no RDMA device here, and {distribution} may then write over NVLink or "
+            "Ascend, whose success proves nothing; set MC_FORCE_TCP=1, or install "
+            "mooncake-transfer-engine-non-cuda"
+        )
+    return ""
 
 
 _RDMA_DEVICES = Path("/sys/class/infiniband")

@@ -3,8 +3,10 @@
     lint              ruff and mypy: seconds, and first to say what is wrong
     stock wheels      download what the contract tests read, once
     lab               the release that tests start beside the one of .venv
-    fast tests        unit, contract, ...: side by side, no server
-    e2e               real servers, one test at a time
+    fast tests        unit, ...: side by side, no server
+    e2e               real servers, one test at a time; most of it is waiting, so beside it,
+                      on what CPU it leaves (nice 19):
+    processes         tests that import SGLang in many processes, and depend on no clock
 
 A failed step does not stop the next: one run shows all there is to mend. The
 exit status is 0 only if every step passed.
@@ -12,17 +14,21 @@ exit status is 0 only if every step passed.
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 LAB_RELEASE = "0.5.12"
+PATIENT = {"tests/contract", "tests/starts"}  # may wait for a core as long as they have to
 SLOW = {"tests/e2e", "tests/gpu"}  # serial; and for machines with a GPU, by hand
+SIDE_BY_SIDE = ("-n", "auto", "--dist=worksteal")
 NO_TESTS_COLLECTED = 5
 
 TOTALS: Counter[str] = Counter()
@@ -39,9 +45,10 @@ def main() -> int:
     ):
         step(name, *command)
     # All but those below, so that a new folder is never left out.
-    fast = sorted({f"tests/{p.name}" for p in (ROOT / "tests").iterdir() if p.is_dir()} - SLOW)
-    pytest("fast tests", fast, "-n", "auto", "--dist=worksteal")
-    pytest("e2e", ["tests/e2e"], "-n", "0", "-m", "e2e")
+    folders = {f"tests/{p.name}" for p in (ROOT / "tests").iterdir() if p.is_dir()} - SLOW
+    pytest("fast tests", sorted(folders - PATIENT), *SIDE_BY_SIDE)
+    with beside("processes", sorted(PATIENT), *SIDE_BY_SIDE):
+        pytest("e2e", ["tests/e2e"], "-n", "0", "-m", "e2e")
     return finish()
 
 
@@ -54,13 +61,52 @@ def step(name: str, *command: object) -> bool:
 
 def pytest(name: str, folders: list[str], *options: str) -> None:
     """Run the tests below `folders`, and count them."""
-    folders = [f for f in folders if any((ROOT / f).rglob("test_*.py"))]
-    if not folders:
-        say(f"{name}: there are no tests yet")
-        return
-    report = ROOT / ".cache" / f"tests-{name.replace(' ', '-')}.xml"
+    judge(name, run(name, *tests(name, folders, *options)))
+
+
+@contextlib.contextmanager
+def beside(name: str, folders: list[str], *options: str) -> Iterator[None]:
+    """Run the tests below `folders` during the block, and after it until they end.
+
+    Whatever else wants a core gets it first. What they print comes at their end, in one piece.
+    """
+    began = time.monotonic()
+    say(f"{name} (in the background) ...")
+    log = ROOT / ".cache" / f"tests-{name}.log"
+    with log.open("w") as output:
+        child = subprocess.Popen(
+            ["nice", "-n", "19", *tests(name, folders, *options)],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            yield
+            status = child.wait()
+        finally:
+            if child.poll() is None:
+                child.terminate()
+                child.wait()
+    print(log.read_text(), flush=True)
+    say(f"{name}: {verdict(status)}, {time.monotonic() - began:.0f} s in all")
+    judge(name, status)
+
+
+def tests(name: str, folders: list[str], *options: str) -> list[str]:
+    """The command that runs the tests below `folders`, and reports to `report_of(name)`."""
+    report = report_of(name)
     report.unlink(missing_ok=True)
-    status = run(name, sys.executable, "-m", "pytest", *folders, *options, f"--junit-xml={report}")
+    return [sys.executable, "-m", "pytest", *folders, *options, f"--junit-xml={report}"]
+
+
+def report_of(name: str) -> Path:
+    return ROOT / ".cache" / f"tests-{name.replace(' ', '-')}.xml"
+
+
+def judge(name: str, status: int) -> None:
+    """Count what pytest, which ended with this status, reported."""
+    report = report_of(name)
     if status == NO_TESTS_COLLECTED:
         say(f"{name}: files of tests, and pytest found none in them")
     counted = count(report) if report.exists() else Counter[str]()
@@ -92,9 +138,12 @@ def run(name: str, *command: object) -> int:
     done = subprocess.run(
         [str(part) for part in command], cwd=ROOT, stdin=subprocess.DEVNULL, check=False
     )
-    verdict = "ok" if done.returncode == 0 else f"FAILED (exit status {done.returncode})"
-    say(f"{name}: {verdict}, {time.monotonic() - began:.0f} s")
+    say(f"{name}: {verdict(done.returncode)}, {time.monotonic() - began:.0f} s")
     return done.returncode
+
+
+def verdict(status: int) -> str:
+    return "ok" if status == 0 else f"FAILED (exit status {status})"
 
 
 def say(text: str) -> None:

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import zmq
 
+from sglang_scaling_fixes.alarm import end_server
 from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.metrics import DECODE, of_process
 from sglang_scaling_fixes.reclaim import fence, layout, messages
@@ -36,7 +37,13 @@ from sglang_scaling_fixes.reclaim.pace import Pace
 from sglang_scaling_fixes.reclaim.quarantine import GRACE, Hold, Quarantine, worth_a_fence
 from sglang_scaling_fixes.reclaim.retry_after import REFUSAL
 from sglang_scaling_fixes.reclaim.stock_ack import StockAborts
-from sglang_scaling_fixes.reclaim.taps import Passthrough, ReceiveTap, is_number, is_success
+from sglang_scaling_fixes.reclaim.taps import (
+    AUX_DATA,
+    Passthrough,
+    ReceiveTap,
+    is_number,
+    is_success,
+)
 from sglang_scaling_fixes.reclaim.transport import endpoint, new_incarnation, send_now
 
 logger = logging.getLogger(__name__)
@@ -230,6 +237,8 @@ class DecodeGuard:
             exposed = any(exposure.room == room for exposure in self.ledger.exposures())
         if exposed:
             self._stock_aborts.sent(room, rank, frames)
+        else:
+            self._stock_aborts.unexposed(room)
 
     def _all_speak(self, ranks: list[str]) -> bool:
         """Wait a moment for a first word, once in a while per rank: this is the scheduler."""
@@ -302,7 +311,18 @@ class DecodeGuard:
         exposure: Exposure | None = getattr(receiver, "sglang_scaling_fixes_exposure", None)
         if exposure is None:
             return
+        try:
+            self._ended(receiver, exposure)
+        except Exception as error:
+            # Stock goes on to free the slots, whatever is raised here.
+            logger.exception("safe-reclaim: room %d", exposure.room)
+            end_server(
+                f"safe-reclaim: the end of room {exposure.room} could not be recorded "
+                f"({type(error).__name__}: {error})"
+            )
         receiver.sglang_scaling_fixes_exposure = None
+
+    def _ended(self, receiver: Any, exposure: Exposure) -> None:
         assert self.gate is not None
         # Not the receiver's own success: a rank may have that alone when stock ends the
         # request on all of them (aborted, failed elsewhere, no room to restore a prefix).
@@ -316,11 +336,11 @@ class DecodeGuard:
         success = self._manager.request_status.get(room) == SUCCESS
         with self._lock:
             self.ledger.give_up(exposure, time.monotonic(), success_seen=success)
-            # Ranks without safe-reclaim that reported before the owner gave up.
-            self._stock_success[room] = {
-                str(rank).encode() for rank in self._manager.prefill_response_tracker.get(room, ())
-            }
-        self.gate.gave_up(exposure)
+            self.gate.gave_up(exposure)
+            # Ranks without safe-reclaim that reported before the owner gave up. Copied in one
+            # step: stock's receive thread adds to the set without our lock.
+            reported = tuple(self._manager.prefill_response_tracker.get(room, ()))
+            self._stock_success[room] = {str(rank).encode() for rank in reported}
         if self._stock_aborts is not None:
             self._stock_aborts.watch(room, len(receiver.bootstrap_infos or ()))
         self.metrics.inc("gave_up")
@@ -577,11 +597,19 @@ class DecodeGuard:
             return None
         if stock[0] == b"ABORT_ACK" and self._stock_aborts is not None:
             self._acked(stock)
-        if stock[0] == b"AUX_DATA":
-            room, aux = int(stock[1]), int(stock[3])
-            if self.gate is not None and not self.gate.owns_aux(aux, room):
-                return None  # a late copy into a slot that is no longer this room's
+        if stock[0] == AUX_DATA and not self._takes_aux(stock, message):
+            return None
         return stock
+
+    def _takes_aux(self, stock: list[bytes], message: messages.Message | None) -> bool:
+        """Not a late copy, into a slot that is no longer this room's or this attempt's."""
+        room, aux = int(stock[1]), int(stock[3])
+        if self.gate is not None and not self.gate.owns_aux(aux, room):
+            return False
+        if not isinstance(message, messages.Mark):
+            return True
+        with self._lock:
+            return self.ledger.admits_success(room, message.gen)
 
     def _acked(self, frames: list[bytes]) -> None:
         """Stock's acknowledgement that a room has drained, believed under `stock-ack`."""
@@ -596,11 +624,12 @@ class DecodeGuard:
         """Something a prefill rank says, as far as it is read here."""
         if isinstance(message, messages.Here | messages.Answer):
             return message.rank in self._routes
-        if message is not None and not (isinstance(message, messages.Mark) and is_success(stock)):
+        marked = isinstance(message, messages.Mark)
+        if not stock or (message is not None and not marked):
             return False
-        if not stock:
+        if marked and not is_success(stock) and stock[0] != AUX_DATA:
             return False
-        if stock[0] == b"AUX_DATA":
+        if stock[0] == AUX_DATA:
             return len(stock) > 3 and is_number(stock[1]) and is_number(stock[3])
         # A status: stock reads room, status and prefill rank.
         status = len(stock) > 2 and all(is_number(frame) for frame in stock[:3])

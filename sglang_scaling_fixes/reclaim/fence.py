@@ -81,7 +81,13 @@ def renew(manager: Any, of_all_ranks: Callable[[set[int]], set[int]]) -> tuple[s
         raise FenceError(f"connections of session {old} are still open at ports {still_open}")
     threading.Thread(target=_keep, args=(shut,), daemon=True).start()
     _shut.update(of_all_ranks(shut))
+    closed = devices - _rdma_handles()
+    doors, devices = _listening(), _rdma_handles()
     _replace(engine)
+    # The new engine is like the old one: what it opens, the old one had open.
+    opened = _listening() - doors - _shut  # those are kept by us
+    if len(opened) > len(shut) or _rdma_handles() - devices > closed:
+        raise FenceError(f"the receiving engine of session {old} was not closed whole")
     _register(manager, engine)
     return old, str(engine.session_id)
 

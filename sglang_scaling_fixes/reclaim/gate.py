@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from sglang_scaling_fixes.alarm import end_server
 from sglang_scaling_fixes.errors import AttachError
 from sglang_scaling_fixes.reclaim.ledger import Exposure, State
 
@@ -136,7 +137,7 @@ class Gate:
         """
         for slots in self._watched:
             if slots.aux_back and not slots.seen.issuperset(slots.own.tolist()):
-                raise RuntimeError(
+                end_server(
                     f"safe-reclaim: room {slots.exposure.room} was released and "
                     f"{len(slots.own) - len(slots.seen)} of its KV pages went past the gate"
                 )
@@ -252,7 +253,7 @@ class Gate:
 
     def _keep_aux(self, slots: Slots, call: Callable[[], None]) -> None:
         if not slots.given_up:
-            raise RuntimeError(
+            end_server(
                 f"safe-reclaim: room {slots.exposure.room} gave its metadata slot back while "
                 "its transfer is open and nobody gave it up"
             )

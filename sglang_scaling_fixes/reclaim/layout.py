@@ -6,6 +6,7 @@ What the gate cannot hold slot by slot is refused here, with one line.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,9 @@ PAGE_STATES = frozenset({"nsa", "dsa", "block_scale", "minimax_index_k", "minima
 """State transfers addressed by the KV pages themselves (index-K, scales)."""
 WINDOW_STATES = frozenset({"swa", "block_scale_swa"})
 """State transfers into sliding-window slots, freed together with their full slots."""
+
+_FAILED, _SUCCESS = 0, 4
+"""KVPoll values in every supported release (contract-tested)."""
 
 
 def state_kinds(kv_args: Any) -> list[str]:
@@ -99,6 +103,22 @@ def check_shared_windows(manager: Any) -> None:
             "window slots of a shared prefix are not held yet; drop the flag, or start "
             "with --plugin none"
         )
+
+
+def restores_fail_alone() -> bool:
+    """Does a failed load of HiCache end a request of this release past its transfer's own end?
+
+    From 0.5.13 to 0.5.21 it does: on that rank alone, and before the receiver is cleared. Since
+    then it is shown as a failed transfer, once the transfer is over. Asked of the release's class.
+    """
+    try:
+        from sglang.srt.disaggregation import decode_hicache_mixin as restores
+    except ImportError:
+        return False  # decode has no HiCache in this release
+    failed = restores.HiCacheRestoreResult.FAILED
+    landed = SimpleNamespace(poll=lambda: _SUCCESS)
+    request = SimpleNamespace(kv_receiver=landed, hicache_restore_status=failed)
+    return int(restores.HiCacheRestoreGatedKVReceiver(request).poll()) != _FAILED
 
 
 def is_fake(req: Any) -> bool:

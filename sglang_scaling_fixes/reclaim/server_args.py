@@ -10,9 +10,9 @@ from typing import Any
 import msgspec
 
 from sglang_scaling_fixes import release
-from sglang_scaling_fixes.attach import unwrap_other_roles
+from sglang_scaling_fixes.attach import require_in_place, unwrap_other_roles
 from sglang_scaling_fixes.errors import ConfigError
-from sglang_scaling_fixes.reclaim import fence
+from sglang_scaling_fixes.reclaim import fence, layout
 from sglang_scaling_fixes.reclaim.decode import DecodeGuard
 from sglang_scaling_fixes.reclaim.prefill import PrefillGuard
 
@@ -56,7 +56,7 @@ def check(server_args: Any, *, fence_asked: bool = False) -> None:
         _refuse("disaggregation_transfer_backend", backend, why)
     if (problem := release.mooncake_problem(release.mooncake())) is not None:
         raise ConfigError(problem)
-    if os.environ.get("SGLANG_DISAGG_STAGING_BUFFER", "").lower() in ("1", "true"):
+    if os.environ.get("SGLANG_DISAGG_STAGING_BUFFER", "").lower() not in release.OFF:
         raise ConfigError(
             "SGLANG_DISAGG_STAGING_BUFFER: transfers through staging buffers are not protected "
             "yet; unset it, or start with --plugin none"
@@ -64,6 +64,16 @@ def check(server_args: Any, *, fence_asked: bool = False) -> None:
     obstacle = fence.obstacle(server_args)
     if mode == "decode" and fence_asked and obstacle is not None:
         raise ConfigError(f"--safe-reclaim-fence: {obstacle}; drop one of the two")
+    restores = getattr(server_args, "enable_hierarchical_cache", False) and getattr(
+        server_args, "disaggregation_decode_enable_radix_cache", False
+    )
+    if mode == "decode" and restores and layout.restores_fail_alone():
+        raise ConfigError(
+            "--enable-hierarchical-cache with --disaggregation-decode-enable-radix-cache: this "
+            "release frees a request whose load from the host failed, on the rank where it failed, "
+            "while its KV may still be on the wire; drop one of the two, use SGLang 0.5.22 or "
+            "later, or start with --plugin none"
+        )
     defaults = field_defaults(type(server_args))
     for field, why in {**_REFUSED, **(_REFUSED_ON_DECODE if mode == "decode" else {})}.items():
         value = getattr(server_args, field, None)
@@ -98,6 +108,7 @@ def check_in_force(scheduler: Any) -> None:
             if time.monotonic() >= deadline:
                 raise ConfigError("the transfer queues of this scheduler are not accounted for")
             time.sleep(0.01)
+    require_in_place("safe-reclaim")
     unwrap_other_roles("safe-reclaim", mode)
 
 

@@ -11,12 +11,14 @@ confuses it, and up to 0.5.21 one follows a failed write.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from sglang_scaling_fixes.reclaim.messages import Rank
 from sglang_scaling_fixes.reclaim.taps import is_number
 
 _MAX_WAIT = 5.0
+_MEMORY = 65536
 
 
 @dataclass
@@ -35,10 +37,18 @@ class StockAborts:
     def __init__(self, first_wait: float) -> None:
         self._first_wait = first_wait
         self._rooms: dict[int, _Room] = {}
+        self._doubtful: OrderedDict[int, None] = OrderedDict()
+        """Rooms aborted without slots: the answer may come when the room is used again."""
 
     def sent(self, room: int, rank: Rank, frames: list[bytes]) -> None:
         """Stock sends its ABORT of `room` to `rank`."""
         self._rooms.setdefault(room, _Room()).sent[rank] = list(frames)
+
+    def unexposed(self, room: int) -> None:
+        """Stock sends its ABORT of a room that has no slots here: no answer for it counts."""
+        self._doubtful[room] = None
+        if len(self._doubtful) > _MEMORY:
+            self._doubtful.popitem(last=False)
 
     def watch(self, room: int, expected: int) -> None:
         """The slots of `room` are withheld; `expected` prefill ranks have to answer."""
@@ -50,7 +60,7 @@ class StockAborts:
         if len(frames) < 3 or not is_number(frames[1]):
             return None
         room = int(frames[1])
-        if (found := self._rooms.get(room)) is None:
+        if (found := self._rooms.get(room)) is None or room in self._doubtful:
             return None
         found.acked.add(frames[2])
         return room if 0 < found.expected <= len(found.acked) else None

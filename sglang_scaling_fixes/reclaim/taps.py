@@ -14,6 +14,9 @@ from typing import Any, Protocol
 
 from sglang_scaling_fixes.reclaim.ledger import Attempt
 
+AUX_DATA = b"AUX_DATA"
+"""Opens stock's message with the content of a metadata slot (SGLANG_MOONCAKE_SEND_AUX_TCP)."""
+
 
 class Passthrough:
     """Everything not intercepted goes to the stock object."""
@@ -59,9 +62,10 @@ class ReceiveTap(Passthrough):
 
 
 class StatusTap(Passthrough):
-    """Prefill's socket to one decode rank: a success leaves with its generation.
+    """Prefill's socket to one decode rank: a success leaves with its generation, and so does a
+    metadata slot's content that goes by message.
 
-    Stock's message names only the room. Sent by the worker that wrote the last
+    Stock's messages name only the room. Sent by the worker that wrote the last
     chunk, so the attempt is the one in hand; if a write of it failed on the way
     (stock ignores some), the success is not one and leaves as a failure.
     """
@@ -74,8 +78,8 @@ class StatusTap(Passthrough):
 
     def send_multipart(self, frames: list[bytes], *args: Any, **kwargs: Any) -> Any:
         attempt = IN_HAND.attempt
-        if attempt is not None and is_success(frames):
-            if attempt.poisoned:
+        if attempt is not None and (frames[0] == AUX_DATA or is_success(frames)):
+            if attempt.poisoned and frames[0] != AUX_DATA:
                 frames = [frames[0], self.FAILED, *frames[2:]]
             elif (trailer := self._mark(attempt)) is not None:
                 frames = [*frames, trailer]

@@ -11,6 +11,7 @@ from sglang_scaling_fixes import metrics
 from sglang_scaling_fixes.attach import (
     is_wrapped,
     replace_method,
+    require_in_place,
     resolve,
     unwrap,
     wrap_method,
@@ -165,6 +166,7 @@ def bind(scheduler: Any, server_args: Any, config: Config) -> None:
     """After stock built its scheduler: make the guard. ConfigError where it cannot judge."""
     settings.check(server_args, config)  # again: what stock made of the arguments is known now
     role = str(getattr(server_args, "disaggregation_mode", "null"))
+    require_in_place("spec-guard")
     judges = settings.algorithm(server_args) is not None
     if not judges:
         unwrap([finish_target()])

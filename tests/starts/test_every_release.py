@@ -7,12 +7,12 @@ that guards a server's start passes on all of them.
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sglang_scaling_fixes.attach import ATTACH_POINTS
 from sglang_scaling_fixes.config import GUARD_ENV, PLUGIN_ENV
 from sglang_scaling_fixes.lab.install import Environment
 from sglang_scaling_fixes.lab.runtime import cpu_env
@@ -24,6 +24,7 @@ FIXES = ("safe-reclaim", "spec-guard")
 PROBE = """
 import json, sglang
 from sglang_scaling_fixes import fixes
+from sglang_scaling_fixes.attach import ATTACH_POINTS
 from sglang_scaling_fixes.config import Config
 config = Config.from_env()
 states = [state.as_dict() for state in fixes.arm_all(config)]
@@ -39,8 +40,23 @@ args = SimpleNamespace(
 )
 tree = SimpleNamespace(page_size=64)
 attach.bind(SimpleNamespace(page_size=64, tree_cache=tree), args, config)
-guard = {"report": SpecGuard.current.report(), "depth": settings.depth(args)}
-print("probe:" + json.dumps([sglang.__file__, states, guard]))
+
+# What is left of safe reclaim in a prefill server.
+from sglang_scaling_fixes.attach import (
+    ATTACH_POINTS, is_wrapped, require_in_place, unwrap_other_roles,
+)
+from sglang_scaling_fixes.reclaim import layout
+require_in_place("safe-reclaim")
+unwrap_other_roles("safe-reclaim", "prefill")
+ours = [p.target for p in ATTACH_POINTS if p.fix == "safe-reclaim" and p.wrapped]
+print("probe:" + json.dumps({
+    "file": sglang.__file__,
+    "states": states,
+    "guard": SpecGuard.current.report(),
+    "depth": settings.depth(args),
+    "kept": [target for target in ours if is_wrapped(target)],
+    "restores fail alone": layout.restores_fail_alone(),
+}))
 """
 
 
@@ -50,30 +66,23 @@ def probe(environment: Environment, source: Path) -> Any:
     return child.said(environment.python, PROBE, env=env, mark="probe:", timeout_s=400)
 
 
-@pytest.fixture(scope="module")
-def found(old: Environment, new: Environment) -> dict[str, Any]:
-    """Two at a time: an import of SGLang takes one core for ten seconds or more."""
-    with ThreadPoolExecutor(2) as pool:
-        pending = {
-            release: pool.submit(probe, new if release == NEW else old, wheels.source(release))
-            for release in wheels.RELEASES
-        }
-        return {release: future.result() for release, future in pending.items()}
-
-
-@pytest.mark.parametrize("fix", FIXES)
 @pytest.mark.parametrize("release", wheels.RELEASES)
-def test_armed(found: dict[str, Any], release: str, fix: str) -> None:
-    origin, states, _ = found[release]
-    assert origin.startswith(str(wheels.source(release)))
-    (status,) = (state for state in states if state["name"] == fix)
-    assert status["state"] == "armed", status["reason"]
-
-
-@pytest.mark.parametrize("release", wheels.RELEASES)
-def test_a_scheduler_is_guarded(found: dict[str, Any], release: str) -> None:
-    """Its arguments are read as the release keeps them, before and after it has resolved them."""
-    *_, guard = found[release]
-    assert guard["depth"] == 3
-    assert guard["report"]["action"] == "abort"
-    assert guard["report"]["rules"]["after"] == 128
+def test_both_fixes_hold(old: Environment, new: Environment, release: str) -> None:
+    """One process says it all: an import of SGLang takes a core for ten seconds or more."""
+    source = wheels.source(release)
+    found = probe(new if release == NEW else old, source)
+    assert found["file"].startswith(str(source))
+    states = {status["name"]: status for status in found["states"]}
+    for fix in FIXES:
+        assert states[fix]["state"] == "armed", states[fix]["reason"]
+    # A scheduler's arguments are read as the release keeps them, before and after it resolves them.
+    assert found["depth"] == 3
+    assert found["guard"]["action"] == "abort"
+    assert found["guard"]["rules"]["after"] == 128
+    # A prefill server keeps what prefill needs, and nothing of decode's.
+    assert found["kept"] == [
+        point.target
+        for point in ATTACH_POINTS
+        if point.fix == "safe-reclaim" and point.wrapped and point.role == "prefill"
+    ]
+    assert found["restores fail alone"] == (release in wheels.between("0.5.13", "0.5.21"))

@@ -20,13 +20,14 @@ from sglang_scaling_fixes.reclaim import arm, decode, gate, ledger, messages, pr
 def verdict():
     try:
         probe.run()
-    except (AttachError, RuntimeError) as error:
+    except (AttachError, SystemExit) as error:
         return str(error)
     return "armed"
 
 arm(Config())
 found = {"nothing": verdict()}
 for name, owner, attribute, broken in (
+    ("success", decode.DecodeGuard, "_complete", lambda *a: True),
     ("gate", gate.Gate, "_kept", lambda *a: False),
     ("trailer", decode.DecodeGuard, "outgoing", lambda self, rank, route, frames, *_: frames),
     ("drop", ledger.PrefillLedger, "take", lambda self, a: setattr(a, "active", 1) or True),
@@ -85,6 +86,7 @@ def verdicts(environment: Environment, script: str) -> dict[str, str]:
 
 def test_safe_reclaims_probe_notices_each_missing_part(old: Environment) -> None:
     found = verdicts(old, RECLAIM)
+    assert "success of another attempt" in found["success"]
     assert "past the gate" in found["gate"]  # the gate's own check is first
     assert "without a generation" in found["trailer"]
     assert "did not skip" in found["drop"]

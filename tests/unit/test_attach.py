@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 
+from sglang_scaling_fixes import attach
 from sglang_scaling_fixes.attach import (
     ATTACH_POINTS,
+    AttachPoint,
     is_wrapped,
+    require_in_place,
     resolve,
     unwrap,
     wrap_method,
@@ -91,6 +94,21 @@ def test_a_wrapper_that_somebody_wrapped_stays(stock: Any) -> None:
     stock.Base.method = theirs
     unwrap(["stock_module:Base.method"])
     assert stock.Base().method(1) == ("theirs", ("ours", ("method", 1)))
+
+
+def test_a_place_that_another_plugin_hooked_later_is_named(
+    stock: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stock applies hooks once all plugins are loaded, and their wrapper passes for ours."""
+    target = "stock_module:Base.method"
+    monkeypatch.setattr(attach, "ATTACH_POINTS", (AttachPoint("fix", "both", target),))
+    wrap_method(target, loudly)
+    require_in_place("fix")
+    inner = stock.Base.method
+    stock.Base.method = functools.wraps(inner)(lambda self, x: ("theirs", x))
+    assert is_wrapped(target), "the mark is copied with it"
+    with pytest.raises(AttachError, match=r"Base\.method was hooked again"):
+        require_in_place("fix")
 
 
 @pytest.mark.parametrize(

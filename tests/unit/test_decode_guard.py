@@ -406,3 +406,36 @@ def test_stocks_drained_answer_counts_only_when_it_is_believed() -> None:
         assert decode.guard._read([b"ABORT_ACK", b"7", b"0"]) is not None, "stock's own"
         decode.guard.tick()
         assert (decode.free() == (POOL, 8)) is back
+
+
+class Exploding:
+    """Stock's set of ranks that reported, changed by its receive thread while it is looked at."""
+
+    def __iter__(self) -> Iterator[int]:
+        yield 0
+        raise RuntimeError("Set changed size during iteration")
+
+
+def test_an_end_that_cannot_be_recorded_frees_nothing_and_ends_the_server() -> None:
+    """Stock catches what a receiver's clear raises, and frees the slots all the same."""
+    decode = Decode(Config())
+    receiver, slots, aux = decode.expose(7, 50)
+    before = decode.free()
+    decode.manager.prefill_response_tracker = {7: Exploding()}
+    with pytest.raises(SystemExit, match="room 7"):
+        decode.guard.clearing(receiver)
+    decode.tokens.free(slots)
+    decode.aux.free(aux)
+    assert decode.free() == before
+
+
+@pytest.mark.parametrize("stale", ["other attempt", "other room", None])
+def test_a_metadata_message_that_came_late_is_not_for_stock(stale: str | None) -> None:
+    decode = Decode(Config())
+    receiver, _, aux = decode.expose(7, 4)
+    gen = receiver.sglang_scaling_fixes_exposure.gen
+    mark = messages.Mark("an older one" if stale == "other attempt" else gen, decode.rank)
+    room = b"8" if stale == "other room" else b"7"
+    stock = [b"AUX_DATA", room, b"0", str(aux).encode(), b"\0\0\0\1", b"x"]
+    seen = decode.guard._read([*stock, messages.encode(mark)])
+    assert seen == (None if stale else stock)

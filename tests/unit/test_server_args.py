@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -10,6 +12,7 @@ import pytest
 
 from sglang_scaling_fixes import release
 from sglang_scaling_fixes.errors import ConfigError
+from sglang_scaling_fixes.reclaim import layout
 from sglang_scaling_fixes.reclaim.server_args import check
 
 
@@ -29,6 +32,7 @@ class Stock:
     enable_hisparse: bool = False
     elastic_ep_backend: str | None = None
     enable_hierarchical_cache: bool = False
+    disaggregation_decode_enable_radix_cache: bool = False
     hicache_storage_backend: str | None = None
     enable_pd_role_switch: bool = False
     disaggregation_decode_allocation_policy: str = "early"
@@ -99,10 +103,33 @@ def test_missing_mooncake(monkeypatch: pytest.MonkeyPatch) -> None:
         check(args())
 
 
-def test_staging_buffers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SGLANG_DISAGG_STAGING_BUFFER", "1")
+@pytest.mark.parametrize("value", ["1", "true", "Yes", "y", "on"])
+def test_staging_buffers_are_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("SGLANG_DISAGG_STAGING_BUFFER", value)
     with pytest.raises(ConfigError, match="SGLANG_DISAGG_STAGING_BUFFER"):
         check(args("prefill"))
+
+
+@pytest.mark.parametrize("value", ["", "0", "False", "no", "N"])
+def test_staging_buffers_that_are_off_are_not(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("SGLANG_DISAGG_STAGING_BUFFER", value)
+    check(args("prefill"))
+
+
+def test_loads_that_fail_past_the_transfer_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which releases do is asked of each of them in tests/starts."""
+    restoring = {
+        "enable_hierarchical_cache": True,
+        "disaggregation_decode_enable_radix_cache": True,
+    }
+    monkeypatch.setattr(layout, "restores_fail_alone", lambda: False)
+    check(args(**restoring))
+    monkeypatch.setattr(layout, "restores_fail_alone", lambda: True)
+    with pytest.raises(ConfigError, match=r"--enable-hierarchical-cache.*0\.5\.22"):
+        check(args(**restoring))
+    check(args("prefill", **restoring))
+    for name in restoring:
+        check(args(**{name: True}))
 
 
 def test_success_that_does_not_mean_landed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,6 +168,52 @@ def test_tcp_protocols(
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     assert release._protocol(version) == protocol
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An environment that says nothing of transports; the folder lists its RDMA devices."""
+    for name in list(os.environ):
+        if name.startswith("MC_") or "MOONCAKE" in name or name == "USE_BAREX":
+            monkeypatch.delenv(name)
+    monkeypatch.setattr(release, "_RDMA_DEVICES", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("MC_FORCE_MNNVL", "0"),  # Mooncake looks only whether it is set
+        ("MC_INTRANODE_NVLINK", "1"),
+        ("MC_USE_TENT", "1"),
+        ("USE_BAREX", "1"),
+        ("MOONCAKE_PROTOCOL", "efa"),
+        ("ENABLE_ASCEND_TRANSFER_WITH_MOONCAKE", "1"),
+        ("SGLANG_MOONCAKE_CUSTOM_MEM_POOL", "NVLINK"),
+    ],
+)
+def test_a_transport_nobody_has_proven_is_refused(
+    bare: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    (bare / "mlx5_0").mkdir()
+    assert release._unproven("mooncake-transfer-engine") == ""
+    monkeypatch.setenv(name, value)
+    problem = release._unproven("mooncake-transfer-engine")
+    assert f"{name}={value}" in problem and "--plugin none" in problem
+    found = release.Mooncake("0.3.13", "mooncake-transfer-engine", "rdma", problem)
+    monkeypatch.setattr(release, "mooncake", lambda: found)
+    with pytest.raises(ConfigError, match=name):
+        check(args())
+    monkeypatch.setenv("MC_FORCE_TCP", "1")  # skips all but another engine
+    assert bool(release._unproven("mooncake-transfer-engine")) == (name == "MC_USE_TENT")
+
+
+@pytest.mark.usefixtures("bare")
+def test_without_rdma_a_gpu_build_may_choose_nvlink(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert release._unproven("mooncake-transfer-engine-non-cuda") == ""
+    assert "MC_FORCE_TCP=1" in release._unproven("mooncake-transfer-engine")
+    monkeypatch.setenv("MC_FORCE_TCP", "1")
+    assert release._unproven("mooncake-transfer-engine") == ""
 
 
 @pytest.mark.parametrize(

@@ -52,3 +52,15 @@ def test_an_abort_of_a_room_that_holds_nothing_is_not_repeated() -> None:
     found = StockAborts(first_wait=0.1)
     found.sent(7, "p0", ABORT)
     assert found.due(1.0) == [] and found.due(10.0) == []
+
+
+def test_a_room_aborted_without_slots_is_never_believed() -> None:
+    """Its answer may be on its way while the room is used again, and names no attempt."""
+    found = StockAborts(first_wait=0.1)
+    found.unexposed(7)
+    found.sent(7, "p0", ABORT)
+    found.watch(7, expected=1)
+    assert found.acked([b"ABORT_ACK", b"7", b"0"]) is None
+    found.sent(8, "p0", ABORT)
+    found.watch(8, expected=1)
+    assert found.acked([b"ABORT_ACK", b"8", b"0"]) == 8

@@ -204,6 +204,18 @@ def test_a_success_leaves_with_the_generation_of_the_attempt_in_hand(books: Book
     assert stock.sent == [SUCCESS, [*SUCCESS, b"e1"], FAILURE, [b"CHUNK_READY", b"4", b"0"]]
 
 
+def test_a_metadata_message_leaves_with_the_generation_too(books: Books) -> None:
+    """Poisoned or not: it is no success, and only a late one is to be told apart."""
+    stock = Outgoing()
+    attempt = IN_HAND.attempt = books.put(chunk(1))
+    assert attempt is not None
+    aux = [b"AUX_DATA", b"1", b"0", b"3", b"\0\0\0\1", b"x"]
+    StatusTap(stock, lambda attempt: attempt.epoch.encode()).send_multipart(aux)
+    books.failed(attempt, "returned -1")
+    StatusTap(stock, lambda attempt: attempt.epoch.encode()).send_multipart(aux)
+    assert stock.sent == [[*aux, b"e1"]] * 2
+
+
 def test_a_success_after_a_failed_write_leaves_as_a_failure(books: Books) -> None:
     """0.5.12 sends success although a state transfer of the room failed."""
     stock = Outgoing()
