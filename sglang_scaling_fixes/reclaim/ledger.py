@@ -716,8 +716,10 @@ class PrefillLedger:
         """Generation and rank of the owner at `reply_to`, None without the plugin."""
         if attempt.epoch == _STRANGER:
             return None
-        found = ((gen, rank) for gen, (to, rank) in attempt.bindings.items() if to == reply_to)
-        return next(found, None)
+        for gen, (to, rank) in attempt.bindings.items():
+            if to == reply_to:
+                return gen, rank
+        return None
 
     # -- internals ---------------------------------------------------------------
 

@@ -361,21 +361,30 @@ def attach() -> None:
             return stock(manager, queue, executor, *args, **kw)
         return guard.work(stock, manager, queue, executor, *args, **kw)
 
-    def connect(stock: Callable[..., Any], manager: Any, to: str, *args: Any, **kwargs: Any) -> Any:
-        socket = stock(manager, to, *args, **kwargs)
-        if (guard := PrefillGuard.current) is None:
-            return socket
-        return StatusTap(socket, functools.partial(guard.mark, to))
+    def connect(stock: Callable[..., Any]) -> Callable[..., Any]:
+        def connected(manager: Any, to: str, *args: Any, **kwargs: Any) -> Any:
+            socket = stock(manager, to, *args, **kwargs)
+            guard = PrefillGuard.current
+            return socket if guard is None else StatusTap(socket, functools.partial(guard.mark, to))
 
-    def sender_init(stock: Callable[..., Any], sender: Any, *args: Any, **kwargs: Any) -> None:
-        stock(sender, *args, **kwargs)
-        if (guard := PrefillGuard.current) is not None:
-            guard.sender_made(sender)
+        return connected
 
-    def send(stock: Callable[..., Any], sender: Any, *args: Any, **kwargs: Any) -> Any:
-        if (guard := PrefillGuard.current) is None:
-            return stock(sender, *args, **kwargs)
-        return guard.send(stock, sender, *args, **kwargs)
+    def sender_init(stock: Callable[..., Any]) -> Callable[..., Any]:
+        def made(sender: Any, *args: Any, **kwargs: Any) -> None:
+            stock(sender, *args, **kwargs)
+            if PrefillGuard.current is not None:
+                PrefillGuard.current.sender_made(sender)
+
+        return made
+
+    def send(stock: Callable[..., Any]) -> Callable[..., Any]:
+        def sent(sender: Any, *args: Any, **kwargs: Any) -> Any:
+            guard = PrefillGuard.current
+            if guard is None:
+                return stock(sender, *args, **kwargs)
+            return guard.send(stock, sender, *args, **kwargs)
+
+        return sent
 
     def poll(stock: Callable[..., Any]) -> Callable[..., Any]:
         """Failed is not shown while a write of the room still reads its source pages.
@@ -393,17 +402,20 @@ def attach() -> None:
 
         return polled
 
-    def clear(stock: Callable[..., Any], sender: Any) -> Any:
-        result = stock(sender)
-        if (guard := PrefillGuard.current) is not None:
-            guard.retire(sender)
-        return result
+    def clear(stock: Callable[..., Any]) -> Callable[..., Any]:
+        def cleared(sender: Any) -> Any:
+            result = stock(sender)
+            if PrefillGuard.current is not None:
+                PrefillGuard.current.retire(sender)
+            return result
+
+        return cleared
 
     wrap_method(f"{_MOONCAKE}:MooncakeKVManager.init_engine", init_engine)
     wrap_method(f"{_MOONCAKE}:MooncakeKVManager.start_prefill_thread", start_prefill_thread)
     wrap_method(f"{_MOONCAKE}:MooncakeKVManager.transfer_worker", transfer_worker)
-    wrap_method(f"{_MOONCAKE}:MooncakeKVManager._connect", connect)
-    wrap_method(f"{_MOONCAKE}:MooncakeKVSender.__init__", sender_init)
-    wrap_method(f"{_MOONCAKE}:MooncakeKVSender.send", send)
+    replace_method(f"{_MOONCAKE}:MooncakeKVManager._connect", connect)
+    replace_method(f"{_MOONCAKE}:MooncakeKVSender.__init__", sender_init)
+    replace_method(f"{_MOONCAKE}:MooncakeKVSender.send", send)
     replace_method(f"{_MOONCAKE}:MooncakeKVSender.poll", poll)
-    wrap_method(f"{_MOONCAKE}:MooncakeKVSender.clear", clear)
+    replace_method(f"{_MOONCAKE}:MooncakeKVSender.clear", clear)
