@@ -153,7 +153,6 @@ ATTACH_POINTS: tuple[AttachPoint, ...] = (
         ":MooncakeTransferEngine.__init__",
         ("hostname", "gpu_id", "ib_device"),
         uses=("engine", "session_id", "hostname", "gpu_id", "ib_device", "batch_register"),
-        wrapped=False,
     ),
     # -- prefill: binding, accounting, drain ----------------------------------
     AttachPoint(
@@ -358,14 +357,15 @@ def replace_method(target: str, make: Callable[[Callable[..., Any]], Callable[..
     setattr(owner, name, installed)
 
 
-def require_in_place(fix: str) -> None:
-    """What `fix` has attached is what stock still calls: nobody has put something in its place.
+def require_in_place(fix: str, *roles: str) -> None:
+    """What `fix` has attached for these roles is what stock still calls: nobody has put something
+    in its place.
 
     Other plugins' hooks are applied when all plugins have been loaded, so after our probe.
     Raises `AttachError` naming the first place that is not as we left it.
     """
     for point in ATTACH_POINTS:
-        if point.fix != fix or point.target not in _replaced:
+        if point.fix != fix or point.role not in roles or point.target not in _replaced:
             continue
         if resolve(point.target)[2] is not _replaced[point.target][0]:
             raise AttachError(

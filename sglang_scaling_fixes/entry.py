@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 
-_ARMED = "SGLANG_SCALING_FIXES_PLUGIN"  # `config.PLUGIN_ENV`, which may be what fails to import
+# `config.PLUGIN_ENV` and `GUARD_ENV`; config may be what fails to import.
+_PLUGIN, _GUARD = "SGLANG_SCALING_FIXES_PLUGIN", "SGLANG_SCALING_FIXES_SPEC_GUARD"
 
 
 def activate() -> None:
@@ -15,10 +16,15 @@ def activate() -> None:
     try:
         from sglang_scaling_fixes import plugin
     except Exception as error:
-        if os.environ.get(_ARMED, "none") != "none":
-            raise SystemExit(
-                f"sglang-scaling-fixes: {_ARMED}={os.environ[_ARMED]} and the plugin cannot be "
-                f"imported ({type(error).__name__}: {error}); install it anew, or unset it"
-            ) from error
-        raise
+        asked = [name for name in (_PLUGIN, _GUARD) if _asks(name)]
+        if not asked:
+            raise
+        raise SystemExit(
+            f"sglang-scaling-fixes: {asked[0]}={os.environ[asked[0]]} and the plugin cannot be "
+            f"imported ({type(error).__name__}: {error}); install it anew, or unset it"
+        ) from error
     plugin.activate()
+
+
+def _asks(name: str) -> bool:
+    return os.environ.get(name, "").strip() not in ("", "none")

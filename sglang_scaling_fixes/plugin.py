@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from sglang_scaling_fixes import config as configuration
 from sglang_scaling_fixes import fixes, metrics, refusals
-from sglang_scaling_fixes.attach import wrap_method
+from sglang_scaling_fixes.attach import require_in_place, wrap_method
 from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.errors import ScalingFixesError
 from sglang_scaling_fixes.reclaim import retry_after
@@ -100,6 +100,7 @@ def _wrap_command_line() -> None:
             with _stopping():
                 _arm_process(config)
                 _check_server_args(server_args, config)
+                require_in_place("spec-guard", "server")
         return server_args
 
     wrap_method("sglang.srt.server_args:ServerArgs.add_cli_args", add_cli_args)

@@ -80,17 +80,18 @@ def mooncake_problem(found: Mooncake | None) -> str | None:
     return None
 
 
-OFF = frozenset({"", "0", "false", "no", "n", "none"})
-"""How SGLang's own switches read as off. Mooncake only looks whether its own are set at all."""
+OFF = frozenset({"", "0", "false", "no", "n", "off", "none"})
+"""How switches that have a value read as off. Of most of its own Mooncake only looks whether they
+are set at all."""
 _OTHER_ENGINES = {"MC_USE_TENT": "TENT", "MC_USE_TEV1": "TENT"}
 _OTHER_TRANSPORTS = {
     "MC_FORCE_MNNVL": "NVLink",
     "MC_INTRANODE_NVLINK": "NVLink",
     "MC_FORCE_MUSA": "MUSA",
     "MC_CXL_DEV_PATH": "CXL",
-    "USE_BAREX": "Barex",
 }
-_OTHER_OF_SGLANG = {
+_OTHER_SWITCHES = {
+    "USE_BAREX": "Barex",
     "ENABLE_ASCEND_TRANSFER_WITH_MOONCAKE": "Ascend",
     "SGLANG_MOONCAKE_CUSTOM_MEM_POOL": "NVLink or Barex",
 }
@@ -104,7 +105,7 @@ def _unproven(distribution: str) -> str:
     forced = bool(os.environ.get("MC_FORCE_TCP"))
     asked = {**_OTHER_ENGINES, **({} if forced else _OTHER_TRANSPORTS)}
     found = {name: what for name, what in asked.items() if name in os.environ}
-    for name, what in {} if forced else _OTHER_OF_SGLANG.items():
+    for name, what in {} if forced else _OTHER_SWITCHES.items():
         if os.environ.get(name, "").lower() not in OFF:
             found[name] = what
     for name, what in found.items():
@@ -112,19 +113,29 @@ def _unproven(distribution: str) -> str:
             f"{name}={os.environ[name]}: Mooncake over {what} is not proven to tell when a write "
             "has landed or can no longer land; unset it, or start with --plugin none"
         )
-    protocol = os.environ.get("MOONCAKE_PROTOCOL", "rdma").lower()
+    protocol = (os.environ.get("MOONCAKE_PROTOCOL") or "rdma").lower()
     if not forced and protocol not in ("rdma", "tcp"):
         return (
             f"MOONCAKE_PROTOCOL={protocol}: only rdma and tcp are proven; choose one of them, or "
             "start with --plugin none"
         )
-    if not forced and not mooncake_retries() and not distribution.endswith("-non-cuda"):
+    if forced or distribution.endswith("-non-cuda"):
+        return ""
+    if distribution.endswith("-npu"):
         return (
-            f"there is no RDMA device here, and {distribution} may then write over NVLink or "
-            "Ascend, whose success proves nothing; set MC_FORCE_TCP=1, or install "
-            "mooncake-transfer-engine-non-cuda"
+            f"{distribution} writes over Ascend, whose success proves nothing; set MC_FORCE_TCP=1, "
+            "or start with --plugin none"
         )
-    return ""
+    return "" if mooncake_retries() else without_rdma(distribution)
+
+
+def without_rdma(distribution: str) -> str:
+    """What to say where Mooncake has no RDMA device to write with, and is not told to use TCP."""
+    return (
+        f"there is no RDMA device to use here, and {distribution} may then write over NVLink, "
+        "whose success proves nothing; set MC_FORCE_TCP=1, or make a device usable (its port "
+        "active, /dev/infiniband in the container)"
+    )
 
 
 _RDMA_DEVICES = Path("/sys/class/infiniband")

@@ -5,8 +5,8 @@
     lab               the release that tests start beside the one of .venv
     fast tests        unit, ...: side by side, no server
     e2e               real servers, one test at a time; most of it is waiting, so beside it,
-                      on what CPU it leaves (nice 19):
-    processes         tests that import SGLang in many processes, and depend on no clock
+                      on what CPU it leaves:
+    processes         tests that import SGLang in many processes, and can wait for a core
 
 A failed step does not stop the next: one run shows all there is to mend. The
 exit status is 0 only if every step passed.
@@ -15,6 +15,8 @@ exit status is 0 only if every step passed.
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -68,7 +70,8 @@ def pytest(name: str, folders: list[str], *options: str) -> None:
 def beside(name: str, folders: list[str], *options: str) -> Iterator[None]:
     """Run the tests below `folders` during the block, and after it until they end.
 
-    Whatever else wants a core gets it first. What they print comes at their end, in one piece.
+    Whatever else wants a core gets it first: nice alone counts among the processes of one session
+    (sched_autogroup), so theirs is nice as a whole, too. What they print comes at their end.
     """
     began = time.monotonic()
     say(f"{name} (in the background) ...")
@@ -80,15 +83,18 @@ def beside(name: str, folders: list[str], *options: str) -> Iterator[None]:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
+        with contextlib.suppress(OSError):  # a kernel without
+            Path(f"/proc/{child.pid}/autogroup").write_text("19")
         try:
             yield
             status = child.wait()
         finally:
             if child.poll() is None:
-                child.terminate()
+                os.killpg(child.pid, signal.SIGTERM)
                 child.wait()
-    print(log.read_text(), flush=True)
+    print(log.read_text(errors="replace"), flush=True)
     say(f"{name}: {verdict(status)}, {time.monotonic() - began:.0f} s in all")
     judge(name, status)
 

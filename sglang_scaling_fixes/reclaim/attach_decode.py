@@ -11,12 +11,13 @@ from typing import Any
 
 from sglang_scaling_fixes.attach import replace_method, wrap_method
 from sglang_scaling_fixes.config import Config
-from sglang_scaling_fixes.reclaim import layout
+from sglang_scaling_fixes.reclaim import fence, layout
 from sglang_scaling_fixes.reclaim.decode import SUCCESS, DecodeGuard, OutgoingTap, rank_of
 
 _MOONCAKE = "sglang.srt.disaggregation.mooncake.conn"
 _DECODE = "sglang.srt.disaggregation.decode"
 _QUEUE = f"{_DECODE}:DecodePreallocQueue"
+_ENGINE = "sglang.srt.distributed.device_communicators.mooncake_transfer_engine"
 _SCHEDULER = "sglang.srt.managers.scheduler"
 
 
@@ -38,6 +39,13 @@ def _attach_manager(config: Config) -> None:
         if DecodeGuard.current is not None:
             DecodeGuard.current.install_gate(queue)
 
+    def engine_init(stock: Callable[..., Any], engine: Any, *args: Any, **kwargs: Any) -> None:
+        """What an engine opens, a fence must see closed."""
+        before = fence.openings()
+        stock(engine, *args, **kwargs)
+        fence.record(engine, fence.openings() - before)
+
+    wrap_method(f"{_ENGINE}:MooncakeTransferEngine.__init__", engine_init)
     wrap_method(f"{_MOONCAKE}:MooncakeKVManager.start_decode_thread", start_decode_thread)
     wrap_method(f"{_QUEUE}.__init__", queue_init)
 

@@ -34,6 +34,7 @@ from sglang_scaling_fixes.errors import ScalingFixesError
 _LISTEN = "0A"
 """TCP state in /proc/net/tcp."""
 
+_UVERBS = "/dev/infiniband/uverbs"
 _AT_ONCE = struct.pack("ii", 1, 0)
 """SO_LINGER: close with a reset."""
 _TRIES = 10
@@ -69,27 +70,49 @@ def renew(manager: Any, of_all_ranks: Callable[[set[int]], set[int]]) -> tuple[s
     """
     engine = manager.engine
     old = str(engine.session_id)
-    doors, devices = _listening(), _rdma_handles()
+    own = engine_has(engine)
+    doors, devices = _listening(), rdma_handles()
     _destroy(engine)
     shut = doors - _listening()
-    if _port(old) not in shut or (devices and _rdma_handles() >= devices):
+    if _port(old) not in shut or (devices and rdma_handles() >= devices):
         raise FenceError(
             f"the receiving engine of session {old} is still in use by another part of this "
             "process and could not be closed"
         )
+    if left := own & openings():
+        raise FenceError(f"the engine of session {old} was not closed whole: {sorted(left)}")
     if still_open := shut & _local_ports():
         raise FenceError(f"connections of session {old} are still open at ports {still_open}")
     threading.Thread(target=_keep, args=(shut,), daemon=True).start()
     _shut.update(of_all_ranks(shut))
-    closed = devices - _rdma_handles()
-    doors, devices = _listening(), _rdma_handles()
     _replace(engine)
-    # The new engine is like the old one: what it opens, the old one had open.
-    opened = _listening() - doors - _shut  # those are kept by us
-    if len(opened) > len(shut) or _rdma_handles() - devices > closed:
-        raise FenceError(f"the receiving engine of session {old} was not closed whole")
     _register(manager, engine)
     return old, str(engine.session_id)
+
+
+def record(engine: Any, opened: set[str]) -> None:
+    """Remember what stock's constructor of `engine` opened (`openings` after, less before)."""
+    engine.sglang_scaling_fixes_opened = opened
+
+
+def engine_has(engine: Any) -> set[str]:
+    """What was recorded of an engine; a fence is over only once all of it is closed."""
+    opened: set[str] = getattr(engine, "sglang_scaling_fixes_opened", set())
+    return opened
+
+
+def openings() -> set[str]:
+    """Every way into this process that an engine makes: listening sockets, RDMA devices."""
+    doors = {f"port {port}" for port in _listening()}
+    handles = {
+        f"{entry}: {target}" for entry, target in _open_files() if target.startswith(_UVERBS)
+    }
+    return doors | handles
+
+
+def rdma_handles() -> int:
+    """How many RDMA devices this process has open. Closing one ends all its queue pairs."""
+    return sum(target.startswith(_UVERBS) for _, target in _open_files())
 
 
 def _replace(engine: Any) -> None:
@@ -101,6 +124,7 @@ def _replace(engine: Any) -> None:
         )
         if not (_listening() - doors) & _shut:
             engine.engine, engine.session_id = fresh.engine, fresh.session_id
+            record(engine, engine_has(fresh))
             return
         _destroy(fresh)
     raise FenceError(f"no engine with new ports in {_TRIES} tries")
@@ -157,11 +181,6 @@ def _port(session: str) -> int:
     return int(session.rpartition(":")[2])
 
 
-def _rdma_handles() -> int:
-    """How many RDMA devices this process has open. Closing one ends all its queue pairs."""
-    return sum(target.startswith("/dev/infiniband/uverbs") for target in _open_files())
-
-
 def _listening() -> set[int]:
     return {port for port, state in _sockets() if state == _LISTEN}
 
@@ -172,7 +191,7 @@ def _local_ports() -> set[int]:
 
 def _sockets() -> set[tuple[int, str]]:
     """Local port and state of every TCP socket this process has open."""
-    opened = (target for target in _open_files() if target.startswith("socket:["))
+    opened = (target for _, target in _open_files() if target.startswith("socket:["))
     inodes = {target[len("socket:[") : -1] for target in opened}
     found = set()
     for table in ("tcp", "tcp6"):
@@ -186,9 +205,10 @@ def _sockets() -> set[tuple[int, str]]:
     return found
 
 
-def _open_files() -> list[str]:
+def _open_files() -> list[tuple[str, str]]:
+    """Number and target of every open file of this process."""
     found = []
     for entry in os.scandir("/proc/self/fd"):
         with contextlib.suppress(OSError):
-            found.append(os.readlink(entry.path))
+            found.append((entry.name, os.readlink(entry.path)))
     return found

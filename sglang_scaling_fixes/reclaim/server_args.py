@@ -99,6 +99,7 @@ def check_in_force(scheduler: Any) -> None:
         guard = DecodeGuard.current
         if _is_mooncake(manager) and (guard is None or not guard.guards(manager)):
             raise ConfigError("the decode allocators of this scheduler are not gated")
+        _check_transport(manager)
     elif mode == "prefill":
         manager = scheduler.disagg_prefill_bootstrap_queue.kv_manager
         deadline = time.monotonic() + _TAP_WAIT
@@ -108,8 +109,18 @@ def check_in_force(scheduler: Any) -> None:
             if time.monotonic() >= deadline:
                 raise ConfigError("the transfer queues of this scheduler are not accounted for")
             time.sleep(0.01)
-    require_in_place("safe-reclaim")
+        _check_transport(manager)
+    require_in_place("safe-reclaim", mode, "both")
     unwrap_other_roles("safe-reclaim", mode)
+
+
+def _check_transport(manager: Any) -> None:
+    """Mooncake has its devices by now: an RDMA device it could not open is none."""
+    found = release.mooncake()
+    if found is None or not _is_mooncake(manager) or found.protocol != "rdma":
+        return
+    if not fence.rdma_handles():
+        raise ConfigError(release.without_rdma(found.distribution))
 
 
 def _is_mooncake(manager: Any) -> bool:

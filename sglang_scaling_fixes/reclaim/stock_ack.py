@@ -68,7 +68,7 @@ class StockAborts:
     def due(self, now: float) -> list[tuple[Rank, list[bytes]]]:
         """ABORTs to repeat."""
         again: list[tuple[Rank, list[bytes]]] = []
-        for found in self._rooms.values():
+        for found in list(self._rooms.values()):  # stock may abort from a thread of its own
             if found.expected and found.next <= now:
                 if found.next:
                     again += found.sent.items()

@@ -166,7 +166,6 @@ def bind(scheduler: Any, server_args: Any, config: Config) -> None:
     """After stock built its scheduler: make the guard. ConfigError where it cannot judge."""
     settings.check(server_args, config)  # again: what stock made of the arguments is known now
     role = str(getattr(server_args, "disaggregation_mode", "null"))
-    require_in_place("spec-guard")
     judges = settings.algorithm(server_args) is not None
     if not judges:
         unwrap([finish_target()])
@@ -174,6 +173,7 @@ def bind(scheduler: Any, server_args: Any, config: Config) -> None:
         unwrap(PLACES)  # nothing becomes suspect here
     if not judges and role != "prefill":
         return  # a bare --plugin on a server without speculation: nothing to judge
+    require_in_place("spec-guard", role, "both")
     if config.guard == "abort" and type(scheduler.tree_cache).__name__ == "RadixCacheCpp":
         raise ConfigError(
             "--spec-guard abort with SGLANG_EXPERIMENTAL_CPP_RADIX_TREE: that tree knows no "

@@ -1,6 +1,6 @@
 """Two processes with a real Mooncake engine each, over TCP on the loopback.
 
-python -m tests.mooncake.engines receive MODE   |   send ONCE SESSION ADDRESS
+python -m tests.mooncake.engines receive MODE   |   send ONCE SESSION ADDRESS   |   leave DOOR
 
 Both print JSON lines and read lines from stdin. The receiver says where it is, and on
 "go" waits for the first byte of a long write and then does what MODE says:
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import socket
 import sys
 import time
 from typing import Any
@@ -34,9 +35,11 @@ class StockEngine:
 
     def __init__(self, hostname: str, gpu_id: int, ib_device: str) -> None:
         self.hostname, self.gpu_id, self.ib_device = hostname, gpu_id, ib_device
+        before = fence.openings()
         self.engine = TransferEngine()
         assert self.engine.initialize(hostname, "P2PHANDSHAKE", "tcp", ib_device) == 0
         self.session_id = f"{hostname}:{self.engine.get_rpc_port()}"
+        fence.record(self, fence.openings() - before)
 
     def batch_register(self, ptrs: list[int], lengths: list[int]) -> int:
         return int(self.engine.batch_register_memory(ptrs, lengths))
@@ -126,6 +129,26 @@ def send(once: bool) -> None:
         say(status=status, failures=len(ledger.failures))
 
 
+def leave(door: bool) -> None:
+    """A fence of an engine that, with `door`, had one more way in, which stays open."""
+    manager = Manager(Memory(0))
+    opened = fence.engine_has(manager.engine)
+    with socket.create_server((HOST, 0)) as left:
+        if door:
+            fence.record(manager.engine, opened | {f"port {left.getsockname()[1]}"})
+        try:
+            fence.renew(manager, lambda ports: ports)
+        except fence.FenceError as error:
+            say(opened=len(opened), error=str(error))
+        else:
+            say(opened=len(opened), again=len(fence.engine_has(manager.engine)))
+
+
 if __name__ == "__main__":
     role, argument = sys.argv[1:3]
-    receive(argument) if role == "receive" else send(argument == "once")
+    if role == "receive":
+        receive(argument)
+    elif role == "send":
+        send(argument == "once")
+    else:
+        leave(argument == "open")

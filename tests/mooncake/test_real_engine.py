@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from sglang_scaling_fixes.lab.install import install
 from sglang_scaling_fixes.release import sglang_version
 from tests.mooncake.engines import SIZE, SMALL
@@ -103,3 +105,17 @@ def test_one_submission_says_the_same_as_stocks_call() -> None:
     assert found["old session"]["status"] == -1
     assert found["new session"] == {"status": 0, "failures": 2}
     assert found["small"] == SMALL
+
+
+@pytest.mark.parametrize("door", ["open", "shut"])
+def test_a_fence_sees_everything_closed_that_the_engine_had_opened(door: str) -> None:
+    process = Process("leave", door)
+    try:
+        found = process.heard()
+    finally:
+        process.end()
+    assert found["opened"] >= 2  # over TCP: one for handshakes, one for data
+    if door == "open":
+        assert "not closed whole" in found["error"]
+    else:
+        assert found["again"] == found["opened"]

@@ -18,7 +18,7 @@ def launch(environment: Environment, *argv: str, **env: str) -> subprocess.Compl
         env=cpu_env({**environment.env, **env}),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,
         check=False,
     )
 
@@ -94,7 +94,7 @@ def test_doctor(release: str, request: pytest.FixtureRequest) -> None:
         env=cpu_env(environment.env),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,
         check=False,
     )
     found = json.loads(done.stdout)

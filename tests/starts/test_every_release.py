@@ -41,20 +41,33 @@ args = SimpleNamespace(
 tree = SimpleNamespace(page_size=64)
 attach.bind(SimpleNamespace(page_size=64, tree_cache=tree), args, config)
 
-# What is left of safe reclaim in a prefill server.
+# What stays on a server's hot paths, by what it does.
 from sglang_scaling_fixes.attach import (
     ATTACH_POINTS, is_wrapped, require_in_place, unwrap_other_roles,
 )
 from sglang_scaling_fixes.reclaim import layout
-require_in_place("safe-reclaim")
-unwrap_other_roles("safe-reclaim", "prefill")
 ours = [p.target for p in ATTACH_POINTS if p.fix == "safe-reclaim" and p.wrapped]
+require_in_place("safe-reclaim", "decode", "prefill", "both")
+kept = {}
+for role in ("decode", "null"):
+    unwrap_other_roles("safe-reclaim", role)
+    kept[role] = [target for target in ours if is_wrapped(target)]
+hot = [attach.finish_target(), *attach.PLACES]
+watched = [is_wrapped(target) for target in hot]
+args.speculative_algorithm = None
+args.disaggregation_mode = "prefill"
+attach.bind(SimpleNamespace(page_size=64, tree_cache=tree), args, config)
+watched += [is_wrapped(target) for target in hot]
+args.disaggregation_mode = "decode"
+attach.bind(SimpleNamespace(page_size=64, tree_cache=tree), args, Config.from_env({}))
+watched += [is_wrapped(target) for target in hot]
 print("probe:" + json.dumps({
     "file": sglang.__file__,
     "states": states,
     "guard": SpecGuard.current.report(),
     "depth": settings.depth(args),
-    "kept": [target for target in ours if is_wrapped(target)],
+    "kept": kept,
+    "watched": watched,
     "restores fail alone": layout.restores_fail_alone(),
 }))
 """
@@ -63,7 +76,7 @@ print("probe:" + json.dumps({
 def probe(environment: Environment, source: Path) -> Any:
     env = cpu_env({**environment.env, PLUGIN_ENV: ",".join(FIXES), GUARD_ENV: "abort"})
     env["PYTHONPATH"] = f"{source}:{env['PYTHONPATH']}"
-    return child.said(environment.python, PROBE, env=env, mark="probe:", timeout_s=400)
+    return child.said(environment.python, PROBE, env=env, mark="probe:", timeout_s=1200)
 
 
 @pytest.mark.parametrize("release", wheels.RELEASES)
@@ -79,10 +92,13 @@ def test_both_fixes_hold(old: Environment, new: Environment, release: str) -> No
     assert found["depth"] == 3
     assert found["guard"]["action"] == "abort"
     assert found["guard"]["rules"]["after"] == 128
-    # A prefill server keeps what prefill needs, and nothing of decode's.
-    assert found["kept"] == [
+    # A decode server keeps what decode needs, and nothing of prefill's.
+    decodes = [
         point.target
         for point in ATTACH_POINTS
-        if point.fix == "safe-reclaim" and point.wrapped and point.role == "prefill"
+        if point.fix == "safe-reclaim" and point.wrapped and point.role == "decode"
     ]
+    assert found["kept"] == {"decode": decodes, "null": []}
+    # Where requests end, and twice where they are placed: with drafts, on prefill, with neither.
+    assert found["watched"] == [True, True, True, False, True, True, False, False, False]
     assert found["restores fail alone"] == (release in wheels.between("0.5.13", "0.5.21"))

@@ -78,7 +78,7 @@ def verdicts(environment: Environment, script: str) -> dict[str, str]:
     """What the probe says, by what was taken out of force."""
     env = cpu_env(environment.env)
     found: dict[str, str] = child.said(
-        environment.python, script, env=env, mark="found:", timeout_s=300
+        environment.python, script, env=env, mark="found:", timeout_s=1200
     )
     assert found.pop("nothing") == "armed"
     return found

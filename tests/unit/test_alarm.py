@@ -12,7 +12,7 @@ import pytest
 
 from sglang_scaling_fixes import entry
 from sglang_scaling_fixes.alarm import end_server
-from sglang_scaling_fixes.config import PLUGIN_ENV
+from sglang_scaling_fixes.config import GUARD_ENV, PLUGIN_ENV
 
 
 def swallows() -> None:
@@ -41,15 +41,14 @@ def test_a_plugin_that_cannot_be_imported_stops_a_start_that_asked_for_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Stock logs an ImportError and starts without it; nothing of ours is there to say no."""
-    assert entry._ARMED == PLUGIN_ENV
+    assert (entry._PLUGIN, entry._GUARD) == (PLUGIN_ENV, GUARD_ENV)
     monkeypatch.setitem(sys.modules, "sglang_scaling_fixes.plugin", None)
-    monkeypatch.setenv(PLUGIN_ENV, "safe-reclaim")
-    with pytest.raises(SystemExit, match=f"{PLUGIN_ENV}=safe-reclaim.*cannot be imported"):
-        entry.activate()
-    for off in ("none", None):
-        if off is None:
-            monkeypatch.delenv(PLUGIN_ENV)
-        else:
-            monkeypatch.setenv(PLUGIN_ENV, off)
+    for name, value in ((PLUGIN_ENV, "safe-reclaim"), (GUARD_ENV, "abort")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            with pytest.raises(SystemExit, match=f"{name}={value}.*cannot be imported"):
+                entry.activate()
+    for off in (" none ", ""):
+        monkeypatch.setenv(PLUGIN_ENV, off)
         with pytest.raises(ImportError):
             entry.activate()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -12,7 +13,7 @@ import pytest
 
 from sglang_scaling_fixes import release
 from sglang_scaling_fixes.errors import ConfigError
-from sglang_scaling_fixes.reclaim import layout
+from sglang_scaling_fixes.reclaim import fence, layout, server_args
 from sglang_scaling_fixes.reclaim.server_args import check
 
 
@@ -103,14 +104,14 @@ def test_missing_mooncake(monkeypatch: pytest.MonkeyPatch) -> None:
         check(args())
 
 
-@pytest.mark.parametrize("value", ["1", "true", "Yes", "y", "on"])
+@pytest.mark.parametrize("value", ["1", "true", "Yes", "y"])
 def test_staging_buffers_are_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("SGLANG_DISAGG_STAGING_BUFFER", value)
     with pytest.raises(ConfigError, match="SGLANG_DISAGG_STAGING_BUFFER"):
         check(args("prefill"))
 
 
-@pytest.mark.parametrize("value", ["", "0", "False", "no", "N"])
+@pytest.mark.parametrize("value", ["", "0", "False", "no", "off"])
 def test_staging_buffers_that_are_off_are_not(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("SGLANG_DISAGG_STAGING_BUFFER", value)
     check(args("prefill"))
@@ -214,6 +215,54 @@ def test_without_rdma_a_gpu_build_may_choose_nvlink(monkeypatch: pytest.MonkeyPa
     assert "MC_FORCE_TCP=1" in release._unproven("mooncake-transfer-engine")
     monkeypatch.setenv("MC_FORCE_TCP", "1")
     assert release._unproven("mooncake-transfer-engine") == ""
+
+
+def test_what_is_asked_for_and_what_a_wheel_always_does(
+    bare: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (bare / "mlx5_0").mkdir()
+    monkeypatch.setenv("USE_BAREX", "0")
+    monkeypatch.setenv("MOONCAKE_PROTOCOL", "")
+    assert release._unproven("mooncake-transfer-engine") == ""
+    assert "Ascend" in release._unproven("mooncake-transfer-engine-npu")
+    monkeypatch.setenv("MC_FORCE_TCP", "1")
+    assert release._unproven("mooncake-transfer-engine-npu") == ""
+
+
+@pytest.mark.parametrize("protocol", ["rdma", "tcp-v2"])
+def test_an_rdma_device_that_mooncake_could_not_open_is_none(
+    monkeypatch: pytest.MonkeyPatch, protocol: str
+) -> None:
+    """A container sees the host's devices; a port may be down. A CUDA build then takes NVLink."""
+    found = release.Mooncake("0.3.13", "mooncake-transfer-engine", protocol)
+    monkeypatch.setattr(release, "mooncake", lambda: found)
+    monkeypatch.setattr(server_args, "_is_mooncake", lambda manager: True)
+    monkeypatch.setattr(fence, "rdma_handles", lambda: 1)
+    server_args._check_transport(None)
+    monkeypatch.setattr(fence, "rdma_handles", lambda: 0)
+    if protocol == "rdma":
+        with pytest.raises(ConfigError, match="MC_FORCE_TCP=1"):
+            server_args._check_transport(None)
+    else:
+        server_args._check_transport(None)
+
+
+@pytest.mark.parametrize("mode", ["null", "decode", "prefill"])
+def test_after_the_start_every_place_is_looked_at_before_the_others_come_off(
+    monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    called: list[tuple[str, ...]] = []
+    monkeypatch.setattr(server_args, "_is_mooncake", lambda manager: False)
+    monkeypatch.setattr(server_args, "require_in_place", lambda *a: called.append(("look", *a)))
+    monkeypatch.setattr(server_args, "unwrap_other_roles", lambda *a: called.append(("off", *a)))
+    queue = SimpleNamespace(kv_manager=None)
+    scheduler = SimpleNamespace(
+        disaggregation_mode=SimpleNamespace(value=mode),
+        disagg_decode_prealloc_queue=queue,
+        disagg_prefill_bootstrap_queue=queue,
+    )
+    server_args.check_in_force(scheduler)
+    assert called == [("look", "safe-reclaim", mode, "both"), ("off", "safe-reclaim", mode)]
 
 
 @pytest.mark.parametrize(
