@@ -129,6 +129,15 @@ def _unproven(distribution: str) -> str:
     return "" if mooncake_retries() else without_rdma(distribution)
 
 
+def needs_rdma(found: Mooncake) -> bool:
+    """Whether it must have opened an RDMA device: it may choose its transport, and not only TCP.
+
+    Its CUDA builds do not look at MOONCAKE_PROTOCOL.
+    """
+    cuda = not found.distribution.endswith("-non-cuda")
+    return not os.environ.get("MC_FORCE_TCP") and (cuda or found.protocol == "rdma")
+
+
 def without_rdma(distribution: str) -> str:
     """What to say where Mooncake has no RDMA device to write with, and is not told to use TCP."""
     return (

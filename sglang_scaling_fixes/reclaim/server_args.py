@@ -117,7 +117,7 @@ def check_in_force(scheduler: Any) -> None:
 def _check_transport(manager: Any) -> None:
     """Mooncake has its devices by now: an RDMA device it could not open is none."""
     found = release.mooncake()
-    if found is None or not _is_mooncake(manager) or found.protocol != "rdma":
+    if found is None or not _is_mooncake(manager) or not release.needs_rdma(found):
         return
     if not fence.rdma_handles():
         raise ConfigError(release.without_rdma(found.distribution))

@@ -229,18 +229,30 @@ def test_what_is_asked_for_and_what_a_wheel_always_does(
     assert release._unproven("mooncake-transfer-engine-npu") == ""
 
 
-@pytest.mark.parametrize("protocol", ["rdma", "tcp-v2"])
+@pytest.mark.usefixtures("bare")
+@pytest.mark.parametrize(
+    ("wheel", "protocol", "forced", "needed"),
+    [
+        ("mooncake-transfer-engine", "rdma", False, True),
+        ("mooncake-transfer-engine", "tcp-v2", False, True),  # asked for by MOONCAKE_PROTOCOL
+        ("mooncake-transfer-engine", "tcp-v2", True, False),
+        ("mooncake-transfer-engine-non-cuda", "rdma", False, True),
+        ("mooncake-transfer-engine-non-cuda", "tcp-v2", False, False),
+    ],
+)
 def test_an_rdma_device_that_mooncake_could_not_open_is_none(
-    monkeypatch: pytest.MonkeyPatch, protocol: str
+    monkeypatch: pytest.MonkeyPatch, wheel: str, protocol: str, forced: bool, needed: bool
 ) -> None:
     """A container sees the host's devices; a port may be down. A CUDA build then takes NVLink."""
-    found = release.Mooncake("0.3.13", "mooncake-transfer-engine", protocol)
+    found = release.Mooncake("0.3.13", wheel, protocol)
     monkeypatch.setattr(release, "mooncake", lambda: found)
     monkeypatch.setattr(server_args, "_is_mooncake", lambda manager: True)
+    if forced:
+        monkeypatch.setenv("MC_FORCE_TCP", "1")
     monkeypatch.setattr(fence, "rdma_handles", lambda: 1)
     server_args._check_transport(None)
     monkeypatch.setattr(fence, "rdma_handles", lambda: 0)
-    if protocol == "rdma":
+    if needed:
         with pytest.raises(ConfigError, match="MC_FORCE_TCP=1"):
             server_args._check_transport(None)
     else:
