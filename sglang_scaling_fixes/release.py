@@ -102,7 +102,7 @@ MC_FORCE_TCP (transfer_engine_impl.cpp)."""
 
 def _unproven(distribution: str) -> str:
     """Why this environment may select neither RDMA nor TCP, empty if it does not."""
-    forced = bool(os.environ.get("MC_FORCE_TCP"))
+    forced = _tcp_forced()
     asked = {**_OTHER_ENGINES, **({} if forced else _OTHER_TRANSPORTS)}
     found = {name: what for name, what in asked.items() if name in os.environ}
     for name, what in {} if forced else _OTHER_SWITCHES.items():
@@ -129,13 +129,17 @@ def _unproven(distribution: str) -> str:
     return "" if mooncake_retries() else without_rdma(distribution)
 
 
+def _tcp_forced() -> bool:
+    return bool(os.environ.get("MC_FORCE_TCP"))
+
+
 def needs_rdma(found: Mooncake) -> bool:
     """Whether it must have opened an RDMA device: it may choose its transport, and not only TCP.
 
     Its CUDA builds do not look at MOONCAKE_PROTOCOL.
     """
     cuda = not found.distribution.endswith("-non-cuda")
-    return not os.environ.get("MC_FORCE_TCP") and (cuda or found.protocol == "rdma")
+    return not _tcp_forced() and (cuda or found.protocol == "rdma")
 
 
 def without_rdma(distribution: str) -> str:
@@ -156,9 +160,7 @@ def mooncake_retries() -> bool:
 
 
 def _protocol(version: str) -> str:
-    tcp = bool(os.environ.get("MC_FORCE_TCP")) or (
-        os.environ.get("MOONCAKE_PROTOCOL", "rdma").lower() == "tcp"
-    )
+    tcp = _tcp_forced() or (os.environ.get("MOONCAKE_PROTOCOL", "rdma").lower() == "tcp")
     # Without an RDMA device Mooncake falls back to TCP on its own.
     if not tcp and mooncake_retries():
         return "rdma"

@@ -4,8 +4,7 @@
     stock wheels      download what the contract tests read, once
     lab               the release that tests start beside the one of .venv
     fast tests        unit, ...: side by side, no server
-    e2e               real servers, one test at a time; most of it is waiting, so beside it,
-                      on what CPU it leaves:
+    e2e               real servers, one test at a time; beside it, on what CPU it leaves:
     processes         tests that import SGLang in many processes, and can wait for a core
 
 A failed step does not stop the next: one run shows all there is to mend. The

@@ -12,7 +12,7 @@ from typing import Any
 from sglang_scaling_fixes.attach import replace_method, wrap_method
 from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.reclaim import fence, layout
-from sglang_scaling_fixes.reclaim.decode import SUCCESS, DecodeGuard, OutgoingTap, rank_of
+from sglang_scaling_fixes.reclaim.decode import DecodeGuard, OutgoingTap, rank_of
 
 _MOONCAKE = "sglang.srt.disaggregation.mooncake.conn"
 _DECODE = "sglang.srt.disaggregation.decode"
@@ -76,7 +76,7 @@ def _attach_receiver() -> None:
         def polled(receiver: Any) -> Any:
             # Every receiver in every turn of the loop, and nearly always one that waits.
             status = stock(receiver)
-            if status != SUCCESS or DecodeGuard.current is None:
+            if status != layout.SUCCESS or DecodeGuard.current is None:
                 return status
             return DecodeGuard.current.succeeded(stock, receiver)
 

@@ -31,6 +31,7 @@ from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.metrics import DECODE, of_process
 from sglang_scaling_fixes.reclaim import fence, layout, messages
 from sglang_scaling_fixes.reclaim.gate import Gate
+from sglang_scaling_fixes.reclaim.layout import FAILED, SUCCESS, WAITING
 from sglang_scaling_fixes.reclaim.ledger import REASONS, DecodeLedger, Exposure
 from sglang_scaling_fixes.reclaim.liveness import Liveness
 from sglang_scaling_fixes.reclaim.pace import Pace
@@ -56,9 +57,6 @@ REQUIRE_RETRY = 30.0
 """Seconds before a silent prefill is waited for again."""
 SHOW_EVERY = 1.0
 """Seconds between two updates of the gauges while something is held."""
-
-FAILED, WAITING, SUCCESS = 0, 2, 4
-"""KVPoll values in every supported release (contract-tested)."""
 
 
 class DecodeGuard:
@@ -213,12 +211,11 @@ class DecodeGuard:
             self._stock_abort(int(frames[1]), rank, frames)
             return frames
         exposure = self._sending
-        writer = None if exposure is None else exposure.writers.get(rank)
-        if exposure is None or writer is None:
+        if exposure is None or rank not in exposure.writers:
             return frames
         with self._lock:
             self.ledger.sent(exposure, rank, after_hello=self._hello_on.get(rank) is socket)
-            expects = writer.incarnation
+            expects = exposure.writers[rank].incarnation
         gen, epoch = exposure.gen, exposure.epoch
         bind = messages.Bind(self._reply_to, rank, gen, epoch, expects=expects)
         return messages.ride(frames, bind)

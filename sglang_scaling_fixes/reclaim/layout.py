@@ -18,7 +18,7 @@ PAGE_STATES = frozenset({"nsa", "dsa", "block_scale", "minimax_index_k", "minima
 WINDOW_STATES = frozenset({"swa", "block_scale_swa"})
 """State transfers into sliding-window slots, freed together with their full slots."""
 
-_FAILED, _SUCCESS = 0, 4
+FAILED, WAITING, TRANSFERRING, SUCCESS = 0, 2, 3, 4
 """KVPoll values in every supported release (contract-tested)."""
 
 
@@ -116,9 +116,9 @@ def restores_fail_alone() -> bool:
     except ImportError:
         return False  # decode has no HiCache in this release
     failed = restores.HiCacheRestoreResult.FAILED
-    landed = SimpleNamespace(poll=lambda: _SUCCESS)
+    landed = SimpleNamespace(poll=lambda: SUCCESS)
     request = SimpleNamespace(kv_receiver=landed, hicache_restore_status=failed)
-    return int(restores.HiCacheRestoreGatedKVReceiver(request).poll()) != _FAILED
+    return int(restores.HiCacheRestoreGatedKVReceiver(request).poll()) != FAILED
 
 
 def is_fake(req: Any) -> bool:

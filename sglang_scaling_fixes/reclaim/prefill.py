@@ -22,6 +22,7 @@ from sglang_scaling_fixes import release
 from sglang_scaling_fixes.attach import replace_method, wrap_method
 from sglang_scaling_fixes.metrics import PREFILL, of_process
 from sglang_scaling_fixes.reclaim import messages
+from sglang_scaling_fixes.reclaim.layout import FAILED, SUCCESS, TRANSFERRING
 from sglang_scaling_fixes.reclaim.ledger import (
     Action,
     Attempt,
@@ -44,8 +45,6 @@ from sglang_scaling_fixes.reclaim.transport import ReplySockets, new_incarnation
 logger = logging.getLogger(__name__)
 
 _MOONCAKE = "sglang.srt.disaggregation.mooncake.conn"
-_FAILED, _TRANSFERRING, _SUCCESS = 0, 3, 4
-"""KVPoll values in every supported release (contract-tested)."""
 
 
 class Ticket:
@@ -326,9 +325,9 @@ class PrefillGuard:
         Only a room stock knows: a failure recorded for no request would be found by
         the next one that uses the room. And not one that has succeeded.
         """
-        if self._manager.request_status.get(room, _SUCCESS) != _SUCCESS:
+        if self._manager.request_status.get(room, SUCCESS) != SUCCESS:
             self._manager.record_failure(room, reason)
-            self._manager.update_status(room, _FAILED)
+            self._manager.update_status(room, FAILED)
 
     def report(self) -> dict[str, Any]:
         """Counters for `/server_info` and the lab."""
@@ -396,8 +395,8 @@ def attach() -> None:
         def polled(sender: Any) -> Any:
             # Every sender in every turn of the loop.
             status = stock(sender)
-            if status == _FAILED and (guard := PrefillGuard.current) is not None:
-                return type(status)(_TRANSFERRING) if guard.busy(sender) else status
+            if status == FAILED and (guard := PrefillGuard.current) is not None:
+                return type(status)(TRANSFERRING) if guard.busy(sender) else status
             return status
 
         return polled

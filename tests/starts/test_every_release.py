@@ -24,7 +24,6 @@ FIXES = ("safe-reclaim", "spec-guard")
 PROBE = """
 import json, sglang
 from sglang_scaling_fixes import fixes
-from sglang_scaling_fixes.attach import ATTACH_POINTS
 from sglang_scaling_fixes.config import Config
 config = Config.from_env()
 states = [state.as_dict() for state in fixes.arm_all(config)]
