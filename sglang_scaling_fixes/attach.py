@@ -103,6 +103,9 @@ ATTACH_POINTS: tuple[AttachPoint, ...] = (
         ("req", "error_message", "status_code"),
         wrapped=False,
     ),
+    AttachPoint(
+        _FIX, "decode", f"{_DECODE}:DecodePreallocQueue._create_receiver_and_enqueue", ("req",)
+    ),
     AttachPoint(_FIX, "decode", f"{_SCHEDULER}:Scheduler.process_input_requests"),
     AttachPoint(_FIX, "decode", f"{_SCHEDULER}:Scheduler.is_fully_idle"),
     AttachPoint(
@@ -172,7 +175,10 @@ ATTACH_POINTS: tuple[AttachPoint, ...] = (
         _FIX, "prefill", f"{_MOONCAKE}:MooncakeKVManager._connect", ("endpoint", "is_ipv6")
     ),
     AttachPoint(_FIX, "prefill", f"{_MOONCAKE}:MooncakeKVSender.__init__"),
-    AttachPoint(_FIX, "prefill", f"{_MOONCAKE}:MooncakeKVSender.send", ("kv_indices",)),
+    AttachPoint(
+        _FIX, "prefill", f"{_MOONCAKE}:MooncakeKVSender.send", ("kv_indices", "state_indices")
+    ),
+    AttachPoint(_FIX, "prefill", f"{_MIXIN}.send_kv_chunk", ("req",)),
     AttachPoint(_FIX, "prefill", f"{_MOONCAKE}:MooncakeKVSender.poll", uses=("bootstrap_room",)),
     AttachPoint(_FIX, "prefill", f"{_MOONCAKE}:MooncakeKVSender.clear"),
     AttachPoint(

@@ -68,6 +68,7 @@ PREFILL = (
     Metric("asked", "counter", "ABORTs received."),
     Metric("answers", "counter", "Answers to ABORTs, by verdict.", ("verdict",)),
     Metric("poisoned_rooms", "counter", "Attempts with a write of unknown end."),
+    Metric("short_sends", "counter", "Successes that did not cover all that decode exposed."),
     Metric("failed_writes", "counter", "Writes that reported failure."),
     Metric("chunks_dropped", "counter", "Chunks of ended attempts, not written."),
     Metric("garbage", "counter", "Unreadable control messages, dropped."),

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang_scaling_fixes.reclaim import messages
+from sglang_scaling_fixes.reclaim.coverage import Extent
 from sglang_scaling_fixes.reclaim.gate import Gate
 from sglang_scaling_fixes.reclaim.ledger import DecodeLedger, Exposure, PrefillLedger, SendAsk
 
@@ -22,6 +23,8 @@ OPEN = 64
 """Requests between their exposure and their end at any time."""
 HELD = 8
 """Given-up requests that wait for their answer at any time."""
+SESSION, PAGES = "10.0.0.2:40003", 1000
+"""Where a request's KV is written to, and how many pages it has (of one token)."""
 TOKENS = 64
 BATCH = 64
 """Requests' slots allocated at a time for the gate's figures."""
@@ -83,13 +86,18 @@ def prefill_done(requests: int) -> None:
     """One chunk with one helper task per request, as Mooncake's worker writes it."""
     ledger = PrefillLedger(PREFILL)
     for room in range(requests):
-        ledger.bind(room, f"e-{room}", f"g-{room}", DECODE, RANK)
+        extent = Extent(SESSION, PAGES, (), PAGES)
+        ledger.bind(room, f"e-{room}", f"g-{room}", DECODE, RANK, extent=extent)
         ledger.sender_made(room, room)
+        ledger.offer(room, PAGES, (), PAGES)
         attempt = ledger.put(room)
         assert attempt is not None
-        ledger.take(attempt)
+        ledger.take(attempt, PAGES, True)
         ledger.opened(attempt)
+        attempt.coverage.writes.append(SESSION)
         ledger.done(attempt)
+        attempt.coverage.writes.append(SESSION)
+        assert ledger.covers(attempt, DECODE, bool)
         ledger.bound_for(attempt, DECODE)
         ledger.done(attempt)
         ledger.busy(room)
@@ -100,7 +108,9 @@ def messages_landed(requests: int) -> None:
     """Bind rides out and is split off, Mark comes back."""
     for number in range(requests):
         gen = f"d-{number}"
-        bind = messages.Bind(DECODE, RANK, gen, gen, expects=PREFILL)
+        bind = messages.Bind(
+            DECODE, RANK, gen, gen, expects=PREFILL, pages=PAGES, states=(), tokens=PAGES
+        )
         messages.split(messages.ride(STOCK_FRAMES, bind))
         messages.split([b"7", b"4", b"0", messages.encode(messages.Mark(gen, RANK))])
 
@@ -128,11 +138,13 @@ def prefill_asked(requests: int) -> None:
     ledger = PrefillLedger(PREFILL)
     for room in range(requests):
         gen = f"g-{room}"
-        ledger.bind(room, f"e-{room}", gen, DECODE, RANK)
+        extent = Extent(SESSION, PAGES, (), PAGES)
+        ledger.bind(room, f"e-{room}", gen, DECODE, RANK, extent=extent)
         ledger.sender_made(room, room)
+        ledger.offer(room, PAGES, (), PAGES)
         attempt = ledger.put(room)
         assert attempt is not None
-        ledger.take(attempt)
+        ledger.take(attempt, PAGES, True)
         ledger.ask(room, gen, DECODE, RANK)
         ledger.done(attempt)
         ledger.busy(room)
@@ -143,7 +155,9 @@ def messages_given_up(requests: int) -> None:
     """Bind as ever, then Ask and Answer."""
     for number in range(requests):
         gen = f"d-{number}"
-        bind = messages.Bind(DECODE, RANK, gen, gen, expects=PREFILL)
+        bind = messages.Bind(
+            DECODE, RANK, gen, gen, expects=PREFILL, pages=PAGES, states=(), tokens=PAGES
+        )
         messages.split(messages.ride(STOCK_FRAMES, bind))
         ask = SendAsk(RANK, number, gen)
         messages.split([messages.encode(messages.Ask(DECODE, ask.rank, ask.room, ask.gen))])

@@ -258,6 +258,7 @@ class Cluster:
         extra_env: Mapping[str, str] | None = None,
         decode_env: Mapping[str, str] | None = None,
         slow_env: Mapping[str, str] | None = None,
+        slow_flags: Sequence[str] = (),
         max_total_tokens: int = 1500,
     ) -> None:
         if prefills not in (1, 2):
@@ -272,6 +273,7 @@ class Cluster:
         self._env = dict(extra_env or {})
         self._decode_env = dict(decode_env or {})
         self._slow_env = dict(slow_env or {})
+        self._slow_flags = [*slow_flags]
         self._tokens = max_total_tokens
         self._stack = ExitStack()
         self._room = 1000 * (os.getpid() % 1000) + 1
@@ -316,7 +318,8 @@ class Cluster:
         self.fast = self._server("prefill-fast", "prefill", near, prefill, {})
         if self._prefills == 1:
             return [self.decode, self.fast]
-        self.slow = self._server("prefill-slow", "prefill", far, prefill, self._slow_env)
+        slow = [*prefill, *self._slow_flags]
+        self.slow = self._server("prefill-slow", "prefill", far, slow, self._slow_env)
         return [self.decode, self.fast, self.slow]
 
     def _server(

@@ -112,7 +112,7 @@ class Race:
             self.cluster.slow.wait_ready()
         draw = random.Random(f"{seed}-{number}-{attempt}")
         name = f"{plan.name}-{number}-{attempt}"
-        late_prompts = [_prompt(draw, length) for length in plan.late]
+        late_prompts = [random_prompt(draw, length) for length in plan.late]
         victims = [
             self._subject(f"{name}-victim-{i}", draw, length, plan.new_tokens)
             for i, length in enumerate(plan.victims)
@@ -241,7 +241,7 @@ class Race:
         Where victims share a batch the prompt is one without near-ties.
         """
         for number in range(CLEAR_TRIES):
-            prompt = _prompt(draw, length)
+            prompt = random_prompt(draw, length)
             first = f"{rid}-reference-{number}"
             options = WITH_MARGIN if self.plan.runners else None
             reference = self._alone(first, prompt, new_tokens, options)
@@ -421,7 +421,8 @@ def differing(ids: Sequence[int], expected: Sequence[int]) -> int:
     return sum(ids[i] != expected[i] for i in range(both)) + abs(len(ids) - len(expected))
 
 
-def _prompt(draw: random.Random, length: int) -> list[int]:
+def random_prompt(draw: random.Random, length: int) -> list[int]:
+    """So many token ids, drawn anew."""
     return [draw.randrange(3, lab_model.VOCAB) for _ in range(length)]
 
 

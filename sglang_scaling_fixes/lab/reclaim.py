@@ -21,6 +21,7 @@ from sglang_scaling_fixes.lab.errors import LabError
 from sglang_scaling_fixes.lab.install import install, lab_home
 from sglang_scaling_fixes.lab.link import link
 from sglang_scaling_fixes.lab.race import Invalid, Race
+from sglang_scaling_fixes.lab.short import ShortSends
 
 Progress = Callable[[str], None]
 
@@ -89,10 +90,12 @@ def run(
                 extra_env=plan.env,
                 decode_env=plan.decode_env,
                 slow_env=plan.slow_env,
+                slow_flags=plan.slow_flags_for(release),
                 max_total_tokens=scenarios.POOL_TOKENS,
             ) as cluster:
                 tell(f"ready after {cluster.ready_s:.0f} s")
-                counts, details[half] = _half(Race(cluster, way, plan), seed, rounds, tell)
+                kind = ShortSends if plan.ending is scenarios.Ending.SHORT else Race
+                counts, details[half] = _half(kind(cluster, way, plan), seed, rounds, tell)
                 result[half] = counts
                 result["ready_s"][half] = round(cluster.ready_s, 1)
     if result["stock"] is not None:

@@ -19,6 +19,10 @@ from sglang_scaling_fixes.lab.runtime import LOSE
 HOLDS_FROM = (0, 5, 21)
 """First release whose decode holds the slots of an aborted transfer (30 s) by default."""
 
+REFUSES_FROM = (0, 5, 22)
+"""First release whose prefill refuses a prompt that is too long before decode hears of it, unless
+it is told to cut the prompt (--allow-auto-truncate)."""
+
 POOL_TOKENS = 1500
 LOST_MESSAGES = 3
 IN_FLIGHT_SHARE = 0.75
@@ -40,6 +44,7 @@ class Ending(Enum):
     TIMEOUT = "decode's own waiting time-out"
     FAILURE = "prefill reports that its write failed"
     KILL = "SIGKILL of the prefill, and decode is told to abort"
+    SHORT = "prefill reports success of less than decode has slots for"
 
 
 @dataclass(frozen=True)
@@ -66,12 +71,18 @@ class Scenario:
     env: Mapping[str, str] = field(default_factory=dict)
     decode_env: Mapping[str, str] = field(default_factory=dict)
     slow_env: Mapping[str, str] = field(default_factory=dict)
+    slow_flags: tuple[str, ...] = ()
+    slow_flags_refusing: tuple[str, ...] = ()  # more, on releases that refuse long prompts early
     ends_slow: bool = False  # the slow prefill is of no use afterwards
     stallable: bool = False  # whether stopping processes can stand in for the slow link
     buffer_bytes: int | None = None  # what a socket and the link's queue take on; None: as usual
 
     def rate_for(self, release: str) -> float:
         return self.rate_held if holds(release) else self.rate
+
+    def slow_flags_for(self, release: str) -> tuple[str, ...]:
+        refuses = _numbers(release) >= REFUSES_FROM
+        return (*self.slow_flags, *(self.slow_flags_refusing if refuses else ()))
 
     @property
     def late_bytes(self) -> int:
@@ -146,6 +157,18 @@ SCENARIOS = {
             prefill_flags=("--prefill-max-requests", "1"),
             env=PATIENT_QUEUE,
         ),
+        Scenario(
+            "short-send",
+            "prefill computes less of a prompt than decode has slots for, and reports success",
+            48,
+            48,
+            ending=Ending.SHORT,
+            late=(1200,),
+            victims=(400,),
+            slow_flags=("--max-total-tokens", "300"),
+            slow_flags_refusing=("--allow-auto-truncate",),
+            stallable=True,
+        ),
     )
 }
 
@@ -160,5 +183,8 @@ def scenario(name: str) -> Scenario:
 
 def holds(release: str) -> bool:
     """Whether stock decode of this release holds slots after an abort by default."""
-    numbers = tuple(int(number) for number in re.findall(r"\d+", release)[:3])
-    return numbers >= HOLDS_FROM
+    return _numbers(release) >= HOLDS_FROM
+
+
+def _numbers(release: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", release)[:3])

@@ -45,6 +45,16 @@ def _attach_manager(config: Config) -> None:
         stock(engine, *args, **kwargs)
         fence.record(engine, fence.openings() - before)
 
+    def receiver_made(
+        stock: Callable[..., Any], queue: Any, req: Any, *args: Any, **kw: Any
+    ) -> Any:
+        """Stock's receiver does not know its request, and so not how long the prompt is."""
+        made = stock(queue, req, *args, **kw)
+        tokens = functools.partial(layout.prompt_tokens, queue, req)
+        made.kv_receiver.sglang_scaling_fixes_tokens = tokens
+        return made
+
+    wrap_method(f"{_QUEUE}._create_receiver_and_enqueue", receiver_made)
     wrap_method(f"{_ENGINE}:MooncakeTransferEngine.__init__", engine_init)
     wrap_method(f"{_MOONCAKE}:MooncakeKVManager.start_decode_thread", start_decode_thread)
     wrap_method(f"{_QUEUE}.__init__", queue_init)

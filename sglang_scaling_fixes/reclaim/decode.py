@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import zmq
+from msgspec import structs
 
 from sglang_scaling_fixes.alarm import end_server
 from sglang_scaling_fixes.config import Config
@@ -75,7 +76,8 @@ class DecodeGuard:
         """Rank -> stock's own look-up of its socket and lock (stock may replace them)."""
         self._hello_on: dict[str, Any] = {}
         """Rank -> the socket its last Hello left on."""
-        self._sending: Exposure | None = None
+        self._sending: tuple[Exposure, messages.Bind] | None = None
+        """What stock is sending destinations for, and what goes with them but for the rank."""
         self._stock_success: dict[int, set[bytes]] = {}
         self._next_say: dict[str, float] = {}
         self._next_show = 0.0
@@ -183,7 +185,17 @@ class DecodeGuard:
                 "session since it fenced its memory: retry the request",
             )
             return None
-        self._sending = exposure
+        tokens = getattr(receiver, "sglang_scaling_fixes_tokens", None)
+        bind = messages.Bind(
+            self._reply_to,
+            "",
+            exposure.gen,
+            exposure.epoch,
+            pages=len(kv_indices),
+            states=layout.state_rows(self._manager.kv_args, state_indices),
+            tokens=None if tokens is None else tokens(),
+        )
+        self._sending = exposure, bind
         try:
             return stock(receiver, kv_indices, aux_index, state_indices, **kwargs)
         finally:
@@ -210,15 +222,13 @@ class DecodeGuard:
         if frames[0] == b"ABORT":
             self._stock_abort(int(frames[1]), rank, frames)
             return frames
-        exposure = self._sending
-        if exposure is None or rank not in exposure.writers:
+        if self._sending is None or rank not in self._sending[0].writers:
             return frames
+        exposure, bind = self._sending
         with self._lock:
             self.ledger.sent(exposure, rank, after_hello=self._hello_on.get(rank) is socket)
             expects = exposure.writers[rank].incarnation
-        gen, epoch = exposure.gen, exposure.epoch
-        bind = messages.Bind(self._reply_to, rank, gen, epoch, expects=expects)
-        return messages.ride(frames, bind)
+        return messages.ride(frames, structs.replace(bind, rank=rank, expects=expects))
 
     def _greeted(self, rank: str, frames: list[bytes], socket: Any) -> list[bytes]:
         """Stock's registration with a numbered Hello: who serves `rank` is asked anew."""

@@ -93,6 +93,33 @@ def page_states(kv_args: Any, state_indices: list[Any] | None) -> list[np.ndarra
     ]
 
 
+def state_rows(kv_args: Any, state_indices: Any) -> tuple[int, ...]:
+    """How many rows of each kind of state a transfer has; `state_indices` as stock passes them."""
+    if state_indices is None:
+        return ()
+    kinds = state_kinds(kv_args)
+    if len(kinds) == 1 and (len(state_indices) != 1 or np.ndim(state_indices[0]) == 0):
+        return (len(state_indices),)  # 0.5.11: one flat list
+    return tuple(0 if indices is None else len(indices) for indices in state_indices)
+
+
+def sends_kv(manager: Any, session: str) -> bool:
+    """Whether this prefill rank is to send KV to decode's `session` at all.
+
+    A rank without KV layers does not, nor one whose equals hold the same KV and send it.
+    """
+    if not manager.kv_args.kv_data_ptrs:
+        return False
+    skips = getattr(manager, "_get_dsa_cache_transfer_skip_flags", None)  # since 0.5.16
+    return skips is None or not skips(manager.decode_kv_args_table.get(session))[0]
+
+
+def prompt_tokens(queue: Any, request: Any) -> int:
+    """Length of the sequence whose KV decode waits for, as its preallocation queue counts it."""
+    count = getattr(queue, "_rebootstrap_prefill_len", None)  # since 0.5.16
+    return int(count(request)) if count is not None else len(request.origin_input_ids)
+
+
 def check_shared_windows(manager: Any) -> None:
     """Refuse a shared prefix whose window slots a transfer may write for several requests."""
     server_args = getattr(manager, "server_args", None)

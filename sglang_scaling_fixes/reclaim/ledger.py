@@ -14,6 +14,7 @@ re-enter a free list until, for every such rank (a *writer*), one of these holds
     P2  it acknowledged this room *and this generation* as drained: nothing of it
         is posted, nothing will be
     P3  it reported success of all its writes, and success means landed
+        (and the writes were all that was exposed: see `coverage`)
     P4  a fence: it can no longer reach the memory
 
 Theory of operation
@@ -54,9 +55,10 @@ from __future__ import annotations
 import enum
 import itertools
 from collections import OrderedDict, deque
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 
+from sglang_scaling_fixes.reclaim.coverage import Coverage, Extent
 from sglang_scaling_fixes.reclaim.messages import Rank, Verdict
 
 
@@ -546,6 +548,11 @@ class Attempt:
     """What the destinations of one attempt have in common, on all its decode ranks."""
     bindings: dict[str, tuple[str, Rank]] = field(default_factory=dict)
     """gen -> (reply_to, rank); of a decode without the plugin, its address twice."""
+    exposed: dict[str, Extent] = field(default_factory=dict)
+    """gen -> what its destinations stand for."""
+    coverage: Coverage = field(default_factory=Coverage)
+    short: str = ""
+    """Why its success did not leave as one, see `coverage`."""
     asked: set[str] = field(default_factory=set)
     sender: Hashable | None = None
     """Stock's sender of this attempt; its chunks, and no others, are this attempt's."""
@@ -556,6 +563,18 @@ class Attempt:
     """No chunk of it is accepted or taken any more."""
     poisoned: str = ""
     """A write failed in a way that may still land. Never cleared."""
+
+    @property
+    def sessions(self) -> set[str]:
+        """Decode's transfer sessions that its chunks are written to."""
+        return {extent.session for extent in self.exposed.values()}
+
+    def exposed_at(self, to: str) -> Extent | None:
+        """What the decode rank at `to` exposed to it."""
+        for gen, (address, _) in self.bindings.items():
+            if address == to:
+                return self.exposed.get(gen)
+        return None
 
     @property
     def quiet(self) -> bool:
@@ -600,7 +619,7 @@ class PrefillLedger:
     # -- messages from decode ---------------------------------------------------
 
     def bind(
-        self, room: int, epoch: str, gen: str, reply_to: str, rank: Rank
+        self, room: int, epoch: str, gen: str, reply_to: str, rank: Rank, *, extent: Extent
     ) -> tuple[Delivery, list[Action]]:
         """Destinations of `gen` arrived. The verdict comes before stock sees them."""
         if self._deferred.pop(gen, False):
@@ -615,10 +634,13 @@ class PrefillLedger:
             self._deferred[gen] = False
             return delivery, actions
         attempt.bindings[gen] = (reply_to, rank)
+        attempt.exposed[gen] = extent
         self._by_gen[gen] = attempt
         return (Delivery.DROP if attempt.closed else delivery), actions
 
-    def bind_stranger(self, room: int, source: str) -> tuple[Delivery, list[Action]]:
+    def bind_stranger(
+        self, room: int, source: str, extent: Extent
+    ) -> tuple[Delivery, list[Action]]:
         """Destinations from a decode rank without the plugin. It is never asked for."""
         attempt = self._rooms.get(room)
         if (
@@ -628,10 +650,12 @@ class PrefillLedger:
             and source not in attempt.bindings
         ):
             attempt.bindings[source] = (source, "")
+            attempt.exposed[source] = extent
             return Delivery.DELIVER, []
         delivery, actions, attempt = self._next_attempt(room, _STRANGER)
         if attempt is not None:
             attempt.bindings[source] = (source, "")
+            attempt.exposed[source] = extent
         return delivery, actions
 
     def ask(self, room: int, gen: str, reply_to: str, rank: Rank) -> list[Action]:
@@ -660,17 +684,39 @@ class PrefillLedger:
             return [FailRoom(room, "aborted by the decode side before it began")]
         return []
 
+    def offer(
+        self, sender: Hashable, pages: int, states: tuple[int, ...] | None, tokens: int | None
+    ) -> None:
+        """Stock's `sender` is about to split off and queue a chunk (see `Coverage.offer`)."""
+        if (attempt := self._senders.get(sender)) is not None:
+            attempt.coverage.offer(pages, states, tokens)
+
     def put(self, sender: Hashable) -> Attempt | None:
         """A chunk of `sender` is about to be queued. None: drop it, its attempt is over."""
         attempt = self._senders.get(sender)
         return None if attempt is None or attempt.closed else attempt
 
-    def take(self, attempt: Attempt) -> bool:
-        """A worker is about to process a chunk. False: drop it."""
+    def take(self, attempt: Attempt, pages: int = 0, last: bool = False) -> bool:
+        """A worker is about to process a chunk of `pages`. False: drop it."""
         if attempt.closed:
             return False
         attempt.active += 1
+        attempt.coverage.begin(pages, last, attempt.sessions)
         return True
+
+    def covers(self, attempt: Attempt, to: str, sends_kv: Callable[[str], bool]) -> bool:
+        """May the success of `attempt` leave for the decode rank at `to`?
+
+        Only if all that was exposed there was written; `attempt.short` says what was not.
+        `sends_kv(session)`: whether this rank is to send KV there at all.
+        """
+        extent = attempt.exposed_at(to)
+        if extent is None:
+            return True
+        attempt.coverage.settle(attempt.sessions)
+        missing = attempt.coverage.missing(extent, sends_kv)
+        attempt.short = missing or attempt.short
+        return not missing
 
     def opened(self, attempt: Attempt) -> None:
         """A helper task of the chunk in hand was submitted (it may outlive the chunk)."""

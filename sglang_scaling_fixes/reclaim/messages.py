@@ -40,6 +40,9 @@ MAX_FRAME = 65536
 
 SESSION_FRAME = 3
 """Where both of stock's messages to prefill name decode's session (contract-tested)."""
+PAGES_FRAME, PAGE_BYTES = 4, 4
+"""Where stock's metadata message has the destination pages, and the bytes of each
+(contract-tested)."""
 TRAILER_AT = 32
 """Frame index of a trailer from decode: far beyond any frame a stock prefill reads."""
 KNOWN_TRAILER_AT = 10
@@ -80,7 +83,8 @@ class Bind(msgspec.Struct, frozen=True, tag="bind"):
 
     `epoch` is common to all decode ranks that send destinations for one attempt.
     `expects` is the process that serves `rank` as far as decode knows: that one need
-    not answer, so a request without trouble costs no message of ours.
+    not answer, so a request without trouble costs no message of ours. `pages`, `states`
+    and `tokens`: what the destinations stand for (see `coverage.Extent`).
     """
 
     reply_to: Address
@@ -89,6 +93,9 @@ class Bind(msgspec.Struct, frozen=True, tag="bind"):
     epoch: Name
     stock: Stock = 0
     expects: Name | None = None
+    pages: Number = 0
+    states: Annotated[tuple[Number, ...], Meta(max_length=64)] | None = None
+    tokens: Number | None = None
 
 
 class Ask(msgspec.Struct, frozen=True, tag="ask"):

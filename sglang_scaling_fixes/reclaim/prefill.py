@@ -21,7 +21,8 @@ from typing import Any
 from sglang_scaling_fixes import release
 from sglang_scaling_fixes.attach import replace_method, wrap_method
 from sglang_scaling_fixes.metrics import PREFILL, of_process
-from sglang_scaling_fixes.reclaim import messages
+from sglang_scaling_fixes.reclaim import layout, messages
+from sglang_scaling_fixes.reclaim.coverage import Extent
 from sglang_scaling_fixes.reclaim.layout import FAILED, SUCCESS, TRANSFERRING
 from sglang_scaling_fixes.reclaim.ledger import (
     Action,
@@ -40,11 +41,12 @@ from sglang_scaling_fixes.reclaim.taps import (
     StatusTap,
     is_number,
 )
-from sglang_scaling_fixes.reclaim.transport import ReplySockets, new_incarnation
+from sglang_scaling_fixes.reclaim.transport import ReplySockets, endpoint, new_incarnation
 
 logger = logging.getLogger(__name__)
 
 _MOONCAKE = "sglang.srt.disaggregation.mooncake.conn"
+_MIXIN = "sglang.srt.disaggregation.prefill:SchedulerDisaggregationPrefillMixin"
 
 
 class Ticket:
@@ -53,10 +55,12 @@ class Ticket:
     It may go anywhere, also under our lock, so all it does then is leave a note.
     """
 
-    __slots__ = ("_dropped", "key", "room")
+    __slots__ = ("_dropped", "key", "room", "tokens")
 
     def __init__(self, key: int, room: int, dropped: deque[tuple[int, int]]) -> None:
         self.key, self.room = key, room
+        self.tokens: int | None = None
+        """Length of the prompt that stock computes for this sender, as far as it has said."""
         self._dropped = dropped
 
     def __del__(self) -> None:
@@ -162,9 +166,11 @@ class PrefillGuard:
         return stock[0].isascii() and (stock[0] != b"None" or len(stock) >= 10)
 
     def _bind(self, stock: list[bytes], bind: messages.Bind) -> list[bytes] | None:
+        session = stock[messages.SESSION_FRAME].decode("ascii", "replace")
+        extent = Extent(session, bind.pages, bind.states, bind.tokens)
         with self._lock:
             delivery, actions = self._ledger.bind(
-                int(stock[0]), bind.epoch, bind.gen, bind.reply_to, bind.rank
+                int(stock[0]), bind.epoch, bind.gen, bind.reply_to, bind.rank, extent=extent
             )
             self._forget_rooms(actions)
         self._act(actions)
@@ -182,7 +188,8 @@ class PrefillGuard:
         From a decode that runs without safe-reclaim (say so, once each), or none at
         all: the empty ones of a rank that only has to know of the request.
         """
-        source = f"{stock[1].decode('ascii', 'replace')}:{stock[2].decode('ascii', 'replace')}"
+        host, port = (frame.decode("ascii", "replace") for frame in stock[1:3])
+        source = endpoint(host, port)
         if stock[4] and source not in self._warned:
             self._warned.add(source)
             logger.warning(
@@ -190,8 +197,10 @@ class PrefillGuard:
                 "protected; start it with --plugin",
                 source,
             )
+        session = stock[messages.SESSION_FRAME].decode("ascii", "replace")
+        extent = Extent(session, len(stock[messages.PAGES_FRAME]) // messages.PAGE_BYTES)
         with self._lock:
-            delivery, actions = self._ledger.bind_stranger(int(stock[0]), source)
+            delivery, actions = self._ledger.bind_stranger(int(stock[0]), source, extent)
             self._forget_rooms(actions)
         self._act(actions)
         if delivery is Delivery.DEFER:
@@ -233,11 +242,35 @@ class PrefillGuard:
                 actions = self._ledger.retire(key, room)
             self._act(actions)
 
-    def send(self, stock: Callable[..., Any], sender: Any, *args: Any, **kwargs: Any) -> Any:
-        """Stock's send: the chunks it queues are this sender's."""
-        self._sender = sender.sglang_scaling_fixes_ticket.key
+    def computes(self, request: Any) -> None:
+        """Stock is about to send KV of `request`: how long is the prompt that it computed?
+
+        Read now, not when the request came: stock replaces the prompt of a request it
+        rejects by a placeholder.
+        """
+        ticket = getattr(request.disagg_kv_sender, "sglang_scaling_fixes_ticket", None)
+        if ticket is not None:  # stock's fake transfers have none
+            ticket.tokens = len(request.origin_input_ids)
+
+    def send(
+        self,
+        stock: Callable[..., Any],
+        sender: Any,
+        kv_indices: Any,
+        state_indices: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Stock's send: the chunk it queues is this sender's, or this rank's share of it."""
+        ticket: Ticket = sender.sglang_scaling_fixes_ticket
+        states = None
+        if state_indices is not None:
+            states = layout.state_rows(self._manager.kv_args, state_indices)
+        with self._lock:
+            self._ledger.offer(ticket.key, len(kv_indices), states, ticket.tokens)
+        self._sender = ticket.key
         try:
-            return stock(sender, *args, **kwargs)
+            return stock(sender, kv_indices, state_indices, *args, **kwargs)
         finally:
             self._sender = None
 
@@ -261,9 +294,10 @@ class PrefillGuard:
             self.metrics.inc("chunks_dropped")
         return attempt
 
-    def take(self, attempt: Attempt) -> bool:
+    def take(self, attempt: Attempt, chunk: Any) -> bool:
+        pages, last = len(chunk.prefill_kv_indices), bool(chunk.is_last_chunk)
         with self._lock:
-            taken = self._ledger.take(attempt)
+            taken = self._ledger.take(attempt, pages, last)
         if not taken:
             self.metrics.inc("chunks_dropped")
         return taken
@@ -271,6 +305,9 @@ class PrefillGuard:
     def opened(self, attempt: Attempt) -> None:
         with self._lock:
             self._ledger.opened(attempt)
+
+    def wrote(self, attempt: Attempt, session: str) -> None:
+        attempt.coverage.writes.append(session)  # one step: without the lock
 
     def done(self, attempt: Attempt) -> None:
         with self._lock:
@@ -291,6 +328,29 @@ class PrefillGuard:
         with self._lock:
             bound = self._ledger.bound_for(attempt, to)
         return None if bound is None else messages.encode(messages.Mark(*bound))
+
+    def covers(self, to: str, attempt: Attempt) -> bool:
+        """Whether all that the decode rank at endpoint `to` exposed was written."""
+        sends_kv = functools.partial(layout.sends_kv, self._manager)
+        with self._lock:
+            first = not attempt.short
+            covered = self._ledger.covers(attempt, to, sends_kv)
+        if not covered:
+            self.metrics.inc("short_sends")
+            if first:
+                logger.error(
+                    "safe-reclaim: room %d: %s; decode is told that the transfer failed",
+                    attempt.room,
+                    attempt.short,
+                )
+        return covered
+
+    def wrote_aux(self, to: str, attempt: Attempt) -> None:
+        """The metadata for the decode rank at endpoint `to` leave in a message of stock's."""
+        with self._lock:
+            extent = attempt.exposed_at(to)
+        if extent is not None:
+            self.wrote(attempt, extent.session)
 
     # -- actions -------------------------------------------------------------------------
 
@@ -364,7 +424,7 @@ def attach() -> None:
         def connected(manager: Any, to: str, *args: Any, **kwargs: Any) -> Any:
             socket = stock(manager, to, *args, **kwargs)
             guard = PrefillGuard.current
-            return socket if guard is None else StatusTap(socket, functools.partial(guard.mark, to))
+            return socket if guard is None else StatusTap(socket, to, guard)
 
         return connected
 
@@ -382,6 +442,14 @@ def attach() -> None:
             if guard is None:
                 return stock(sender, *args, **kwargs)
             return guard.send(stock, sender, *args, **kwargs)
+
+        return sent
+
+    def send_kv_chunk(stock: Callable[..., Any]) -> Callable[..., Any]:
+        def sent(scheduler: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+            if PrefillGuard.current is not None:
+                PrefillGuard.current.computes(request)
+            return stock(scheduler, request, *args, **kwargs)
 
         return sent
 
@@ -415,6 +483,7 @@ def attach() -> None:
     wrap_method(f"{_MOONCAKE}:MooncakeKVManager.transfer_worker", transfer_worker)
     replace_method(f"{_MOONCAKE}:MooncakeKVManager._connect", connect)
     replace_method(f"{_MOONCAKE}:MooncakeKVSender.__init__", sender_init)
+    replace_method(f"{_MIXIN}.send_kv_chunk", send_kv_chunk)
     replace_method(f"{_MOONCAKE}:MooncakeKVSender.send", send)
     replace_method(f"{_MOONCAKE}:MooncakeKVSender.poll", poll)
     replace_method(f"{_MOONCAKE}:MooncakeKVSender.clear", clear)

@@ -303,7 +303,7 @@ def _prove_prefill() -> None:
     senders = {room: _Sender(room) for room in (_ROOM, _ROOM + 1)}
     for sender in senders.values():
         guard.sender_made(sender)
-        guard.send(lambda sender: tap.put(_Chunk(sender.bootstrap_room)), sender)
+        guard.send(lambda sender, *_: tap.put(_Chunk(sender.bootstrap_room)), sender, ())
     ask = messages.Ask("tcp://192.0.2.2:9", _RANK, _ROOM, "g1")
     check(read([messages.encode(ask)]) is None, "stock saw our message")
     last = answers[-1]
@@ -311,8 +311,8 @@ def _prove_prefill() -> None:
     seen: list[int] = []
     real_take = guard.take
 
-    def take(attempt: Attempt) -> bool:
-        taken = real_take(attempt)
+    def take(attempt: Attempt, chunk: Any) -> bool:
+        taken = real_take(attempt, chunk)
         if taken:
             seen.append(attempt.room)
         return taken
@@ -324,10 +324,10 @@ def _prove_prefill() -> None:
         check(seen == [_ROOM + 1], "the worker did not skip the aborted room's chunk")
         sender = senders[_ROOM + 1]
         check(not guard.busy(sender), "a finished chunk still counts as being written")
-        attempt: Attempt | None = guard.send(lambda _: guard.put(_Chunk(_ROOM + 1)), sender)
+        attempt: Attempt | None = guard.send(lambda *_: guard.put(_Chunk(_ROOM + 1)), sender, ())
         assert attempt is not None
         tapped = ExecutorTap(pool, guard)
         IN_HAND.attempt = attempt
-        tapped.submit(manager.engine.batch_transfer_sync).result()
+        tapped.submit(manager.engine.batch_transfer_sync, "probe:1", [0], [0], [0]).result()
         IN_HAND.attempt = None
     check(attempt.poisoned != "", "a failed write was not noticed")

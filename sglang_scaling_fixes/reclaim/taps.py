@@ -61,27 +61,43 @@ class ReceiveTap(Passthrough):
                 return frames
 
 
+class SuccessLedger(Protocol):
+    """What is known of an attempt whose success is about to leave (see `reclaim.prefill`).
+
+    `to`: the decode rank's endpoint, as stock connects to it.
+    """
+
+    def mark(self, to: str, attempt: Attempt) -> bytes | None: ...
+    def covers(self, to: str, attempt: Attempt) -> bool: ...
+    def wrote_aux(self, to: str, attempt: Attempt) -> None: ...
+
+
 class StatusTap(Passthrough):
     """Prefill's socket to one decode rank: a success leaves with its generation, and so does a
     metadata slot's content that goes by message.
 
     Stock's messages name only the room. Sent by the worker that wrote the last
     chunk, so the attempt is the one in hand; if a write of it failed on the way
-    (stock ignores some), the success is not one and leaves as a failure.
+    (stock ignores some), or what was written is not all that this rank exposed
+    (`covers`), the success is not one and leaves as a failure.
     """
 
     SUCCESS, FAILED = b"4", b"0"
 
-    def __init__(self, stock: Any, mark: Callable[[Attempt], bytes | None]) -> None:
+    def __init__(self, stock: Any, to: str, ledger: SuccessLedger) -> None:
         super().__init__(stock)
-        self._mark = mark
+        self._to = to
+        self._ledger = ledger
 
     def send_multipart(self, frames: list[bytes], *args: Any, **kwargs: Any) -> Any:
         attempt = IN_HAND.attempt
         if attempt is not None and (frames[0] == AUX_DATA or is_success(frames)):
-            if attempt.poisoned and frames[0] != AUX_DATA:
+            if frames[0] == AUX_DATA:
+                self._ledger.wrote_aux(self._to, attempt)
+            elif attempt.poisoned or not self._ledger.covers(self._to, attempt):
                 frames = [frames[0], self.FAILED, *frames[2:]]
-            elif (trailer := self._mark(attempt)) is not None:
+                return self._stock.send_multipart(frames, *args, **kwargs)
+            if (trailer := self._ledger.mark(self._to, attempt)) is not None:
                 frames = [*frames, trailer]
         return self._stock.send_multipart(frames, *args, **kwargs)
 
@@ -100,8 +116,9 @@ class ChunkLedger(Protocol):
     """What the queue, executor and engine taps tell (see `reclaim.prefill`)."""
 
     def put(self, chunk: Any) -> Attempt | None: ...
-    def take(self, attempt: Attempt) -> bool: ...
+    def take(self, attempt: Attempt, chunk: Any) -> bool: ...
     def opened(self, attempt: Attempt) -> None: ...
+    def wrote(self, attempt: Attempt, session: str) -> None: ...
     def done(self, attempt: Attempt) -> None: ...
     def failed(self, attempt: Attempt, reason: str) -> None: ...
 
@@ -145,7 +162,7 @@ class QueueTap(Passthrough):
             if item is None:
                 return None
             attempt, chunk = item
-            if self._ledger.take(attempt):
+            if self._ledger.take(attempt, chunk):
                 IN_HAND.attempt = attempt
                 return chunk
 
@@ -219,16 +236,19 @@ class EngineTap(Passthrough):
         return self._once(session, [source], [target], [length])
 
     def _watched(self, write: Callable[..., Any], name: str) -> Callable[..., Any]:
-        def watched(*args: Any, **kwargs: Any) -> Any:
+        def watched(session: str, *args: Any, **kwargs: Any) -> Any:
             attempt = IN_HAND.attempt
             try:
-                status = write(*args, **kwargs)
+                status = write(session, *args, **kwargs)
             except BaseException as error:
                 if attempt is not None:
                     self._ledger.failed(attempt, f"{name} raised {type(error).__name__}")
                 raise
-            if status != 0 and attempt is not None:
-                self._ledger.failed(attempt, f"{name} returned {status}")
+            if attempt is not None:
+                if status == 0:
+                    self._ledger.wrote(attempt, session)
+                else:
+                    self._ledger.failed(attempt, f"{name} returned {status}")
             return status
 
         return watched

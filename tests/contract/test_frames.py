@@ -16,10 +16,17 @@ from pathlib import Path
 import pytest
 import wheels
 
-from sglang_scaling_fixes.reclaim.messages import KNOWN_TRAILER_AT, SESSION_FRAME, TRAILER_AT
+from sglang_scaling_fixes.reclaim.messages import (
+    KNOWN_TRAILER_AT,
+    PAGE_BYTES,
+    PAGES_FRAME,
+    SESSION_FRAME,
+    TRAILER_AT,
+)
 
 READ = re.compile(r"\b(?:msg|waiting_req_bytes)\[(\d+)\]")
 SESSION = re.compile(r"mooncake_session_id ?= ?(?:msg|waiting_req_bytes)\[(\d+)\]")
+PAGES = re.compile(r"\bdst_kv_indices = np\.frombuffer\(msg\[(\d+)\], dtype=np\.int(\d+)\)")
 FIELDS_FROM = re.compile(r"from_zmq_fields\(msg, (\d+)\)")
 
 
@@ -53,6 +60,14 @@ def test_both_messages_name_decodes_session_in_the_same_frame(release: str) -> N
     """What a fence changes: prefill reads it from registration and destinations alike."""
     named = SESSION.findall(conn(release).read_text())
     assert len(named) >= 2 and set(named) == {str(SESSION_FRAME)}
+
+
+@pytest.mark.parametrize("release", wheels.RELEASES)
+def test_destinations_name_the_pages_in_the_same_frame(release: str) -> None:
+    """From there a decode without the plugin tells how many pages are to be written."""
+    (index, bits), *more = PAGES.findall(conn(release).read_text())
+    assert not more
+    assert (int(index), int(bits) // 8) == (PAGES_FRAME, PAGE_BYTES)
 
 
 def test_the_pattern_would_notice() -> None:

@@ -151,6 +151,13 @@ SMALL: dict[str, Config] = {
     "stock prefill, decode's stock lags": replace(_REUSE, plugged=(False,), split_admit=True),
     "fence, slot reuse": Config(rooms=(7, 8), slots=1, fence=1),
     "fence, stock lags": replace(_REUSE, fence=1, split_admit=True),
+    "short send": Config(chunks=2, short=1, tick=1),
+    "short send, within a page": Config(short=1, lose=1, tick=1),
+    "short send, one of two writers": Config(prefills=2, short=1),
+    "short send, fan-in": Config(decodes=2, short=1),
+    "short send, room reuse": replace(_REUSE, short=1),
+    "chunk passed over": Config(chunks=2, skip=1, tick=1),
+    "chunk passed over, fan-in": Config(chunks=2, decodes=2, skip=1),
 }
 """What continuous integration explores completely, one world at a time. Three requests at
 two prefill ranks are 2.4 thousand million worlds: `tests.model.factored` explores those."""
@@ -186,10 +193,14 @@ CONTROLS: dict[str, Config] = {
     "old destinations forgotten outside the lock": replace(
         _REUSE, split_bind=True, split_forget=True, drop=1
     ),
+    "short sends count as successes": Config(chunks=2, short=1, covers=False),
+    "short sends within a page count as successes": Config(short=1, covers=False),
+    "chunks passed over count as written": Config(chunks=2, skip=1, covers=False),
 }
 """One rule off: the exploration must find the corruption, or it proves nothing."""
 
 OPEN: dict[str, Config] = {
+    "a prefill without the plugin sends short": Config(chunks=2, plugged=(False,), short=1),
     "decode restarts, prefill runs without the plugin": replace(
         _REUSE, plugged=(False,), restart=1
     ),

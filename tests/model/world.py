@@ -32,6 +32,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from sglang_scaling_fixes.reclaim.coverage import Coverage, Extent
 from sglang_scaling_fixes.reclaim.ledger import (
     Action,
     Attempt,
@@ -105,6 +106,10 @@ class Config:
     restart: int = 0
     abort: int = 0
     drop: int = 0
+    short: int = 0
+    """Prefill replaces a request's prompt by a placeholder of one chunk."""
+    skip: int = 0
+    """A worker passes over a chunk that is not the last, and reports success in the end."""
 
     gate: bool = True
     generations: bool = True
@@ -112,11 +117,16 @@ class Config:
     marks: bool = True
     masks: bool = True
     numbered: bool = True
+    covers: bool = True
+    """A success leaves only if it covers what was exposed."""
     stops: bool = True
     """A fence stops what was posted. Off: it only says so."""
 
 
-BUDGETED = ("lose", "dup", "swap", "tick", "fail", "crash", "fence", "restart", "abort", "drop")
+BUDGETED = (
+    *("lose", "dup", "swap", "tick", "fail", "crash", "fence", "restart", "abort", "drop"),
+    *("short", "skip"),
+)
 
 
 class Counter:
@@ -180,6 +190,8 @@ class Write(NamedTuple):
     request: int
     chunk: int
     failed: bool = False
+    whole: bool = True
+    """It carries the KV of the request's prompt, not that of a placeholder."""
 
     @property
     def name(self) -> str:
@@ -233,6 +245,8 @@ class Prefill:
     """room -> decode rank -> its destinations."""
     senders: dict[int, int] = field(default_factory=dict)
     """request -> chunks it has queued, while its sender lives."""
+    placeholders: frozenset[int] = frozenset()
+    """Requests whose prompt was replaced by one of a single token."""
     queue: list[Chunk] = field(default_factory=list)
     hand: Chunk | None = None
     deferred: list[tuple[str, Msg]] = field(default_factory=list)
@@ -261,6 +275,9 @@ ORDER = {"bootstrapping": 1, "waiting": 2, "success": 3}
 
 STRANGER = "x0"
 
+TOKENS = 100
+"""Length of every prompt; a placeholder has one token."""
+
 LATER = 10.0
 """A moment later than any backoff of a question asked at 0."""
 
@@ -281,6 +298,9 @@ class World:
         self.back: frozenset[str] = frozenset()
         """Generations whose slots are ordinary or free: nothing may write there."""
         self.wire: tuple[Write, ...] = ()
+        self.landed: frozenset[tuple[str, str, int]] = frozenset()
+        """(generation, prefill rank, chunk) of a prompt's KV that is where it belongs; kept
+        only where a success may be short."""
         self.arrived: frozenset[str] = frozenset()
         """Requests a prefill rank has a sender for, or had."""
         self.exposed_in: dict[tuple[str, str], int] = {}
@@ -432,12 +452,15 @@ class World:
         for i, n in p.senders.items():
             room = self.config.rooms[i]
             status = p.status.get(room)
-            if n < self.config.chunks and status == "waiting" and room in p.infos:
+            if n < self._chunks(p, i) and status == "waiting" and room in p.infos:
                 events.append(f"put r{i} {p.name}")
             reading = p.ledger is not None and p.ledger.busy(i)
             if status in ("success", None) or (status == "failed" and not reading):
                 events.append(f"clear r{i} {p.name}")
         return events
+
+    def _chunks(self, p: Prefill, i: int) -> int:
+        return 1 if i in p.placeholders else self.config.chunks
 
     def _worker_events(self, p: Prefill) -> list[str]:
         """Prefill's transfer worker and receive thread."""
@@ -491,6 +514,10 @@ class World:
                 events += [f"abort r{i} {p.name}" for i in p.senders]
             if self.left["drop"]:
                 events += [f"drop r{i} {p.name}" for i in p.senders]
+            if self.left["short"]:
+                events += [f"short r{i} {p.name}" for i, n in p.senders.items() if not n]
+            if self.left["skip"] and p.hand is None and p.queue and not p.queue[0].last:
+                events.append(f"skip {p.name}")
         return events
 
     def _at_decodes(self) -> list[str]:
@@ -602,9 +629,18 @@ class World:
         for d in map(self._decode, self.decodes):
             exposure = d.exposure(i)
             d.receivers.pop(self.config.rooms[i])
+            self._check_landed(exposure)
             d.ledger.landed(exposure)
             self.back |= {exposure.gen}
             self.say(f"{d.name}: {exposure.gen} landed")
+
+    def _check_landed(self, exposure: Exposure) -> None:
+        if not (self.config.short or self.config.skip):
+            return
+        for p in self.prefills:
+            for n in range(self.config.chunks):
+                if (exposure.gen, p, n) not in self.landed:
+                    raise Violation(f"{exposure.gen} is used, and {p} never wrote chunk {n} of it")
 
     def do_free(self, r: str) -> None:
         self._becomes(int(r[1:]), "done")
@@ -767,9 +803,10 @@ class World:
     def _bind(self, p: Prefill, d: str, m: Msg) -> None:
         assert p.ledger is not None
         if d == STRANGER:
-            delivery, actions = p.ledger.bind_stranger(m.room, d)
+            delivery, actions = p.ledger.bind_stranger(m.room, d, Extent(d, self.config.chunks))
         else:
-            delivery, actions = p.ledger.bind(m.room, m.attempt, m.gen, d, p.name)
+            extent = Extent(d, self.config.chunks, (), TOKENS)
+            delivery, actions = p.ledger.bind(m.room, m.attempt, m.gen, d, p.name, extent=extent)
         self.say(f"{p.name}: bind {m.gen}: {delivery.name.lower()}")
         if delivery is Delivery.DELIVER:
             if not self.config.split_forget:
@@ -877,19 +914,41 @@ class World:
         room = self.config.rooms[i]
         n = p.senders[i]
         p.senders[i] = n + 1
-        attempt = p.ledger.put(i) if p.ledger is not None else None
+        attempt = None
+        if p.ledger is not None:
+            p.ledger.offer(i, 1, None, 1 if i in p.placeholders else TOKENS)
+            attempt = p.ledger.put(i)
         if p.ledger is not None and attempt is None:
             self.say(f"{name}: chunk {n} of r{i} dropped")
             return
-        p.queue.append(Chunk(i, room, n, n + 1 == self.config.chunks, attempt))
+        p.queue.append(Chunk(i, room, n, n + 1 == self._chunks(p, i), attempt))
+
+    def _taken(self, p: Prefill) -> Chunk | None:
+        chunk = p.queue.pop(0)
+        if (
+            p.ledger is not None
+            and chunk.attempt is not None
+            and not p.ledger.take(chunk.attempt, 1, chunk.last)
+        ):
+            self.say(f"{p.name}: chunk {chunk.n} of r{chunk.request} dropped")
+            return None
+        p.hand = chunk
+        return chunk
+
+    def do_short(self, r: str, name: str) -> None:
+        p = self._prefill(name)
+        p.placeholders |= {int(r[1:])}
+        self.say(f"{name}: {r} is rejected, a placeholder takes its place")
+
+    def do_skip(self, name: str) -> None:
+        if (chunk := self._taken(self._prefill(name))) is not None:
+            chunk.posted = True
+            self.say(f"{name}: chunk {chunk.n} of r{chunk.request} passed over")
 
     def do_take(self, name: str) -> None:
         p = self._prefill(name)
-        chunk = p.queue.pop(0)
-        if p.ledger is not None and chunk.attempt is not None and not p.ledger.take(chunk.attempt):
-            self.say(f"{name}: chunk {chunk.n} of r{chunk.request} dropped")
+        if (chunk := self._taken(p)) is None:
             return
-        p.hand = chunk
         if self.config.failed_is_final and p.status.get(chunk.room) in (None, "failed"):
             chunk.posted = chunk.failed = True  # stock looks at the status here since 0.5.13
         elif not self.config.split_take:
@@ -906,6 +965,7 @@ class World:
                 self._status(p, chunk.room, "failed")
                 return
             write = Write(d, m.gen, m.slot, m.epoch, name, p.life, chunk.request, chunk.n)
+            write = write._replace(whole=chunk.request not in p.placeholders)
             self.wire = (*self.wire, write)
             self.say(f"{name}: posts {write.name}")
             if self.config.helpers and p.ledger is not None and chunk.attempt is not None:
@@ -932,7 +992,10 @@ class World:
             raise Violation(f"KV of r{write.request} landed in the slot of {write.gen}")
         slot = "its slot" if write.decode == STRANGER else f"slot {write.slot}"
         self.say(f"{write.decode}: {slot} written for {write.gen}")
+        if write.whole and (self.config.short or self.config.skip):
+            self.landed |= {(write.gen, write.prefill, write.chunk)}
         if self._watched(write):
+            self._wrote(write)
             self._helper_done(write)
 
     def _owner(self, write: Write) -> str:
@@ -959,6 +1022,12 @@ class World:
             p.dead.add(write.decode)
         self._helper_done(write)
 
+    def _wrote(self, write: Write) -> None:
+        p = self._prefill(write.prefill)
+        attempt = p.helpers.get(write.name) or (p.hand.attempt if p.hand is not None else None)
+        if attempt is not None:
+            attempt.coverage.writes.append(write.decode)
+
     def _helper_done(self, write: Write) -> None:
         if write.name in self.prefills[write.prefill].helpers:
             p = self._prefill(write.prefill)
@@ -974,7 +1043,7 @@ class World:
             return
         self._status(p, chunk.room, "success")
         for d in sorted(p.infos.get(chunk.room, {})):
-            if chunk.attempt is not None and chunk.attempt.poisoned:
+            if chunk.attempt is not None and not self._leaves(p, chunk.attempt, d):
                 self.say(f"{name}: success leaves as failed")  # `StatusTap`
             elif d != STRANGER:
                 mark = None
@@ -982,6 +1051,13 @@ class World:
                     mark = p.ledger.bound_for(chunk.attempt, d)
                 gen = mark[0] if mark is not None else ""
                 self._send(name, d, Msg("success", gen, chunk.room), stock=True)
+
+    def _leaves(self, p: Prefill, attempt: Attempt, d: str) -> bool:
+        """`StatusTap`, after the metadata slot was written."""
+        assert p.ledger is not None
+        attempt.coverage.writes.append(d)
+        covered = p.ledger.covers(attempt, d, lambda _: True) or not self.config.covers
+        return covered and not attempt.poisoned
 
     def do_end(self, name: str) -> None:
         p = self._prefill(name)
@@ -1101,6 +1177,7 @@ class World:
             *self.left.values(),
             *self.channels.values(),
             frozenset(self.wire),
+            self.landed,
             self.arrived,
             self.strange,
             self.lost,
@@ -1183,7 +1260,15 @@ def attempt_key(a: Attempt) -> Any:
         a.active,
         a.closed,
         bool(a.poisoned),
+        tuple(a.exposed.items()),
+        coverage_key(a.coverage) if a.active or not a.closed else None,
     )
+
+
+def coverage_key(c: Coverage) -> Any:
+    """Only while its success may still leave; what it was short of, `short`, nobody asks."""
+    writes = tuple(sorted(c.writes)) if c.in_hand is not None else ()
+    return (c.pages, c.states, c.tokens, writes, tuple(sorted(c.unwritten)), c.in_hand)
 
 
 def prefill_key(p: Prefill) -> Any:
@@ -1221,6 +1306,7 @@ def prefill_key(p: Prefill) -> Any:
             (r, tuple(sorted(i.items(), key=lambda x: x[0]))) for r, i in sorted(p.infos.items())
         ),
         tuple(sorted(p.senders.items())),
+        p.placeholders,
         tuple(chunk(c) for c in p.queue),
         chunk(p.hand),
         tuple(p.deferred),

@@ -170,6 +170,26 @@ def test_destinations_name_the_process_they_are_meant_for() -> None:
     assert sent(10) == (messages.KNOWN_TRAILER_AT + 1, "second")
 
 
+def test_destinations_say_what_they_stand_for() -> None:
+    """Prefill compares it with what it wrote, before it reports success (`coverage`)."""
+    decode = Decode(Config())
+    receiver, _, _ = decode.expose(7, 3)
+    _, bind = messages.split(decode.socket.sent[-1])
+    assert isinstance(bind, messages.Bind)
+    assert (bind.pages, bind.states, bind.tokens) == (3, (), None)
+    receiver.sglang_scaling_fixes_tokens = lambda: 170
+    decode.guard.send_metadata(
+        lambda *_: decode.tap.send_multipart([b"8", b"", b"1", OLD.encode(), b"", b"", b"", b"1"]),
+        receiver,
+        np.array([3, 4], np.int32),
+        1,
+        [],
+    )
+    _, bind = messages.split(decode.socket.sent[-1])
+    assert isinstance(bind, messages.Bind)
+    assert (bind.pages, bind.states, bind.tokens) == (2, (), 170)
+
+
 def test_a_successor_nobody_announced_says_who_it_is(fenced: list[str]) -> None:
     """It got destinations meant for its predecessor: nobody can tell who else has them."""
     decode = Decode(Config(max_held=1.0))

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 
+from sglang_scaling_fixes.reclaim.coverage import Extent
 from sglang_scaling_fixes.reclaim.ledger import (
     TRANSITIONS,
     Action,
@@ -453,8 +454,11 @@ def prefill(memory: int = 100) -> PrefillLedger:
     return PrefillLedger("process", memory=memory)
 
 
+EXTENT = Extent("d0:1", 1, ())
+
+
 def bind(ledger: PrefillLedger, n: int = 1, room: int = 7) -> tuple[Delivery, list[Action]]:
-    return ledger.bind(room, f"e{n}", f"g{n}", "d0", "p0")
+    return ledger.bind(room, f"e{n}", f"g{n}", "d0", "p0", extent=EXTENT)
 
 
 def bound(ledger: PrefillLedger, n: int = 1, room: int = 7) -> str:
@@ -510,8 +514,8 @@ class TestPrefill:
     def test_all_of_a_fan_in_share_an_attempt_and_are_answered_when_it_is_quiet(self) -> None:
         ledger = prefill()
         forget: list[Action] = [ForgetRoom(7)]
-        assert ledger.bind(7, "e", "g-d0", "d0", "p0") == (Delivery.DELIVER, forget)
-        assert ledger.bind(7, "e", "g-d1", "d1", "p0") == (Delivery.DELIVER, [])
+        assert ledger.bind(7, "e", "g-d0", "d0", "p0", extent=EXTENT) == (Delivery.DELIVER, forget)
+        assert ledger.bind(7, "e", "g-d1", "d1", "p0", extent=EXTENT) == (Delivery.DELIVER, [])
         ledger.sender_made("s", 7)
         attempt = ledger.put("s")
         assert attempt is not None and ledger.take(attempt)
@@ -522,9 +526,9 @@ class TestPrefill:
 
     def test_destinations_that_come_after_their_attempt_was_closed_are_dropped(self) -> None:
         ledger = prefill()
-        ledger.bind(7, "e", "g-d0", "d0", "p0")
+        ledger.bind(7, "e", "g-d0", "d0", "p0", extent=EXTENT)
         ledger.ask(7, "g-d0", "d0", "p0")
-        assert ledger.bind(7, "e", "g-d1", "d1", "p0") == (Delivery.DROP, [])
+        assert ledger.bind(7, "e", "g-d1", "d1", "p0", extent=EXTENT) == (Delivery.DROP, [])
         assert answers(ledger.ask(7, "g-d1", "d1", "p0")) == [("g-d1", "drained")]
 
     def test_poison_stays_and_ends_the_attempt(self) -> None:
@@ -638,32 +642,32 @@ class TestRoomReuse:
 class TestDecodeWithoutThePlugin:
     def test_it_is_accounted_for_and_its_success_is_not_marked(self) -> None:
         ledger = prefill()
-        assert ledger.bind_stranger(7, "x0") == (Delivery.DELIVER, [ForgetRoom(7)])
-        assert ledger.bind_stranger(7, "x1") == (Delivery.DELIVER, []), "a second TP rank"
+        assert ledger.bind_stranger(7, "x0", EXTENT) == (Delivery.DELIVER, [ForgetRoom(7)])
+        assert ledger.bind_stranger(7, "x1", EXTENT) == (Delivery.DELIVER, []), "a second TP rank"
         ledger.sender_made("s1", 7)
         attempt = ledger.put("s1")
         assert attempt is not None and ledger.take(attempt)
         assert ledger.bound_for(attempt, "x0") is None
         assert ledger.retire("s1", 7) == []
         assert ledger.busy("s1") is False, "nobody asks for a sender that is gone"
-        assert ledger.bind_stranger(7, "x2")[0] is Delivery.DEFER
+        assert ledger.bind_stranger(7, "x2", EXTENT)[0] is Delivery.DEFER
         assert ledger.done(attempt) == []
-        assert ledger.bind_stranger(7, "x2")[0] is Delivery.DELIVER
+        assert ledger.bind_stranger(7, "x2", EXTENT)[0] is Delivery.DELIVER
 
     def test_its_second_attempt_and_a_protected_one_wait_for_the_first(self) -> None:
         ledger = prefill()
-        ledger.bind_stranger(7, "x0")
+        ledger.bind_stranger(7, "x0", EXTENT)
         ledger.sender_made("s1", 7)
-        assert ledger.bind(7, "e1", "g1", "d0", "p0")[0] is Delivery.DEFER
-        assert ledger.bind_stranger(7, "x0")[0] is Delivery.DEFER
+        assert ledger.bind(7, "e1", "g1", "d0", "p0", extent=EXTENT)[0] is Delivery.DEFER
+        assert ledger.bind_stranger(7, "x0", EXTENT)[0] is Delivery.DEFER
         ledger.retire("s1", 7)
-        assert ledger.bind(7, "e1", "g1", "d0", "p0")[0] is Delivery.DELIVER
-        assert ledger.bind_stranger(7, "x0")[0] is Delivery.DEFER
+        assert ledger.bind(7, "e1", "g1", "d0", "p0", extent=EXTENT)[0] is Delivery.DELIVER
+        assert ledger.bind_stranger(7, "x0", EXTENT)[0] is Delivery.DEFER
 
     def test_the_mark_is_the_generation_of_who_listens(self) -> None:
         ledger = prefill()
         for rank in ("d0", "d1"):
-            ledger.bind(7, "e", f"g-{rank}", rank, "p0")
+            ledger.bind(7, "e", f"g-{rank}", rank, "p0", extent=EXTENT)
         ledger.sender_made("s", 7)
         attempt = ledger.put("s")
         assert attempt is not None

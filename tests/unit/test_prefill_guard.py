@@ -29,6 +29,7 @@ class Prefill:
         self.infos: dict[int, Any] = {}
         self.manager = SimpleNamespace(
             engine=SimpleNamespace(),
+            kv_args=SimpleNamespace(state_types=[], kv_data_ptrs=[1]),
             transfer_queues=[],
             request_status=self.status,
             transfer_infos=self.infos,
@@ -125,7 +126,7 @@ def test_a_rank_without_destinations_is_no_stranger(
     assert prefill.guard._read(stock) == stock
     assert "runs without safe-reclaim" not in caplog.text
     sender = prefill.sender(7)
-    assert prefill.guard.send(lambda _: prefill.guard.put(None), sender) is not None
+    assert prefill.guard.send(lambda *_: prefill.guard.put(None), sender, []) is not None
     stranger = [b"8", b"127.0.0.1", b"1", b"s:1", b"\0" * 4, b"0", b"", b"1"]
     assert prefill.guard._read(stranger) == stranger
     assert "runs without safe-reclaim" in caplog.text
@@ -137,7 +138,8 @@ def test_a_worker_that_dies_holds_the_answer_no_longer(prefill: Prefill) -> None
     sender = prefill.sender(7)
     waiting: Queue[Any] = Queue()
     tap = prefill.guard.tap_queue(waiting)
-    prefill.guard.send(lambda _: tap.put(SimpleNamespace(room=7)), sender)
+    chunk = SimpleNamespace(room=7, prefill_kv_indices=[3], is_last_chunk=True)
+    prefill.guard.send(lambda *_: tap.put(chunk), sender, [3])
 
     def worker(manager: Any, queue: Any, executor: Any) -> None:
         del manager, executor

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from sglang_scaling_fixes.reclaim.coverage import Extent
 from sglang_scaling_fixes.reclaim.ledger import Attempt, PrefillLedger
 from sglang_scaling_fixes.reclaim.taps import (
     IN_HAND,
@@ -31,7 +32,8 @@ class Books:
         self.ledger = PrefillLedger("p")
         self.answers: list[Any] = []
         for room in (1, 2):
-            self.ledger.bind(room, f"e{room}", f"g{room}", REPLY, RANK)
+            extent = Extent("s:1", 1, ())
+            self.ledger.bind(room, f"e{room}", f"g{room}", REPLY, RANK, extent=extent)
             self.ledger.sender_made(f"sender {room}", room)
 
     def put(self, chunk: Any) -> Attempt | None:
@@ -40,11 +42,24 @@ class Books:
     def busy(self, room: int) -> bool:
         return self.ledger.busy(f"sender {room}")
 
-    def take(self, attempt: Attempt) -> bool:
-        return self.ledger.take(attempt)
+    def take(self, attempt: Attempt, chunk: Any) -> bool:
+        return self.ledger.take(attempt, chunk.pages, last=True)
 
     def opened(self, attempt: Attempt) -> None:
         self.ledger.opened(attempt)
+
+    def wrote(self, attempt: Attempt, session: str) -> None:
+        attempt.coverage.writes.append(session)
+
+    def mark(self, to: str, attempt: Attempt) -> bytes:
+        assert to == REPLY
+        return attempt.epoch.encode()
+
+    def covers(self, to: str, attempt: Attempt) -> bool:
+        return True
+
+    def wrote_aux(self, to: str, attempt: Attempt) -> None:
+        pass
 
     def done(self, attempt: Attempt) -> None:
         self.answers += self.ledger.done(attempt)
@@ -71,7 +86,7 @@ def books() -> Iterator[Books]:
 
 
 def chunk(room: int) -> Any:
-    return SimpleNamespace(room=room)
+    return SimpleNamespace(room=room, pages=1)
 
 
 def verdicts(books: Books) -> list[str]:
@@ -162,7 +177,7 @@ def test_a_write_in_a_pool_thread_is_charged_to_its_room(books: Books) -> None:
         queue.put(chunk(1))
         queue.put(chunk(2))
         queue.get()
-        executor.submit(engine.batch_transfer_sync).result()
+        executor.submit(engine.batch_transfer_sync, "s", [], [], []).result()
         queue.get()
     books.ask(1, "g1")
     assert verdicts(books) == ["poisoned"]
@@ -178,7 +193,7 @@ def test_a_write_that_raises_poisons_and_raises(books: Books) -> None:
     attempt_chunk = queue.get()
     assert attempt_chunk.room == 1
     with pytest.raises(OSError, match="gone"):
-        engine.batch_transfer_sync()
+        engine.batch_transfer_sync("s", [], [], [])
     assert IN_HAND.attempt is not None
     assert IN_HAND.attempt.poisoned == "batch_transfer_sync raised OSError"
 
@@ -196,7 +211,7 @@ SUCCESS, FAILURE = [b"1", b"4", b"0"], [b"1", b"0", b"0"]
 
 def test_a_success_leaves_with_the_generation_of_the_attempt_in_hand(books: Books) -> None:
     stock = Outgoing()
-    socket = StatusTap(stock, lambda attempt: attempt.epoch.encode())
+    socket = StatusTap(stock, REPLY, books)
     socket.send_multipart(SUCCESS)
     IN_HAND.attempt = books.put(chunk(1))
     for frames in (SUCCESS, FAILURE, [b"CHUNK_READY", b"4", b"0"]):
@@ -210,9 +225,9 @@ def test_a_metadata_message_leaves_with_the_generation_too(books: Books) -> None
     attempt = IN_HAND.attempt = books.put(chunk(1))
     assert attempt is not None
     aux = [b"AUX_DATA", b"1", b"0", b"3", b"\0\0\0\1", b"x"]
-    StatusTap(stock, lambda attempt: attempt.epoch.encode()).send_multipart(aux)
+    StatusTap(stock, REPLY, books).send_multipart(aux)
     books.failed(attempt, "returned -1")
-    StatusTap(stock, lambda attempt: attempt.epoch.encode()).send_multipart(aux)
+    StatusTap(stock, REPLY, books).send_multipart(aux)
     assert stock.sent == [[*aux, b"e1"]] * 2
 
 
@@ -222,7 +237,7 @@ def test_a_success_after_a_failed_write_leaves_as_a_failure(books: Books) -> Non
     attempt = IN_HAND.attempt = books.put(chunk(1))
     assert attempt is not None
     books.failed(attempt, "returned -1")
-    StatusTap(stock, lambda _: b"mark").send_multipart(SUCCESS)
+    StatusTap(stock, REPLY, books).send_multipart(SUCCESS)
     assert stock.sent == [FAILURE]
 
 
