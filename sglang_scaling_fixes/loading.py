@@ -72,14 +72,20 @@ def ask(env: Mapping[str, str], runtime: Mapping[str, str] | None = None) -> Loa
 
 
 def _answer(question: str, env: Mapping[str, str]) -> Any:
-    done = subprocess.run(
-        [sys.executable, "-P", str(_PROBE), question],
-        env=dict(env),
-        capture_output=True,
-        text=True,
-        timeout=_TIMEOUT,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", str(_PROBE), question],
+            env=dict(env),
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ConfigError(
+            f"the installed SGLang did not say what it loads within {_TIMEOUT:.0f} s; try again "
+            "when this machine is less busy"
+        ) from error
     for line in done.stdout.splitlines():
         if line.startswith(loading_probe.MARK):
             return json.loads(line.removeprefix(loading_probe.MARK))

@@ -300,16 +300,19 @@ def test_a_loader_that_moved_is_named(place: Place) -> None:
 
 # -- whole releases ------------------------------------------------------------------
 
-# What launch_server of a release without a loader does before it starts anything.
-ARGUMENTS = """
-import json, sys
-from sglang.srt.server_args import prepare_server_args
-try:
-    prepare_server_args(["--model-path", "none", "--device", "cpu", *sys.argv[1:]])
-    print("server:" + json.dumps("starts"))
-except SystemExit as end:
-    print("server:" + json.dumps(end.code))
-"""
+
+def without_loader(old: Environment, release: str, folder: Path) -> dict[str, str]:
+    """The environment in which the oldest lab release's Python has another release."""
+    distribution(folder, "sglang", release)
+    path = [str(folder), str(wheels.source(release)), str(PACKAGE.parent)]
+    kept = {n: v for n, v in os.environ.items() if n != FILTER_ENV}
+    return {
+        **kept,
+        **old.env,
+        "PYTHONPATH": os.pathsep.join(path),
+        "MC_FORCE_TCP": "1",
+        PLUGIN_ENV: "safe-reclaim",
+    }
 
 
 @pytest.mark.parametrize("release", wheels.OLDER_RELEASES)
@@ -317,13 +320,9 @@ def test_a_release_without_a_loader_is_never_armed(
     old: Environment, tmp_path: Path, release: str
 ) -> None:
     """Its classes would let themselves be attached to; nobody does."""
-    distribution(tmp_path, "sglang", release)
-    env = dict(old.env) | {n: v for n, v in os.environ.items() if n != FILTER_ENV}
-    path = [str(tmp_path), str(wheels.source(release)), str(PACKAGE.parent)]
-    env |= {"PYTHONPATH": os.pathsep.join(path), "MC_FORCE_TCP": "1", PLUGIN_ENV: "safe-reclaim"}
     done = subprocess.run(
         [str(old.python), "-P", "-m", "sglang_scaling_fixes.cli", "doctor", "--json"],
-        env=env,
+        env=without_loader(old, release, tmp_path),
         capture_output=True,
         text=True,
         timeout=1200,
@@ -335,6 +334,24 @@ def test_a_release_without_a_loader_is_never_armed(
     assert {fix["state"] for fix in found["fixes"]} == {"unsupported"}
     for word in (f"SGLang {release} has no plugin loader", "0.5.11", "patch", PLUGIN_ENV):
         assert word in found["plugin"]["reason"]
+
+
+def test_a_release_without_a_loader_does_not_know_the_flag(
+    old: Environment, tmp_path: Path
+) -> None:
+    env = without_loader(old, wheels.OLDER_RELEASES[-1], tmp_path)
+    standins = cpu_env({})["PYTHONPATH"].split(os.pathsep)[0]
+    env["PYTHONPATH"] = os.pathsep.join([standins, env["PYTHONPATH"]])
+    done = subprocess.run(
+        [str(old.python), "-m", "sglang.launch_server", "--model-path", "none", "--plugin"],
+        env=cpu_env(env),
+        capture_output=True,
+        text=True,
+        timeout=1200,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "unrecognized arguments: --plugin" in done.stderr
 
 
 @pytest.mark.parametrize("release", ["old", "new"])
