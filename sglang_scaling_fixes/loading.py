@@ -124,7 +124,11 @@ def _without_loader(version: str) -> str:
             f"SGLang {version} has no {loading_probe.LOADER}.load_plugins; releases from "
             f"{FIRST_RELEASE} to {LAST_RELEASE} are known to load plugins: use one of them"
         )
-    patches = ", or the patch set for it in patches/" if version in OLDER_RELEASES else ""
+    patches = (
+        " (or, for hicache-ordering, the patch set in patches/)"
+        if version in OLDER_RELEASES
+        else ""
+    )
     return (
         f"SGLang {version} has no plugin loader, so none of its servers loads this plugin, "
         f"whatever {PLUGIN_ENV} says; use {FIRST_RELEASE} or later, the first release that has "
