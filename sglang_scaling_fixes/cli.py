@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_scaling_fixes import __version__, doctor
+from sglang_scaling_fixes.config import PLUGIN_ENV
 from sglang_scaling_fixes.errors import ScalingFixesError
 from sglang_scaling_fixes.lab.errors import LabError
 from sglang_scaling_fixes.lab.scenarios import SCENARIOS
@@ -40,7 +41,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    check = commands.add_parser("doctor", help="what this environment has and which fixes hold")
+    check = commands.add_parser(
+        "doctor",
+        help="would a server started here load the plugin, and which fixes would hold in it?",
+        description="Loads plugins through the installed SGLang's own loader, in a fresh process "
+        "with this environment, as a server does when it starts. A fix is armed only if SGLang "
+        "called the plugin and the fix was attached and proven there. Run it before you rely on "
+        f"the environment ({PLUGIN_ENV}): where SGLang does not load the plugin, the variable does "
+        "nothing and no server can say so. Exit status: 0 all that is asked for is in force, 1 it "
+        "is not, 2 it could not be asked.",
+    )
     check.add_argument("--json", action="store_true", help="machine-readable output")
     check.add_argument(
         "--plugin",
@@ -150,16 +160,32 @@ def _doctor_text(result: dict[str, Any]) -> str:
         "Mooncake  "
         + (f"{mooncake['version']} ({mooncake['protocol']})" if mooncake else "not installed"),
     ]
+    lines += _plugin_lines(result["plugin"])
     if result["standins"]:
         lines.append("No GPU here: probed with the lab's CPU stand-ins.")
     lines.append("")
     width = max(len(fix["name"]) for fix in result["fixes"])
     for fix in result["fixes"]:
         asked = "*" if fix["name"] in result["asked"] else " "
-        lines.append(f"{asked} {fix['name']:<{width}}  {fix['state']:<11}  {fix['reason']}")
+        said = result["plugin"] is not None and fix["reason"] == result["plugin"]["reason"]
+        reason = "the plugin is not loaded" if said else fix["reason"]
+        lines.append(f"{asked} {fix['name']:<{width}}  {fix['state']:<11}  {reason}")
     lines.append("")
     lines.append("* asked for")
     return "\n".join(lines)
+
+
+def _plugin_lines(plugin: dict[str, Any] | None) -> list[str]:
+    """Whether SGLang loads us and from where; nothing where there is no SGLang to ask."""
+    if plugin is None:
+        return []
+    if not plugin["loaded"]:
+        return [f"Plugin    NOT LOADED by servers here: {plugin['reason']}"]
+    lines = [f"Plugin    loaded by SGLang from {plugin['folder']}"]
+    if len(plugin["copies"]) > 1:
+        copies = ", ".join(f"{copy['version']} in {copy['folder']}" for copy in plugin["copies"])
+        lines.append(f"          installed more than once ({copies}); keep one")
+    return lines
 
 
 def _racecheck(args: argparse.Namespace) -> int:

@@ -26,6 +26,11 @@ PLUGIN_ENV = ENV_PREFIX + "PLUGIN"
 PLUGIN_FLAG = "--plugin"
 GUARD_ENV = ENV_PREFIX + "SPEC_GUARD"
 
+ENTRY = "scaling_fixes"
+"""The name of our entry point, as SGLANG_PLUGINS takes it."""
+FILTER_ENV = "SGLANG_PLUGINS"
+"""Stock's own variable: the only plugins to load, by name; all where it is unset or empty."""
+
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off", ""}
 
@@ -213,6 +218,17 @@ class Config:
             fixes = tuple(dict.fromkeys([*(fixes or ()), "spec-guard"]))
             named = tuple(dict.fromkeys([*named, "spec-guard"]))
         return cls(fixes, named=named, **cast(Any, values))
+
+
+def left_out(env: Mapping[str, str] = os.environ, name: str = ENTRY) -> str | None:
+    """Why SGLANG_PLUGINS keeps stock from loading the plugin `name`; None where it does not.
+
+    Stock reads it as names with commas between them, and empty as unset.
+    """
+    value = env.get(FILTER_ENV, "")
+    if not value or name in (part.strip() for part in value.split(",")):
+        return None
+    return f"{FILTER_ENV}={value} leaves this plugin out; add {name} to it, or unset it"
 
 
 def parse_fixes(text: str, source: str) -> tuple[str, ...]:

@@ -1,31 +1,25 @@
-"""`sglang-scaling-fixes doctor`: what this environment has, and which fixes hold in it.
+"""`sglang-scaling-fixes doctor`: what a server of this environment would have in force.
 
-The fixes are attached to the installed SGLang and proven in a process of their own,
-exactly as a server would. Without a GPU stock SGLang cannot be imported; then, and
-only then, the lab's stand-ins are used, and the report says so.
+A fresh process goes through stock's own plugin loader with the environment of this one, as a
+server does when it starts. A fix counts as armed only if the loader called us and the fix was
+attached and proven there. Without a GPU stock SGLang cannot be imported; then, and only then, the
+lab's stand-ins are used, and the report says so.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from dataclasses import asdict
 from typing import Any
 
-from sglang_scaling_fixes import fixes, release
+from sglang_scaling_fixes import fixes, loading, release
 from sglang_scaling_fixes.config import DEFAULT_FIXES, PLUGIN_ENV, PLUGIN_FLAG, Config, parse_fixes
-from sglang_scaling_fixes.errors import ConfigError
 
-_MARK = "sglang-scaling-fixes-doctor:"
-_PROBE = "from sglang_scaling_fixes.doctor import probe_here; probe_here()"
-_TIMEOUT = 600.0
-"""Seconds the probe may take: a cold import of SGLang is slow on a busy machine."""
+Statuses = list[dict[str, str]]
 
 
 def report(asked: str | None) -> dict[str, Any]:
-    """`{"sglang", "mooncake", "fixes": [{"name", "state", "reason"}], ...}`.
+    """`{"sglang", "mooncake", "plugin", "fixes": [{"name", "state", "reason"}], ...}`.
 
     `asked`: fix names as `--plugin` takes them; None means the environment's, or
     else what a bare `--plugin` asks for. Raises `ConfigError` for unknown names.
@@ -33,22 +27,30 @@ def report(asked: str | None) -> dict[str, Any]:
     config = Config.from_env()
     wanted = config.fixes if asked is None else parse_fixes(asked, PLUGIN_FLAG)
     names = DEFAULT_FIXES if wanted is None else wanted
+    env = {PLUGIN_ENV: ",".join(names) or "none"}
+    # A variable of the environment may ask for more than the names do.
+    names = Config.from_env({**os.environ, **env}).fixes or ()
     version = release.sglang_version()
     mooncake = release.mooncake()
     result: dict[str, Any] = {
         "sglang": version,
         "mooncake": None if mooncake is None else asdict(mooncake),
+        "plugin": None,
         "asked": list(names),
         "standins": False,
     }
     if version is None:
-        reason = "SGLang is not installed in this environment; pip install sglang"
-        statuses = [
-            fixes.Status(fix.name, fixes.State.UNSUPPORTED, reason).as_dict() for fix in fixes.FIXES
-        ]
-    else:
-        statuses, result["standins"] = _probe(names)
-        _without_mooncake(statuses, mooncake)
+        result["fixes"] = _all("SGLang is not installed in this environment; pip install sglang")
+        return result
+    found, result["standins"] = _load(env)
+    result["plugin"] = found.as_dict()
+    if found.problem is not None:
+        result["fixes"] = _all(found.problem)
+        return result
+    # Where nothing was asked for, nothing was attached.
+    statuses = found.statuses or [s.as_dict() for s in fixes.arm_all(Config(fixes=()))]
+    _refused(statuses, names, found.refused)
+    _without_mooncake(statuses, mooncake)
     result["fixes"] = statuses
     return result
 
@@ -59,43 +61,43 @@ def in_force(result: dict[str, Any]) -> bool:
     return all(states[name] in ("armed", "native") for name in result["asked"])
 
 
-def probe_here() -> None:
-    """Runs in the child: arm what the environment asks for and print the states."""
-    statuses = [status.as_dict() for status in fixes.arm_all(Config.from_env())]
-    print(_MARK + json.dumps(statuses), flush=True)
+def _all(reason: str) -> Statuses:
+    state = fixes.State.UNSUPPORTED
+    return [fixes.Status(fix.name, state, reason).as_dict() for fix in fixes.FIXES]
 
 
-def _without_mooncake(statuses: list[dict[str, str]], mooncake: release.Mooncake | None) -> None:
+def _load(asked: dict[str, str]) -> tuple[loading.Loading, bool]:
+    """What stock's loader makes of us, and whether stand-ins were used."""
+    env = {**os.environ, **asked}
+    if has_gpu():
+        return loading.ask(env), False
+    from sglang_scaling_fixes.lab.runtime import cpu_env
+
+    return loading.ask(env, cpu_env(asked)), True
+
+
+def _refused(statuses: Statuses, names: tuple[str, ...], line: str | None) -> None:
+    """A server that ends while it loads plugins has nothing in force.
+
+    Where it is a fix that could not be armed, that fix's own reason says it.
+    """
+    if line is None or any(s["name"] in names and s["state"] == "unsupported" for s in statuses):
+        return
+    for status in statuses:
+        if status["name"] in names:
+            status.update(state="unsupported", reason=f"no server starts: {line}")
+
+
+def _without_mooncake(statuses: Statuses, mooncake: release.Mooncake | None) -> None:
+    """What a prefill or decode server asks before it starts, and the probe cannot: it has no role.
+
+    A server without disaggregation hands no slot to a remote writer, and starts.
+    """
     problem = release.mooncake_problem(mooncake)
     for status in statuses:
         if problem and status["name"] == "safe-reclaim" and status["state"] == "armed":
-            status.update(state="unsupported", reason=problem)
-
-
-def _probe(names: tuple[str, ...]) -> tuple[list[dict[str, str]], bool]:
-    """The states as a server process would find them, and whether stand-ins were used."""
-    asked = {PLUGIN_ENV: ",".join(names) or "none"}
-    standins = not has_gpu()
-    if standins:
-        from sglang_scaling_fixes.lab.runtime import cpu_env
-
-        env = cpu_env(asked)
-    else:
-        env = {**os.environ, **asked}
-    done = subprocess.run(
-        [sys.executable, "-c", _PROBE],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=_TIMEOUT,
-        check=False,
-    )
-    for line in done.stdout.splitlines():
-        if line.startswith(_MARK):
-            statuses: list[dict[str, str]] = json.loads(line.removeprefix(_MARK))
-            return statuses, standins
-    last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-    raise ConfigError(f"the installed SGLang could not be probed: {last}")
+            reason = f"no prefill or decode server over Mooncake starts: {problem}"
+            status.update(state="unsupported", reason=reason)
 
 
 def has_gpu() -> bool:

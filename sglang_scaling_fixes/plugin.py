@@ -15,7 +15,7 @@ import contextlib
 import logging
 import multiprocessing
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 from sglang_scaling_fixes import config as configuration
@@ -40,6 +40,12 @@ class _Process:
     """What happened in this process so far."""
 
     activated: bool = False
+    first: Config | None = None
+    """What it was armed for first: the settings that what is attached was attached with."""
+    config: Config | None = None
+    """What it was armed for last; None while nothing was ever armed."""
+    refused: str | None = None
+    """The line of a refused arming. What it had attached by then stays, so nothing starts here."""
     statuses: list[fixes.Status] = field(default_factory=list)
 
 
@@ -48,14 +54,11 @@ _process = _Process()
 
 def activate() -> None:
     """Called by SGLang's plugin loader. Stops the process rather than fail open."""
-    if _process.activated:
-        return
-    _process.activated = True
     with _stopping():
-        config = Config.from_env()
-        _wrap_command_line()
-        if config.armed:
-            _arm_process(config)
+        if not _process.activated:
+            _wrap_command_line()  # first: what cannot be read now is read again with the flags
+            _process.activated = True
+        _arm_process(Config.from_env())
 
 
 @contextlib.contextmanager
@@ -73,6 +76,11 @@ def _stopping(what: str = "") -> Iterator[None]:
 def stop(message: str) -> NoReturn:
     """End this process with one line on stderr, exit status 1."""
     raise SystemExit(f"sglang-scaling-fixes: {message}")
+
+
+def activated() -> bool:
+    """Whether SGLang has called this plugin in this process."""
+    return _process.activated
 
 
 def statuses() -> list[dict[str, str]]:
@@ -96,9 +104,9 @@ def _wrap_command_line() -> None:
         if config.fixes is None:
             logger.info("sglang-scaling-fixes is installed and not armed; add --plugin to arm it")
         server_args = stock(cls, args)
-        if config.armed:
-            with _stopping():
-                _arm_process(config)
+        with _stopping():
+            _arm_process(config)
+            if config.armed:
                 _check_server_args(server_args, config)
                 require_in_place("spec-guard", "server")
         return server_args
@@ -129,16 +137,52 @@ def _check_server_args(server_args: Any, config: Config) -> None:
 
 
 def _arm_process(config: Config) -> None:
-    """Attach and prove the fixes, and hook the places where the states are reported."""
-    if _process.statuses:
+    """What is in force in this process is what `config` asks for, or the process ends.
+
+    It may be asked again: by flags after the environment, or by a caller that caught the end of
+    an earlier try. A refusal is for good, and nothing that was attached is taken off.
+    """
+    if _process.refused is not None:
+        raise SystemExit(_process.refused)
+    before = _process.config
+    if config == before or not (config.armed or before):
         return
+    if before is not None and not set(before.fixes or ()) <= set(config.fixes or ()):
+        stop(
+            f"this process was armed for {', '.join(before.fixes or ())} before it was asked for "
+            f"{', '.join(config.fixes or ()) or 'none'}, and what is attached stays; ask for the "
+            f"same in {configuration.PLUGIN_ENV} and {configuration.PLUGIN_FLAG}, or start a new "
+            "process"
+        )
+    try:
+        with _stopping():
+            _attach(config, again=before is not None)
+    except SystemExit as end:
+        _process.refused = str(end.code)
+        raise
+    _process.first = _process.first or config
+    _process.config = config
+
+
+def _attach(config: Config, *, again: bool) -> None:
+    """Attach and prove the fixes, and hook the places where the states are reported."""
+    launches = multiprocessing.parent_process() is None  # a child launches nothing
+    if not again:  # before the fixes: after a refusal nothing may start here either
+        _hook_scheduler()
+        if launches:
+            _hook_launch()
     _process.statuses = fixes.arm_all(config)
     if (line := fixes.refusal(_process.statuses, config)) is not None:
         stop(line)
+    if launches and not again:
+        refusals.attach([retry_after.edit, error_type.edit])
 
+
+def _hook_scheduler() -> None:
     def scheduler_init(
         stock: Callable[..., Any], scheduler: Any, server_args: Any, *args: Any, **kwargs: Any
     ) -> Any:
+        config = _config_of_a_scheduler()
         _check_server_args(server_args, config)
         try:
             result = stock(scheduler, server_args, *args, **kwargs)
@@ -164,16 +208,37 @@ def _arm_process(config: Config) -> None:
     wrap_method(f"{_SCHEDULER}:Scheduler.get_init_info", get_init_info)
     wrap_method(f"{_SCHEDULER}:Scheduler.get_internal_state", get_internal_state)
 
-    if multiprocessing.parent_process() is not None:
-        return  # a child launches nothing
 
+def _config_of_a_scheduler() -> Config:
+    """What a scheduler in this process runs with. Stops where it would not be what was asked last.
+
+    The main process may be armed by the environment first and by flags after that; its children
+    read what was asked last. A scheduler in the same process would keep the first settings.
+    """
+    if _process.refused is not None:
+        raise SystemExit(_process.refused)
+    first, last = _process.first, _process.config
+    if first is None or last is None:
+        stop("a scheduler starts in a process that was never armed")
+    if replace(first, fixes=last.fixes, named=last.named) != last:
+        stop(
+            "a scheduler in the process that was armed by the environment first and then with "
+            f"other settings by flags; give them as {configuration.ENV_PREFIX}... variables only"
+        )
+    return last
+
+
+def _hook_launch() -> None:
     def launch_subprocesses(stock: Callable[..., Any], cls: Any, *args: Any, **kwargs: Any) -> Any:
+        with _stopping():  # the children read the environment of now
+            _arm_process(Config.from_env())
+        if (problem := configuration.left_out()) is not None:
+            stop(f"no scheduler process would load this plugin: {problem}")
         result = stock(cls, *args, **kwargs)
         _check_children(kwargs.get("server_args", args[0] if args else None), result)
         return result
 
     wrap_method(f"{_ENGINE}:Engine._launch_subprocesses", launch_subprocesses)
-    refusals.attach([retry_after.edit, error_type.edit])
 
 
 def _check_scheduler(scheduler: Any, server_args: Any, config: Config) -> None:

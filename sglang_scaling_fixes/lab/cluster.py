@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
+from sglang_scaling_fixes.config import Config, left_out
 from sglang_scaling_fixes.lab.client import Answer, Call, call
 from sglang_scaling_fixes.lab.errors import LabError
 from sglang_scaling_fixes.lab.install import Environment
@@ -90,6 +91,7 @@ class Server:
         ]  # fmt: skip
 
     def _start(self) -> None:
+        refuse_unprotected({**os.environ, **self._env})
         self._started = time.monotonic()
         scratch = tempfile.mkdtemp(prefix="ssf-lab-")
         options = ["--scratch", scratch]
@@ -144,6 +146,16 @@ class Server:
         return f"lab server {self.name} {what}; log {self.process.log}, its end:\n" + (
             self.process.tail()
         )
+
+
+def refuse_unprotected(env: Mapping[str, str]) -> None:
+    """LabError where the environment asks for fixes and keeps the server from loading them.
+
+    Such a server would start as stock does. Asked by flag it refuses by itself: `--plugin` is
+    unknown to it.
+    """
+    if Config.from_env(env).armed and (problem := left_out(env)) is not None:
+        raise LabError(f"the server would start without the fixes it is asked for: {problem}")
 
 
 def _tokenizer_flags(model: Model) -> list[str]:

@@ -77,26 +77,54 @@ def test_rounds_are_checked(rounds: str, capsys: pytest.CaptureFixture[str]) -> 
     assert "1 to 1000" in capsys.readouterr().err
 
 
+DOCTOR: dict[str, Any] = {
+    "sglang": "0.5.12",
+    "mooncake": None,
+    "plugin": {"loaded": True, "reason": "called", "folder": "/somewhere", "copies": []},
+    "asked": ["safe-reclaim"],
+    "standins": True,
+    "fixes": [
+        {"name": "safe-reclaim", "state": "armed", "reason": "because"},
+        {"name": "spec-guard", "state": "unsupported", "reason": "not yet"},
+    ],
+}
+
+
 @pytest.mark.parametrize(("state", "status"), [("armed", 0), ("native", 0), ("unsupported", 1)])
 def test_doctor_fails_unless_all_asked_for_is_in_force(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], state: str, status: int
 ) -> None:
-    found = {
-        "sglang": "0.5.12",
-        "mooncake": None,
-        "asked": ["safe-reclaim"],
-        "standins": True,
-        "fixes": [
-            {"name": "safe-reclaim", "state": state, "reason": "because"},
-            {"name": "spec-guard", "state": "unsupported", "reason": "not yet"},
-        ],
-    }
+    first, second = DOCTOR["fixes"]
+    found = {**DOCTOR, "fixes": [{**first, "state": state}, second]}
     monkeypatch.setattr(doctor, "report", lambda asked: found)
     assert cli.main(["doctor"]) == status
     text = capsys.readouterr().out
     assert "* safe-reclaim" in text and "not installed" in text
+    assert "loaded by SGLang from /somewhere" in text
     assert cli.main(["doctor", "--json"]) == status
     assert json.loads(capsys.readouterr().out) == found
+
+
+def test_doctor_says_once_why_the_plugin_is_not_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plugin = {"loaded": False, "reason": "no loader", "folder": None, "copies": []}
+    lost = [{**fix, "state": "unsupported", "reason": "no loader"} for fix in DOCTOR["fixes"]]
+    monkeypatch.setattr(doctor, "report", lambda asked: {**DOCTOR, "plugin": plugin, "fixes": lost})
+    assert cli.main(["doctor"]) == 1
+    text = capsys.readouterr().out
+    assert "NOT LOADED by servers here: no loader" in text
+    assert text.count("no loader") == 1
+
+
+def test_doctor_names_every_copy_of_the_plugin(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copies = [{"version": "1.0", "folder": "/one"}, {"version": "0.9", "folder": "/two"}]
+    plugin = {**DOCTOR["plugin"], "copies": copies}
+    monkeypatch.setattr(doctor, "report", lambda asked: {**DOCTOR, "plugin": plugin})
+    assert cli.main(["doctor"]) == 0
+    assert "1.0 in /one, 0.9 in /two" in capsys.readouterr().out
 
 
 def test_serve_passes_on_what_stands_behind_the_dashes() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -101,3 +103,8 @@ def test_bad_values_name_flag_value_and_remedy(env: dict[str, str], names: list[
     assert "\n" not in str(caught.value)
     for name in names:
         assert name in str(caught.value)
+
+
+def test_the_name_in_the_filter_is_that_of_the_entry_point() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert list(project["entry-points"]["sglang.srt.plugins"]) == [config.ENTRY]

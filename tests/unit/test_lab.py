@@ -12,7 +12,7 @@ import pytest
 from sglang_scaling_fixes import cli
 from sglang_scaling_fixes.lab import scenarios, soak
 from sglang_scaling_fixes.lab.client import Answer
-from sglang_scaling_fixes.lab.cluster import refusal
+from sglang_scaling_fixes.lab.cluster import refusal, refuse_unprotected
 from sglang_scaling_fixes.lab.errors import LabError
 from sglang_scaling_fixes.lab.observations import Observations
 from sglang_scaling_fixes.lab.race import differing, margin
@@ -182,3 +182,17 @@ def test_error_texts_are_counted_without_what_differs() -> None:
     one = "failed for client-3-00012. room=195004 after 3.1s"
     other = "failed for client-1-00002. room=7 after 12s"
     assert soak.normal(one) == soak.normal(other) == "failed for RID room=N after Ns"
+
+
+@pytest.mark.parametrize("asked", [{"PLUGIN": "default"}, {"SPEC_GUARD": "abort"}])
+def test_a_lab_server_is_not_started_without_what_its_environment_asks_for(
+    asked: dict[str, str],
+) -> None:
+    env = {f"SGLANG_SCALING_FIXES_{name}": value for name, value in asked.items()}
+    for plugins in ("other", "other,more", ","):
+        with pytest.raises(LabError, match=f"SGLANG_PLUGINS={plugins} leaves"):
+            refuse_unprotected({**env, "SGLANG_PLUGINS": plugins})
+        refuse_unprotected({"SGLANG_PLUGINS": plugins})
+    for plugins in ("", "scaling_fixes", "other, scaling_fixes"):
+        refuse_unprotected({**env, "SGLANG_PLUGINS": plugins})
+    refuse_unprotected(env)

@@ -1,0 +1,157 @@
+"""Whether a server of this environment loads this plugin: asked of stock's own loader.
+
+Stock calls a plugin only where the release has a loader, the package is installed beside it,
+SGLANG_PLUGINS does not leave it out, and it can be imported. Where one of these is missing stock
+starts without it, and at most logs that. None of our code runs then, so no server can refuse to
+start; only somebody who asks from outside notices. `ask` does, in a fresh process.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sglang_scaling_fixes import loading_probe
+from sglang_scaling_fixes.attach import FIRST_RELEASE, LAST_RELEASE
+from sglang_scaling_fixes.config import PLUGIN_ENV, left_out
+from sglang_scaling_fixes.errors import ConfigError
+from sglang_scaling_fixes.lab.wheels import OLDER_RELEASES
+from sglang_scaling_fixes.release import version_tuple
+
+_PROBE = Path(loading_probe.__file__)
+_OWN = Path(__file__).resolve().parent
+_TIMEOUT = 600.0
+"""Seconds each question may take: a cold import of SGLang is slow on a busy machine."""
+
+
+@dataclass(frozen=True)
+class Loading:
+    """What stock's loader did with this plugin."""
+
+    problem: str | None
+    """Why a server runs without it, with the remedy; None where the loader called it."""
+    refused: str | None = None
+    """The line with which a server would end while it loads plugins; None where it would go on."""
+    statuses: list[dict[str, str]] = field(default_factory=list)
+    """What is in force then, as `/server_info` says it."""
+    folder: str | None = None
+    """Where a server takes the plugin's code from."""
+    copies: list[dict[str, str]] = field(default_factory=list)
+    """`{"version", "folder"}` of every installed copy; the first is the one that counts."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "loaded": self.problem is None,
+            "reason": self.problem or "called by stock's own loader",
+            "folder": self.folder,
+            "copies": self.copies,
+        }
+
+
+def ask(env: Mapping[str, str], runtime: Mapping[str, str] | None = None) -> Loading:
+    """Let a fresh process load plugins as a server with the environment `env` does.
+
+    `runtime`: the environment to import SGLang in, where it cannot be imported in `env` itself
+    (no GPU). What is installed is still asked in `env`: the stand-ins may add to the path.
+    Raises `ConfigError` where the process ends without an answer.
+    """
+    here = _answer("installed", env)
+    there = _answer("load", env if runtime is None else runtime)
+    return Loading(
+        problem=_problem(here, there, env),
+        refused=there["refused"],
+        statuses=there["statuses"],
+        folder=here["folder"],
+        copies=here["copies"],
+    )
+
+
+def _answer(question: str, env: Mapping[str, str]) -> Any:
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", str(_PROBE), question],
+            env=dict(env),
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ConfigError(
+            f"the installed SGLang did not say what it loads within {_TIMEOUT:.0f} s; try again "
+            "when this machine is less busy"
+        ) from error
+    for line in done.stdout.splitlines():
+        if line.startswith(loading_probe.MARK):
+            return json.loads(line.removeprefix(loading_probe.MARK))
+    last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+    raise ConfigError(f"the installed SGLang could not be asked what it loads: {last}")
+
+
+def _problem(here: dict[str, Any], there: dict[str, Any], env: Mapping[str, str]) -> str | None:
+    """The first reason why a server runs without the plugin of this very copy."""
+    if not there["loader"]:
+        return _without_loader(there["sglang"] or "")
+    if not here["ours"]:
+        return _not_installed(here["copies"])
+    if there["called"] or there["refused"] is not None:
+        return _another_copy(here["folder"])
+    return left_out(env, here["ours"][0]) or _not_called(here, there)
+
+
+def _not_called(here: dict[str, Any], there: dict[str, Any]) -> str:
+    name = here["ours"][0]
+    if here["error"] is not None:
+        return f"its entry point cannot be imported ({here['error']}); install it anew"
+    if there["error"] is not None:
+        return f"it failed while stock loaded it ({there['error']}), and stock goes on without it"
+    if name in here["others"]:
+        return (
+            f"{here['others'][name]} calls its plugin {name} too, and stock keeps one of a name; "
+            "uninstall one of the two"
+        )
+    return f"stock's loader did not call it, although it is installed in {here['folder']}"
+
+
+def _without_loader(version: str) -> str:
+    if version_tuple(version) >= version_tuple(FIRST_RELEASE):
+        return (
+            f"SGLang {version} has no {loading_probe.LOADER}.load_plugins; releases from "
+            f"{FIRST_RELEASE} to {LAST_RELEASE} are known to load plugins: use one of them"
+        )
+    patches = (
+        " (or, for hicache-ordering, the patch set in patches/)"
+        if version in OLDER_RELEASES
+        else ""
+    )
+    return (
+        f"SGLang {version} has no plugin loader, so none of its servers loads this plugin, "
+        f"whatever {PLUGIN_ENV} says; use {FIRST_RELEASE} or later, the first release that has "
+        f"one{patches}"
+    )
+
+
+def _not_installed(copies: list[dict[str, str]]) -> str:
+    if copies:
+        return (
+            f"{loading_probe.DISTRIBUTION} {copies[0]['version']} in {copies[0]['folder']} is "
+            "installed without its entry point; install it anew"
+        )
+    return (
+        f"{loading_probe.DISTRIBUTION} is not installed for {sys.executable} (a folder on "
+        "PYTHONPATH is not enough: stock looks for an entry point); pip install it there"
+    )
+
+
+def _another_copy(folder: str | None) -> str | None:
+    if folder is not None and Path(folder).resolve() == _OWN:
+        return None
+    return (
+        f"a server takes the plugin from {folder}, and this is the copy in {_OWN}; uninstall one "
+        "of the two"
+    )

@@ -1,0 +1,121 @@
+"""What doctor makes of the loader's answer, and of what a server asks that no loader asks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sglang_scaling_fixes import doctor, loading, release
+from sglang_scaling_fixes.config import GUARD_ENV, PLUGIN_ENV
+from sglang_scaling_fixes.errors import ConfigError
+from sglang_scaling_fixes.loading import Loading
+
+ARMED = [
+    {"name": "safe-reclaim", "state": "armed", "reason": "proven"},
+    {"name": "hicache-ordering", "state": "off", "reason": "not asked for"},
+    {"name": "layer-split", "state": "unsupported", "reason": "not yet"},
+    {"name": "spec-guard", "state": "armed", "reason": "proven"},
+]
+MOONCAKE = release.Mooncake("0.3.13", "mooncake-transfer-engine-non-cuda", "tcp-v2")
+
+
+def report(
+    monkeypatch: pytest.MonkeyPatch,
+    loading: Loading,
+    asked: str | None = None,
+    mooncake: release.Mooncake | None = MOONCAKE,
+    **env: str,
+) -> dict[str, Any]:
+    for name in (PLUGIN_ENV, GUARD_ENV):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(doctor, "_load", lambda asked: (loading, False))
+    monkeypatch.setattr(release, "sglang_version", lambda: "0.5.23")
+    monkeypatch.setattr(release, "mooncake", lambda: mooncake)
+    return doctor.report(asked)
+
+
+def loaded(**more: Any) -> Loading:
+    return Loading(None, statuses=[dict(status) for status in ARMED], **more)
+
+
+def states(result: dict[str, Any]) -> dict[str, str]:
+    return {fix["name"]: fix["state"] for fix in result["fixes"]}
+
+
+def test_called_and_proven_is_armed(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = report(monkeypatch, loaded())
+    assert result["asked"] == ["safe-reclaim", "spec-guard"]
+    assert doctor.in_force(result)
+
+
+def test_not_called_is_not_armed_whatever_the_classes_would_let_attach(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    statuses = [dict(status) for status in ARMED]
+    result = report(monkeypatch, Loading("nobody calls it", statuses=statuses))
+    assert set(states(result).values()) == {"unsupported"}
+    assert not doctor.in_force(result)
+
+
+def test_a_server_that_ends_while_it_loads_has_nothing_in_force(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another plugin's end, or one of ours behind the proofs."""
+    result = report(monkeypatch, loaded(refused="it ended"))
+    assert states(result)["safe-reclaim"] == states(result)["spec-guard"] == "unsupported"
+    assert "it ended" in result["fixes"][0]["reason"]
+
+
+def test_a_fix_that_could_not_be_armed_keeps_its_own_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = loaded(refused="asked for and not in force: spec-guard: it moved")
+    found.statuses[3].update(state="unsupported", reason="it moved")
+    result = report(monkeypatch, found)
+    assert result["fixes"][3]["reason"] == "it moved"
+    assert states(result)["safe-reclaim"] == "armed"
+    assert not doctor.in_force(result)
+
+
+def test_a_variable_that_asks_for_one_more_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = report(monkeypatch, loaded(), "safe-reclaim", **{GUARD_ENV: "abort"})
+    assert result["asked"] == ["safe-reclaim", "spec-guard"]
+    with pytest.raises(ConfigError, match="drop one of the two"):
+        report(monkeypatch, loaded(), "none", **{GUARD_ENV: "abort"})
+
+
+def test_nothing_asked_for_is_nothing_armed(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = report(monkeypatch, Loading(None), "none")
+    assert "armed" not in states(result).values()
+    assert result["asked"] == [] and doctor.in_force(result)
+
+
+def test_what_only_a_prefill_or_decode_server_refuses_is_said_as_that(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    result = report(monkeypatch, loaded(), mooncake=None)
+    assert states(result) == {
+        "safe-reclaim": "unsupported",
+        "hicache-ordering": "off",
+        "layer-split": "unsupported",
+        "spec-guard": "armed",
+    }
+    for word in ("prefill or decode", "Mooncake is not installed"):
+        assert word in result["fixes"][0]["reason"]
+
+
+def test_mooncake_does_not_hide_that_the_fix_itself_does_not_hold(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = loaded()
+    found.statuses[0].update(state="unsupported", reason="it moved")
+    assert report(monkeypatch, found, mooncake=None)["fixes"][0]["reason"] == "it moved"
+
+
+def test_no_answer_in_time_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "_TIMEOUT", 0.0)
+    with pytest.raises(ConfigError, match="within 0 s; try again"):
+        loading.ask({})

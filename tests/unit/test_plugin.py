@@ -1,0 +1,214 @@
+"""What is in force in a process is what it is asked for, however often it is asked, or it ends."""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sglang_scaling_fixes import config as configuration
+from sglang_scaling_fixes import fixes, plugin, refusals
+from sglang_scaling_fixes.config import ENV_PREFIX, GUARD_ENV, PLUGIN_ENV, Config
+from sglang_scaling_fixes.fixes import State, Status
+
+LAUNCH = "sglang.srt.entrypoints.engine:Engine._launch_subprocesses"
+FLAGS = "sglang.srt.server_args:ServerArgs.from_cli_args"
+SCHEDULER = "sglang.srt.managers.scheduler:Scheduler.__init__"
+DEFAULT, BOTH = "safe-reclaim", "safe-reclaim,spec-guard"
+
+
+class Process:
+    """A process of a server, as the plugin sees it. Stock is what notes that it was called."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.hooks: dict[str, Callable[..., Any]] = {}
+        self.armed: list[Config] = []
+        self.started: list[str] = []
+        self.broken: set[str] = set()
+        self.env = monkeypatch
+        monkeypatch.setattr(plugin, "_process", plugin._Process())
+        monkeypatch.setattr(plugin, "wrap_method", self._wrap)
+        monkeypatch.setattr(plugin, "require_in_place", lambda *_: None)
+        monkeypatch.setattr(plugin, "_check_server_args", lambda *_: None)
+        monkeypatch.setattr(plugin, "_check_scheduler", lambda *_: None)
+        monkeypatch.setattr(refusals, "attach", lambda edits: None)
+        monkeypatch.setattr(fixes, "arm_all", self._arm_all)
+        for name in (PLUGIN_ENV, *(s.env for s in configuration.SETTINGS)):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv("SGLANG_PLUGINS", raising=False)
+
+    def _wrap(self, target: str, around: Callable[..., Any]) -> None:
+        assert target not in self.hooks, f"{target} is wrapped twice"
+        self.hooks[target] = around
+
+    def _arm_all(self, config: Config) -> list[Status]:
+        self.armed.append(config)
+        states = dict.fromkeys(config.fixes or (), State.ARMED)
+        states |= dict.fromkeys(self.broken & states.keys(), State.UNSUPPORTED)
+        return [Status(name, state, "because") for name, state in states.items()]
+
+    def flags(self, *argv: str) -> Any:
+        """`launch_server` with these flags, up to stock's own arguments."""
+        parser = argparse.ArgumentParser()
+        configuration.add_flags(parser)
+        args = parser.parse_args(argv)
+        for name in (PLUGIN_ENV, *(s.env for s in configuration.SETTINGS)):
+            if getattr(args, name.lower(), None) is not None:
+                self.env.setenv(name, "")  # the plugin writes it; this takes it back at the end
+        return self.hooks[FLAGS](self._stock("arguments"), object, args)
+
+    def launch(self) -> None:
+        self.hooks[LAUNCH](self._stock("children"), object, SimpleNamespace(dp_size=2))
+
+    def scheduler(self) -> None:
+        args = SimpleNamespace(enable_metrics=False)
+        self.hooks[SCHEDULER](self._stock("scheduler"), object(), args)
+
+    def _stock(self, what: str) -> Callable[..., Any]:
+        return lambda *_, **__: self.started.append(what)
+
+
+@pytest.fixture
+def process(monkeypatch: pytest.MonkeyPatch) -> Process:
+    return Process(monkeypatch)
+
+
+def line(call: Callable[..., Any], *args: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        call(*args)
+    text = str(ended.value.code)
+    assert text.startswith("sglang-scaling-fixes: ") and "\n" not in text
+    return text
+
+
+def test_a_refusal_is_for_good(process: Process) -> None:
+    """A notebook catches the end of the process and tries again."""
+    process.broken = {"safe-reclaim"}
+    plugin.activate()
+    first = line(process.flags, "--plugin", BOTH)
+    assert "safe-reclaim: because" in first
+    process.broken = set()
+    assert line(process.flags, "--plugin", BOTH) == first
+    assert line(process.flags, "--plugin", "spec-guard") == first
+    assert line(process.flags, "--plugin", "none") == first
+    assert line(process.launch) == first
+    assert line(process.scheduler) == first
+    assert line(plugin.activate) == first
+    assert len(process.armed) == 1
+    assert not {"children", "scheduler"} & set(process.started)
+
+
+def test_a_refusal_by_the_environment_is_for_good_too(process: Process) -> None:
+    """Stock's loader calls a plugin once; after that only what we hooked can say no."""
+    process.env.setenv(PLUGIN_ENV, DEFAULT)
+    process.broken = {"safe-reclaim"}
+    first = line(plugin.activate)
+    process.broken = set()
+    assert line(process.flags) == first
+    assert line(process.launch) == first
+
+
+def test_a_variable_that_cannot_be_read_is_read_again_with_the_flags(process: Process) -> None:
+    process.env.setenv(PLUGIN_ENV, "safe-reclam")
+    assert "safe-reclam" in line(plugin.activate)
+    assert "safe-reclam" in line(process.flags)
+    assert process.started == []
+
+
+def test_the_same_again_is_armed_once(process: Process) -> None:
+    process.env.setenv(PLUGIN_ENV, DEFAULT)
+    plugin.activate()
+    plugin.activate()
+    process.flags()
+    process.launch()
+    assert len(process.armed) == 1
+    assert process.started == ["arguments", "children"]
+
+
+def test_flags_that_ask_for_more_than_the_environment_are_armed_too(process: Process) -> None:
+    process.env.setenv(PLUGIN_ENV, DEFAULT)
+    plugin.activate()
+    process.flags("--plugin", BOTH)
+    assert [s["name"] for s in plugin.statuses()] == ["safe-reclaim", "spec-guard"]
+    process.launch()
+    process.scheduler()
+    assert process.started == ["arguments", "children", "scheduler"]
+
+
+def test_what_flags_ask_for_on_top_is_refused_as_ever(process: Process) -> None:
+    process.env.setenv(PLUGIN_ENV, DEFAULT)
+    process.broken = {"spec-guard"}
+    plugin.activate()
+    assert "spec-guard: because" in line(process.flags, "--plugin", BOTH)
+    assert "spec-guard: because" in line(process.flags, "--plugin", DEFAULT)
+
+
+@pytest.mark.parametrize("less", ["safe-reclaim", "hicache-ordering", "none"])
+def test_flags_that_ask_for_less_than_is_attached_stop_the_start(
+    process: Process, less: str
+) -> None:
+    process.env.setenv(PLUGIN_ENV, BOTH)
+    plugin.activate()
+    text = line(process.flags, "--plugin", less)
+    for word in (f"armed for {BOTH.replace(',', ', ')}", less, PLUGIN_ENV, "--plugin"):
+        assert word in text
+
+
+def test_other_settings_reach_the_children_and_no_scheduler_of_this_process(
+    process: Process,
+) -> None:
+    """What is attached keeps the settings it was attached with; children start afresh."""
+    process.env.setenv(PLUGIN_ENV, DEFAULT)
+    plugin.activate()
+    process.scheduler()
+    process.flags("--safe-reclaim-fence")
+    process.launch()
+    text = line(process.scheduler)
+    assert "settings" in text and ENV_PREFIX in text
+    assert process.started == ["scheduler", "arguments", "children"]
+
+
+def test_nothing_is_launched_that_would_not_load_us(process: Process) -> None:
+    plugin.activate()
+    process.flags("--plugin", DEFAULT)
+    process.env.setenv("SGLANG_PLUGINS", "other")
+    text = line(process.launch)
+    assert "SGLANG_PLUGINS=other" in text and "scaling_fixes" in text
+    process.env.setenv("SGLANG_PLUGINS", "scaling_fixes")
+    process.launch()
+    assert process.started == ["arguments", "children"]
+
+
+@pytest.mark.parametrize("then", [None, "none", "safe-reclam"])
+def test_nothing_is_launched_with_another_environment(process: Process, then: str | None) -> None:
+    """With data parallelism no child tells the main process what it has in force."""
+    process.env.setenv(PLUGIN_ENV, DEFAULT)
+    plugin.activate()
+    if then is None:
+        process.env.delenv(PLUGIN_ENV)
+    else:
+        process.env.setenv(PLUGIN_ENV, then)
+    assert PLUGIN_ENV in line(process.launch)
+    assert process.started == []
+
+
+def test_an_untouched_process_stays_untouched(process: Process) -> None:
+    plugin.activate()
+    process.flags()
+    process.flags("--plugin", "none")
+    assert process.armed == [] and plugin.statuses() == []
+    assert LAUNCH not in process.hooks and SCHEDULER not in process.hooks
+    assert process.started == ["arguments", "arguments"]
+
+
+def test_a_child_hooks_its_scheduler_and_no_launch(process: Process) -> None:
+    process.env.setattr(multiprocessing, "parent_process", lambda: SimpleNamespace(pid=1))
+    process.env.setenv(GUARD_ENV, "abort")
+    plugin.activate()
+    process.scheduler()
+    assert LAUNCH not in process.hooks
+    assert process.armed[0].guard == "abort"
