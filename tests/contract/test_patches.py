@@ -190,7 +190,7 @@ def test_what_is_applied_wrongly_cannot_be_imported(build: str, tmp_path: Path) 
         for module, what in said.items()
         if not refused(what, module)
     }
-    assert not accepted
+    assert not accepted, "\n".join(f"{where}: {what}" for where, what in accepted.items())
 
 
 @pytest.mark.parametrize("build", OLDER_RELEASES)
@@ -208,7 +208,8 @@ def test_a_second_time_is_refused_and_changes_nothing(build: str, tmp_path: Path
     target = tree(build, tmp_path / build)
     assert apply(RIGHT, series(build), target) == 0
     once = contents(target)
-    assert apply(RIGHT, series(build), target) != 0
+    status = apply(RIGHT, series(build), target)
+    assert status != 0
     assert contents(target) == once
     other = tree(build, tmp_path / "patch")
     assert apply(PATCH, series(build), other) == 0
