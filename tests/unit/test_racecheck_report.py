@@ -127,7 +127,7 @@ def test_a_patch_that_does_not_apply_is_an_error(
         "--- a/sglang/a.py\n+++ b/sglang/a.py\n@@ -1,1 +1,1 @@\n-gone\n+new\n"
     )
     monkeypatch.setattr(patches, "FOLDER", folder)
-    with pytest.raises(ConfigError, match=r"1\.patch does not apply"):
+    with pytest.raises(ConfigError, match=r"patches for sglang 0\.5\.9 do not apply to .*a\.py"):
         patches.patched("0.5.9", source, scratch)
 
 

@@ -1,4 +1,7 @@
-"""Patch sets for releases that load no plugins: `patches/<release>/series` and its files."""
+"""Patch sets for releases that load no plugins: `patches/<release>/series` and its files.
+
+Every patch adds a file of its own that checks, at each import, that the patch is applied rightly.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,12 @@ from sglang_scaling_fixes.errors import ConfigError
 
 FOLDER = Path(__file__).resolve().parents[3] / "patches"
 """In a checkout; an installed package has no patches and says so."""
+
+APPLY = ("git", "apply", "--unidiff-zero")
+"""Applies what it reads from stdin, all of it or nothing, in the folder that holds `sglang`.
+
+Without the option, git puts lines that have no context at the end of a file.
+"""
 
 
 def available() -> tuple[str, ...]:
@@ -27,29 +36,35 @@ def files(release: str) -> list[Path]:
 def patched(release: str, source: Path, scratch: Path) -> Path:
     """A copy of the `sglang` package below `source`, patched; links where nothing changed.
 
-    Raises `ConfigError` if a patch does not apply as it is, without fuzz.
+    Raises `ConfigError` if the series does not apply.
     """
-    target = scratch / release
-    target.mkdir()
-    shutil.copytree(source / "sglang", target / "sglang", copy_function=os.symlink)
-    for patch in files(release):
-        for name in _changed(patch):
-            file = target / name
-            stock = file.resolve()
-            file.unlink()
-            shutil.copyfile(stock, file)
+    series = "".join(patch.read_text() for patch in files(release))
+    target = copied(source, scratch / release, changed(series))
+    try:
         done = subprocess.run(
-            ["patch", "--strip=1", "--fuzz=0", "--quiet", f"--input={patch}"],
-            cwd=target,
-            capture_output=True,
-            text=True,
-            check=False,
+            APPLY, cwd=target, input=series, capture_output=True, text=True, check=False
         )
-        if done.returncode:
-            raise ConfigError(f"{patch.name} does not apply to sglang {release}: {done.stdout}")
+    except FileNotFoundError as error:
+        raise ConfigError("patches are applied with git, which is not installed here") from error
+    if done.returncode:
+        why = "; ".join(done.stderr.splitlines())
+        raise ConfigError(f"the patches for sglang {release} do not apply to {source}: {why}")
     return target
 
 
-def _changed(patch: Path) -> list[str]:
-    lines = patch.read_text().splitlines()
-    return [line.split()[1].removeprefix("b/") for line in lines if line.startswith("+++ ")]
+def copied(source: Path, target: Path, own: set[str]) -> Path:
+    """The `sglang` package below `source` as links in `target`, the files of `own` as copies."""
+    shutil.copytree(source / "sglang", target / "sglang", copy_function=os.symlink)
+    for name in own:
+        file = target / name
+        if file.exists():  # a patch may add it
+            stock = file.resolve()
+            file.unlink()
+            shutil.copyfile(stock, file)
+    return target
+
+
+def changed(series: str) -> set[str]:
+    """The files that patches change or add, relative to the folder that holds `sglang`."""
+    lines = series.splitlines()
+    return {line.split()[1].removeprefix("b/") for line in lines if line.startswith("+++ ")}
