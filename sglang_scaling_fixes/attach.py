@@ -171,6 +171,14 @@ ATTACH_POINTS: tuple[AttachPoint, ...] = (
         ("queue", "executor"),
     ),
     AttachPoint(_FIX, "prefill", f"{_MOONCAKE}:MooncakeKVManager.init_engine", uses=("engine",)),
+    # Called by the probe: stock's own write.
+    AttachPoint(
+        _FIX,
+        "prefill",
+        f"{_MOONCAKE}:MooncakeKVManager._transfer_data",
+        ("mooncake_session_id", "transfer_blocks"),
+        wrapped=False,
+    ),
     AttachPoint(
         _FIX, "prefill", f"{_MOONCAKE}:MooncakeKVManager._connect", ("endpoint", "is_ipv6")
     ),

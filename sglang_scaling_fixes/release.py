@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
-from importlib import metadata
-from pathlib import Path
+
+from sglang_scaling_fixes import machine
 
 MOONCAKE_DISTRIBUTIONS = (
     "mooncake-transfer-engine",
@@ -30,10 +29,7 @@ def version_tuple(text: str) -> tuple[int, ...]:
 
 def sglang_version() -> str | None:
     """The installed release of SGLang, None when there is none."""
-    try:
-        return metadata.version("sglang")
-    except metadata.PackageNotFoundError:
-        return None
+    return machine.here.version("sglang")
 
 
 @dataclass(frozen=True)
@@ -54,12 +50,10 @@ class Mooncake:
 
 def mooncake() -> Mooncake | None:
     """What is installed, None when there is no Mooncake."""
-    for name in MOONCAKE_DISTRIBUTIONS:
-        try:
-            version = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-        return Mooncake(version, name, _protocol(version), _unproven(name))
+    version = machine.here.version
+    wheels = {name: found for name in MOONCAKE_DISTRIBUTIONS if (found := version(name))}
+    for name, found in wheels.items():
+        return Mooncake(found, name, _protocol(found), _overlaid(wheels) or _unproven(name))
     return None
 
 
@@ -100,20 +94,32 @@ sender keeps decode's memory mapped whatever decode closes. All but the engines 
 MC_FORCE_TCP (transfer_engine_impl.cpp)."""
 
 
+def _overlaid(wheels: dict[str, str]) -> str:
+    """Why nobody knows which of these distributions is in use, empty if there is one."""
+    if len(wheels) == 1:
+        return ""
+    names = " and ".join(f"{name} {version}" for name, version in wheels.items())
+    return (
+        f"{names} are installed over each other, so that nobody knows which of them writes; "
+        "pip uninstall all of them and install one"
+    )
+
+
 def _unproven(distribution: str) -> str:
     """Why this environment may select neither RDMA nor TCP, empty if it does not."""
     forced = _tcp_forced()
     asked = {**_OTHER_ENGINES, **({} if forced else _OTHER_TRANSPORTS)}
-    found = {name: what for name, what in asked.items() if name in os.environ}
+    env = machine.here.env
+    found = {name: what for name, what in asked.items() if name in env}
     for name, what in {} if forced else _OTHER_SWITCHES.items():
-        if os.environ.get(name, "").lower() not in OFF:
+        if env.get(name, "").lower() not in OFF:
             found[name] = what
     for name, what in found.items():
         return (
-            f"{name}={os.environ[name]}: Mooncake over {what} is not proven to tell when a write "
+            f"{name}={env[name]}: Mooncake over {what} is not proven to tell when a write "
             "has landed or can no longer land; unset it, or start with --plugin none"
         )
-    protocol = (os.environ.get("MOONCAKE_PROTOCOL") or "rdma").lower()
+    protocol = (env.get("MOONCAKE_PROTOCOL") or "rdma").lower()
     if not forced and protocol not in ("rdma", "tcp"):
         return (
             f"MOONCAKE_PROTOCOL={protocol}: only rdma and tcp are proven; choose one of them, or "
@@ -126,43 +132,49 @@ def _unproven(distribution: str) -> str:
             f"{distribution} writes over Ascend, whose success proves nothing; set MC_FORCE_TCP=1, "
             "or start with --plugin none"
         )
-    return "" if mooncake_retries() else without_rdma(distribution)
+    return "" if machine.here.rdma().devices else without_rdma(distribution)
 
 
 def _tcp_forced() -> bool:
-    return bool(os.environ.get("MC_FORCE_TCP"))
+    return bool(machine.here.env.get("MC_FORCE_TCP"))
 
 
 def needs_rdma(found: Mooncake) -> bool:
-    """Whether it must have opened an RDMA device: it may choose its transport, and not only TCP.
-
-    Its CUDA builds do not look at MOONCAKE_PROTOCOL.
-    """
+    """Whether it must have opened an RDMA device: it may choose its transport, and not only TCP."""
     cuda = not found.distribution.endswith("-non-cuda")
     return not _tcp_forced() and (cuda or found.protocol == "rdma")
 
 
 def without_rdma(distribution: str) -> str:
     """What to say where Mooncake has no RDMA device to write with, and is not told to use TCP."""
+    doubt = machine.here.rdma().doubt
+    other = "TCP" if distribution.endswith("-non-cuda") else "NVLink, whose success proves nothing"
     return (
-        f"there is no RDMA device to use here, and {distribution} may then write over NVLink, "
-        "whose success proves nothing; set MC_FORCE_TCP=1, or make a device usable (its port "
-        "active, /dev/infiniband in the container)"
+        f"there is no RDMA device to use here{doubt and f' ({doubt})'}, and {distribution} may "
+        f"then write over {other}; set MC_FORCE_TCP=1, or make a device usable (its port active, "
+        "/sys and /dev/infiniband in the container)"
     )
 
 
-_RDMA_DEVICES = Path("/sys/class/infiniband")
+_NAMES_DEVICES = ("MC_CUSTOM_TOPO_JSON", "MC_FORCE_HCA")
+"""Variables with which Mooncake does not go by what it finds."""
 
 
 def mooncake_retries() -> bool:
-    """Whether Mooncake submits a failed batch again by itself: once per RDMA device it sees."""
-    return _RDMA_DEVICES.is_dir() and any(_RDMA_DEVICES.iterdir())
+    """Whether Mooncake may submit a failed batch again by itself: once per RDMA device it sees.
+
+    True where in doubt: then a write is submitted once, which is right without devices too.
+    """
+    return machine.here.rdma().possible or any(name in machine.here.env for name in _NAMES_DEVICES)
 
 
 def _protocol(version: str) -> str:
-    tcp = _tcp_forced() or (os.environ.get("MOONCAKE_PROTOCOL", "rdma").lower() == "tcp")
-    # Without an RDMA device Mooncake falls back to TCP on its own.
-    if not tcp and mooncake_retries():
+    """How Mooncake writes if it can open the devices it sees (see `needs_rdma`).
+
+    Without a device it falls back to TCP on its own. MOONCAKE_PROTOCOL changes nothing: its
+    wheels take what they find, whichever protocol SGLang hands them (transfer_engine_impl.cpp).
+    """
+    if not _tcp_forced() and machine.here.rdma().devices:
         return "rdma"
     old = version_tuple(version)[:3] < ACKNOWLEDGED_TCP_SINCE
-    return "tcp-v1" if old or os.environ.get("MC_TCP_PROTO") == "1" else "tcp-v2"
+    return "tcp-v1" if old or machine.here.env.get("MC_TCP_PROTO") == "1" else "tcp-v2"

@@ -19,22 +19,20 @@ whoever connects there is reset.
 from __future__ import annotations
 
 import contextlib
-import os
 import selectors
 import socket
 import struct
 import sys
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, cast
 
+from sglang_scaling_fixes import machine
 from sglang_scaling_fixes.errors import ScalingFixesError
 
 _LISTEN = "0A"
 """TCP state in /proc/net/tcp."""
 
-_UVERBS = "/dev/infiniband/uverbs"
 _AT_ONCE = struct.pack("ii", 1, 0)
 """SO_LINGER: close with a reset."""
 _TRIES = 10
@@ -71,10 +69,11 @@ def renew(manager: Any, of_all_ranks: Callable[[set[int]], set[int]]) -> tuple[s
     engine = manager.engine
     old = str(engine.session_id)
     own = engine_has(engine)
-    doors, devices = _listening(), rdma_handles()
+    doors = _listening()
+    devices = len(_rdma_handles()) if opened_rdma(engine) else 0
     _destroy(engine)
     shut = doors - _listening()
-    if _port(old) not in shut or (devices and rdma_handles() >= devices):
+    if _port(old) not in shut or (devices and len(_rdma_handles()) >= devices):
         raise FenceError(
             f"the receiving engine of session {old} is still in use by another part of this "
             "process and could not be closed"
@@ -101,18 +100,21 @@ def engine_has(engine: Any) -> set[str]:
     return opened
 
 
+def opened_rdma(engine: Any) -> bool:
+    """Whether an RDMA device is among what was recorded of an engine. That this process has one
+    open proves nothing: NCCL opens them too."""
+    return any(machine.UVERBS in opening for opening in engine_has(engine))
+
+
 def openings() -> set[str]:
     """Every way into this process that an engine makes: listening sockets, RDMA devices."""
     doors = {f"port {port}" for port in _listening()}
-    handles = {
-        f"{entry}: {target}" for entry, target in _open_files() if target.startswith(_UVERBS)
-    }
-    return doors | handles
+    return doors | {f"{number}: {target}" for number, target in _rdma_handles()}
 
 
-def rdma_handles() -> int:
-    """How many RDMA devices this process has open. Closing one ends all its queue pairs."""
-    return sum(target.startswith(_UVERBS) for _, target in _open_files())
+def _rdma_handles() -> list[tuple[str, str]]:
+    """The RDMA devices this process has open. Closing one ends all its queue pairs."""
+    return [file for file in machine.here.open_files() if file[1].startswith(machine.UVERBS)]
 
 
 def _replace(engine: Any) -> None:
@@ -191,24 +193,10 @@ def _local_ports() -> set[int]:
 
 def _sockets() -> set[tuple[int, str]]:
     """Local port and state of every TCP socket this process has open."""
-    opened = (target for _, target in _open_files() if target.startswith("socket:["))
-    inodes = {target[len("socket:[") : -1] for target in opened}
-    found = set()
-    for table in ("tcp", "tcp6"):
-        path = Path("/proc/self/net") / table
-        if not path.exists():
-            continue
-        for line in path.read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[9] in inodes:
-                found.add((int(fields[1].rpartition(":")[2], 16), fields[3]))
-    return found
-
-
-def _open_files() -> list[tuple[str, str]]:
-    """Number and target of every open file of this process."""
-    found = []
-    for entry in os.scandir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            found.append((entry.name, os.readlink(entry.path)))
-    return found
+    targets = (target for _, target in machine.here.open_files())
+    inodes = {target[len("socket:[") : -1] for target in targets if target.startswith("socket:[")}
+    return {
+        (int(fields[1].rpartition(":")[2], 16), fields[3])
+        for fields in machine.here.tcp_sockets()
+        if fields[9] in inodes
+    }

@@ -13,20 +13,21 @@ import contextlib
 import logging
 import threading
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import numpy as np
 
+from sglang_scaling_fixes import release
 from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.errors import AttachError
 from sglang_scaling_fixes.reclaim import messages
 from sglang_scaling_fixes.reclaim.decode import DecodeGuard
 from sglang_scaling_fixes.reclaim.ledger import Attempt
 from sglang_scaling_fixes.reclaim.prefill import PrefillGuard
-from sglang_scaling_fixes.reclaim.taps import IN_HAND, ExecutorTap
+from sglang_scaling_fixes.reclaim.taps import IN_HAND, EngineTap, ExecutorTap
 
 SENTINEL = "sglang.srt.disaggregation.mooncake.conn:MooncakeKVManager.transfer_worker"
 """Wrapped first and last by `attach`: tells whether this process is attached already."""
@@ -265,21 +266,40 @@ class _Queue:
 
 
 class _Engine:
-    """Counts writes, and fails them."""
+    """Stock's wrapper and Mooncake's own engine in one: keeps how it was written with, and says
+    of each write what it is told to."""
+
+    BATCH = 7
 
     def __init__(self) -> None:
-        self.writes = 0
+        self.engine = self
+        self.status = 0
+        self.calls: list[str] = []
 
-    def batch_transfer_sync(self, *_: Any) -> int:
-        self.writes += 1
-        return -1
+    def batch_transfer_sync(
+        self, session: str, sources: list[int], targets: list[int], lengths: list[int]
+    ) -> int:
+        del session, sources, targets, lengths
+        self.calls.append("stock")
+        return self.status
+
+    def batch_transfer_async_write(
+        self, session: str, sources: list[int], targets: list[int], lengths: list[int]
+    ) -> int:
+        del session, sources, targets, lengths
+        self.calls.append("once")
+        return self.BATCH
+
+    def get_batch_transfer_status(self, batches: list[int]) -> int:
+        return self.status if batches == [self.BATCH] else -1
 
 
 def _prove_prefill() -> None:
     from sglang.srt.disaggregation.mooncake.conn import MooncakeKVManager
 
     queue = _Queue()
-    manager = _manager(engine=_Engine(), transfer_queues=[queue])
+    engine = _Engine()
+    manager = _manager(engine=engine, transfer_queues=[queue])
     guard = PrefillGuard(manager)
     guard.tap_socket()
     answers: list[messages.Message | messages.Garbage | None] = []
@@ -324,10 +344,54 @@ def _prove_prefill() -> None:
         check(seen == [_ROOM + 1], "the worker did not skip the aborted room's chunk")
         sender = senders[_ROOM + 1]
         check(not guard.busy(sender), "a finished chunk still counts as being written")
-        attempt: Attempt | None = guard.send(lambda *_: guard.put(_Chunk(_ROOM + 1)), sender, ())
+        ways = [(manager.engine, engine, release.mooncake_retries())]
+        for once in (False, True):
+            engine = _Engine()
+            ways.append((EngineTap(engine, guard, once=once), engine, once))
+        for number, (tapped, engine, once) in enumerate(ways, start=3):
+            manager.engine = tapped
+            room = _ROOM + number
+            read(metadata(room, f"g{number}"))
+            senders[room] = _Sender(room)
+            guard.sender_made(senders[room])
+            attempt: Attempt | None = guard.send(lambda *_: guard.put(None), senders[room], ())
+            assert attempt is not None
+            _prove_write(manager, engine, once, attempt, ExecutorTap(pool, guard))
+    _prove_coverage(guard, read)
+
+
+def _prove_coverage(guard: PrefillGuard, read: Callable[[list[bytes]], Any]) -> None:
+    """A success of a prompt that is shorter than decode's must not leave as one."""
+    decode, session = "tcp://192.0.2.2:9", "probe:3"
+    for room, computed in ((_ROOM + 6, 9), (_ROOM + 7, 1)):
+        stock = [str(room).encode(), b"", b"", session.encode(), b"", b"", b"", b"1"]
+        bind = messages.Bind(decode, _RANK, str(room), str(room), pages=1, states=(), tokens=9)
+        read(messages.ride(stock, bind))
+        sender = _Sender(room)
+        guard.sender_made(sender)
+        guard.computes(SimpleNamespace(disagg_kv_sender=sender, origin_input_ids=[0] * computed))
+        attempt: Attempt | None = guard.send(lambda *_: guard.put(None), sender, (0,))
         assert attempt is not None
-        tapped = ExecutorTap(pool, guard)
+        covered = guard.covers(decode, attempt)
+        check(covered == (computed == 9), f"a success of {computed} of 9 tokens: left is {covered}")
+
+
+def _prove_write(
+    manager: Any, engine: _Engine, once: bool, attempt: Attempt, executor: ExecutorTap
+) -> None:
+    """One way to write, called by stock: which one a server takes depends on its machine, and
+    what starts on this one must start on all."""
+    way = "once" if once else "stock"
+    for status in (0, -1):
+        engine.status = status
+        engine.calls.clear()
         IN_HAND.attempt = attempt
-        tapped.submit(manager.engine.batch_transfer_sync, "probe:1", [0], [0], [0]).result()
-        IN_HAND.attempt = None
-    check(attempt.poisoned != "", "a failed write was not noticed")
+        try:
+            said = executor.submit(manager._transfer_data, "probe:2", [(1, 2, 3)]).result()
+        finally:
+            IN_HAND.attempt = None
+        check(engine.calls == [way], f"a write was to be submitted as {way}, was {engine.calls}")
+        check(said == status, f"stock was told {said} of a write that ended with {status}")
+        noticed = attempt.poisoned != ""
+        check(noticed or status == 0, f"a failed write was not noticed (submitted as {way})")
+        check(not noticed or status != 0, f"a good write was taken for a failed one ({way})")

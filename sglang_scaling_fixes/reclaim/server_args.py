@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from typing import Any
 
 import msgspec
 
-from sglang_scaling_fixes import release
+from sglang_scaling_fixes import machine, release
 from sglang_scaling_fixes.attach import require_in_place, unwrap_other_roles
 from sglang_scaling_fixes.errors import ConfigError
 from sglang_scaling_fixes.reclaim import fence, layout
@@ -18,6 +17,9 @@ from sglang_scaling_fixes.reclaim.prefill import PrefillGuard
 
 _TAP_WAIT = 5.0
 """Seconds for stock's worker threads to reach their first line after construction."""
+
+_ONE_SUBMISSION = ("batch_transfer_async_write", "get_batch_transfer_status")
+"""What `taps.EngineTap` calls on Mooncake's engine instead of stock's call."""
 
 _REFUSED = {
     "use_ray": "Ray's scheduler actors do not load plugins",
@@ -56,7 +58,7 @@ def check(server_args: Any, *, fence_asked: bool = False) -> None:
         _refuse("disaggregation_transfer_backend", backend, why)
     if (problem := release.mooncake_problem(release.mooncake())) is not None:
         raise ConfigError(problem)
-    if os.environ.get("SGLANG_DISAGG_STAGING_BUFFER", "").lower() not in release.OFF:
+    if machine.here.env.get("SGLANG_DISAGG_STAGING_BUFFER", "").lower() not in release.OFF:
         raise ConfigError(
             "SGLANG_DISAGG_STAGING_BUFFER: transfers through staging buffers are not protected "
             "yet; unset it, or start with --plugin none"
@@ -115,12 +117,18 @@ def check_in_force(scheduler: Any) -> None:
 
 
 def _check_transport(manager: Any) -> None:
-    """Mooncake has its devices by now: an RDMA device it could not open is none."""
+    """Mooncake has its devices by now: an RDMA device that this engine could not open is none."""
     found = release.mooncake()
-    if found is None or not _is_mooncake(manager) or not release.needs_rdma(found):
+    if found is None or not _is_mooncake(manager):
         return
-    if not fence.rdma_handles():
+    if release.needs_rdma(found) and not fence.opened_rdma(manager.engine):
         raise ConfigError(release.without_rdma(found.distribution))
+    missing = [name for name in _ONE_SUBMISSION if not hasattr(manager.engine.engine, name)]
+    if release.mooncake_retries() and missing:
+        raise ConfigError(
+            f"Mooncake {found.version} has no {missing[0]}, without which a write cannot be "
+            "submitted only once where there may be RDMA devices; use Mooncake 0.3.5 or later"
+        )
 
 
 def _is_mooncake(manager: Any) -> bool:

@@ -6,11 +6,11 @@ import contextlib
 import fnmatch
 import importlib
 import json
-import os
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sglang_scaling_fixes import machine
 from sglang_scaling_fixes.errors import ConfigError
 from sglang_scaling_fixes.specguard.detector import Rules
 
@@ -137,7 +137,7 @@ def check(server_args: Any, config: Config) -> None:
         refuse("--pp-size above 1", "the stages would end a request in different steps")
     if (resolved(server_args, "tokenizer_worker_num") or 1) > 1:
         refuse("--tokenizer-worker-num above 1", "plugins are not loaded where HTTP is spoken then")
-    if os.environ.get("SGLANG_RUST_SERVER", "").lower() in ("1", "true", "yes"):
+    if machine.here.env.get("SGLANG_RUST_SERVER", "").lower() in ("1", "true", "yes"):
         refuse("SGLANG_RUST_SERVER", "plugins are not loaded where HTTP is spoken then")
     if resolved(server_args, "hicache_host_memory_mode") == "buffer_only":
         refuse(

@@ -7,6 +7,8 @@ that guards a server's start passes on all of them.
 
 from __future__ import annotations
 
+import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +20,36 @@ from sglang_scaling_fixes.lab.install import Environment
 from sglang_scaling_fixes.lab.runtime import cpu_env
 from tests import child
 from tests.contract import wheels
+from tests.machines import CLAIM, MACHINES
 from tests.releases import NEW
 
 FIXES = ("safe-reclaim", "spec-guard")
-PROBE = """
-import json, sglang
+WHEELS = ("mooncake-transfer-engine", "mooncake-transfer-engine-non-cuda")
+ENVIRONMENTS: tuple[dict[str, str], ...] = ({}, {"MC_FORCE_TCP": "1"})
+
+PROBE = (
+    CLAIM
+    + """
+import json, sys, sglang
 from sglang_scaling_fixes import fixes
 from sglang_scaling_fixes.config import Config
 config = Config.from_env()
 states = [state.as_dict() for state in fixes.arm_all(config)]
+
+# The same start on other machines, with other Mooncakes.
+from sglang_scaling_fixes import release
+only, here, on = Config.from_env({"SGLANG_SCALING_FIXES_PLUGIN": "safe-reclaim"}), machine.here, []
+for root, env, wheel in json.loads(sys.argv[1]):
+    claim(root, env, {wheel: "0.3.13.post1"})
+    state = fixes.arm_all(only)[0]
+    found = release.mooncake()
+    on.append({
+        "state": state.as_dict(),
+        "protocol": found.protocol,
+        "once": release.mooncake_retries(),
+        "problem": release.mooncake_problem(found),
+    })
+machine.here = here
 
 # What a scheduler with speculation would make of it.
 from types import SimpleNamespace
@@ -63,6 +86,7 @@ watched += [is_wrapped(target) for target in hot]
 print("probe:" + json.dumps({
     "file": sglang.__file__,
     "states": states,
+    "on": on,
     "guard": SpecGuard.current.report(),
     "depth": settings.depth(args),
     "kept": kept,
@@ -70,19 +94,26 @@ print("probe:" + json.dumps({
     "restores fail alone": layout.restores_fail_alone(),
 }))
 """
+)
 
 
-def probe(environment: Environment, source: Path) -> Any:
+def probe(environment: Environment, source: Path, claims: list[tuple[str, Any, str]]) -> Any:
     env = cpu_env({**environment.env, PLUGIN_ENV: ",".join(FIXES), GUARD_ENV: "abort"})
     env["PYTHONPATH"] = f"{source}:{env['PYTHONPATH']}"
-    return child.said(environment.python, PROBE, env=env, mark="probe:", timeout_s=1200)
+    argv = json.dumps(claims)
+    return child.said(environment.python, PROBE, argv, env=env, mark="probe:", timeout_s=1200)
 
 
 @pytest.mark.parametrize("release", wheels.RELEASES)
-def test_both_fixes_hold(old: Environment, new: Environment, release: str) -> None:
+def test_both_fixes_hold(old: Environment, new: Environment, release: str, tmp_path: Path) -> None:
     """One process says it all: an import of SGLang takes a core for ten seconds or more."""
     source = wheels.source(release)
-    found = probe(new if release == NEW else old, source)
+    roots = {
+        name: str(made.under(tmp_path / name.replace("/", ""))) for name, made in MACHINES.items()
+    }
+    on = list(itertools.product(MACHINES, ENVIRONMENTS, WHEELS))
+    claims = [(roots[name], env, wheel) for name, env, wheel in on]
+    found = probe(new if release == NEW else old, source, claims)
     assert found["file"].startswith(str(source))
     states = {status["name"]: status for status in found["states"]}
     for fix in FIXES:
@@ -101,3 +132,12 @@ def test_both_fixes_hold(old: Environment, new: Environment, release: str) -> No
     # Where requests end, and twice where they are placed: with drafts, on prefill, with neither.
     assert found["watched"] == [True, True, True, False, True, True, False, False, False]
     assert found["restores fail alone"] == (release in wheels.between("0.5.13", "0.5.21"))
+    # Nothing of the machine decides whether it can be proven; that is said of its transport.
+    for (name, env, wheel), told in zip(on, found["on"], strict=True):
+        case = f"{name}, {env}, {wheel}: {told}"
+        assert told["state"]["state"] == "armed", case
+        sees = bool(MACHINES[name].devices)
+        assert told["protocol"] == ("rdma" if sees and not env else "tcp-v2"), case
+        assert told["once"] == (sees or bool(MACHINES[name].doubt)), case
+        cuda = not wheel.endswith("-non-cuda")
+        assert bool(told["problem"]) == (cuda and not sees and not env), case

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,20 +10,29 @@ import pytest
 from sglang_scaling_fixes.lab.install import Environment
 from sglang_scaling_fixes.lab.runtime import cpu_env
 from tests import child
+from tests.machines import CLAIM, MACHINES
 
-RECLAIM = """
-import json
+RECLAIM = (
+    CLAIM
+    + """
+import json, sys
 from unittest import mock
 from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.errors import AttachError
-from sglang_scaling_fixes.reclaim import arm, decode, gate, ledger, messages, probe, taps
+from sglang_scaling_fixes.reclaim import arm, decode, gate, ledger, messages, prefill, probe, taps
 
 def verdict():
     try:
         probe.run()
-    except (AttachError, SystemExit) as error:
+    except (AttachError, SystemExit, TypeError) as error:
         return str(error)
     return "armed"
+
+def forgets(stock, guard, once):
+    return taps.EngineTap(stock, guard)
+
+def deaf(self, write, name):
+    return write
 
 arm(Config())
 found = {"nothing": verdict()}
@@ -32,11 +42,20 @@ for name, owner, attribute, broken in (
     ("trailer", decode.DecodeGuard, "outgoing", lambda self, rank, route, frames, *_: frames),
     ("drop", ledger.PrefillLedger, "take", lambda self, a: setattr(a, "active", 1) or True),
     ("poison", ledger.PrefillLedger, "failed", lambda *a: []),
+    ("deaf", taps.EngineTap, "_watched", deaf),
+    ("once", taps.EngineTap, "_once", lambda self, session, *write: 0),
+    ("retried", taps.EngineTap, "_once", lambda self, *w: self._stock.batch_transfer_sync(*w)),
+    ("pessimist", taps.EngineTap, "_once", lambda self, *write: -1),
+    ("arguments", taps.EngineTap, "_once", lambda self, session, sources: -1),
 ):
     with mock.patch.object(owner, attribute, broken):
         found[name] = verdict()
+claim(sys.argv[1], {}, {})
+with mock.patch.object(prefill, "EngineTap", forgets):
+    found["forgets"] = verdict()
 print("found:" + json.dumps(found))
 """
+)
 
 GUARD = """
 import json
@@ -74,23 +93,31 @@ print("found:" + json.dumps(found))
 """
 
 
-def verdicts(environment: Environment, script: str) -> dict[str, str]:
+def verdicts(environment: Environment, script: str, *argv: str) -> dict[str, str]:
     """What the probe says, by what was taken out of force."""
     env = cpu_env(environment.env)
     found: dict[str, str] = child.said(
-        environment.python, script, env=env, mark="found:", timeout_s=1200
+        environment.python, script, *argv, env=env, mark="found:", timeout_s=1200
     )
     assert found.pop("nothing") == "armed"
     return found
 
 
-def test_safe_reclaims_probe_notices_each_missing_part(old: Environment) -> None:
-    found = verdicts(old, RECLAIM)
+def test_safe_reclaims_probe_notices_each_missing_part(old: Environment, tmp_path: Path) -> None:
+    found = verdicts(old, RECLAIM, str(MACHINES["one HCA"].under(tmp_path / "root")))
     assert "success of another attempt" in found["success"]
     assert "past the gate" in found["gate"]  # the gate's own check is first
     assert "without a generation" in found["trailer"]
     assert "did not skip" in found["drop"]
     assert "failed write" in found["poison"]
+    assert "a failed write was not noticed" in found["deaf"]
+    # Whatever machine this is: both ways of writing are proven on each.
+    assert "to be submitted as once, was []" in found["once"]
+    assert "to be submitted as once, was ['stock']" in found["retried"]
+    assert "to be submitted as once, was []" in found["pessimist"]
+    assert "arguments" in found["arguments"]
+    # And on a machine with a device the one in force is the right one.
+    assert "to be submitted as once, was ['stock']" in found["forgets"]
 
 
 @pytest.mark.parametrize("release", ["old", "new"])

@@ -11,10 +11,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from sglang_scaling_fixes import release
+from sglang_scaling_fixes import machine, release
 from sglang_scaling_fixes.errors import ConfigError
 from sglang_scaling_fixes.reclaim import fence, layout, server_args
 from sglang_scaling_fixes.reclaim.server_args import check
+from tests.machines import MACHINES
 
 
 @pytest.fixture(autouse=True)
@@ -153,32 +154,15 @@ def test_versions(text: str, parts: tuple[int, ...]) -> None:
     assert release.version_tuple(text) == parts
 
 
-@pytest.mark.parametrize(
-    ("version", "env", "protocol"),
-    [
-        ("0.3.13.post1", {"MC_FORCE_TCP": "1"}, "tcp-v2"),
-        ("0.3.11", {"MC_FORCE_TCP": "1"}, "tcp-v1"),
-        ("0.3.13.post1", {"MOONCAKE_PROTOCOL": "tcp", "MC_TCP_PROTO": "1"}, "tcp-v1"),
-    ],
-)
-def test_tcp_protocols(
-    monkeypatch: pytest.MonkeyPatch, version: str, env: dict[str, str], protocol: str
-) -> None:
-    for name in ("MC_FORCE_TCP", "MOONCAKE_PROTOCOL", "MC_TCP_PROTO"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in env.items():
-        monkeypatch.setenv(name, value)
-    assert release._protocol(version) == protocol
-
-
 @pytest.fixture
 def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """An environment that says nothing of transports; the folder lists its RDMA devices."""
     for name in list(os.environ):
         if name.startswith("MC_") or "MOONCAKE" in name or name == "USE_BAREX":
             monkeypatch.delenv(name)
-    monkeypatch.setattr(release, "_RDMA_DEVICES", tmp_path)
-    return tmp_path
+    here = machine.Machine(MACHINES["a driver without devices"].under(tmp_path / "root"))
+    monkeypatch.setattr(machine, "here", here)
+    return here.root / "sys/class/infiniband"
 
 
 @pytest.mark.parametrize(
@@ -234,7 +218,7 @@ def test_what_is_asked_for_and_what_a_wheel_always_does(
     ("wheel", "protocol", "forced", "needed"),
     [
         ("mooncake-transfer-engine", "rdma", False, True),
-        ("mooncake-transfer-engine", "tcp-v2", False, True),  # asked for by MOONCAKE_PROTOCOL
+        ("mooncake-transfer-engine", "tcp-v2", False, True),  # it saw no device
         ("mooncake-transfer-engine", "tcp-v2", True, False),
         ("mooncake-transfer-engine-non-cuda", "rdma", False, True),
         ("mooncake-transfer-engine-non-cuda", "tcp-v2", False, False),
@@ -249,14 +233,16 @@ def test_an_rdma_device_that_mooncake_could_not_open_is_none(
     monkeypatch.setattr(server_args, "_is_mooncake", lambda manager: True)
     if forced:
         monkeypatch.setenv("MC_FORCE_TCP", "1")
-    monkeypatch.setattr(fence, "rdma_handles", lambda: 1)
-    server_args._check_transport(None)
-    monkeypatch.setattr(fence, "rdma_handles", lambda: 0)
+    raw = SimpleNamespace(batch_transfer_async_write=None, get_batch_transfer_status=None)
+    manager = SimpleNamespace(engine=SimpleNamespace(engine=raw))
+    fence.record(manager.engine, {"port 1", "9: /dev/infiniband/uverbs0"})
+    server_args._check_transport(manager)
+    fence.record(manager.engine, {"port 1", "port 2"})
     if needed:
         with pytest.raises(ConfigError, match="MC_FORCE_TCP=1"):
-            server_args._check_transport(None)
+            server_args._check_transport(manager)
     else:
-        server_args._check_transport(None)
+        server_args._check_transport(manager)
 
 
 @pytest.mark.parametrize("mode", ["null", "decode", "prefill"])

@@ -198,6 +198,45 @@ def test_a_write_that_raises_poisons_and_raises(books: Books) -> None:
     assert IN_HAND.attempt.poisoned == "batch_transfer_sync raised OSError"
 
 
+class Once:
+    """Mooncake's own engine, as it is where there are RDMA devices; stock's calls are not used."""
+
+    def __init__(self, batch: int = 7, status: int = 0, *, broken: bool = False) -> None:
+        self.engine = self
+        self.batch, self.status, self.broken = batch, status, broken
+        self.submitted: list[tuple[Any, ...]] = []
+
+    def batch_transfer_async_write(self, *write: Any) -> int:
+        self.submitted.append(write)
+        return self.batch
+
+    def get_batch_transfer_status(self, batches: list[int]) -> int:
+        assert batches == [self.batch]
+        if self.broken:
+            raise RuntimeError("gone")
+        return self.status
+
+    def transfer_sync(self, *_: Any) -> int:
+        raise AssertionError("Mooncake would submit it again by itself")
+
+    batch_transfer_sync = transfer_sync
+
+
+@pytest.mark.parametrize(
+    ("stock", "status"),
+    [(Once(), 0), (Once(status=-1), -1), (Once(batch=0), -1), (Once(broken=True), -1)],
+    ids=["landed", "failed", "not submitted", "status raises"],
+)
+def test_one_submission_and_what_comes_of_it(books: Books, stock: Once, status: int) -> None:
+    engine = EngineTap(stock, books, once=True)
+    attempt = IN_HAND.attempt = books.put(chunk(1))
+    assert attempt is not None
+    assert engine.batch_transfer_sync("s", [1, 2], [3, 4], [5, 6]) == status
+    assert engine.transfer_sync("s", 1, 3, 5) == status
+    assert stock.submitted == [("s", [1, 2], [3, 4], [5, 6]), ("s", [1], [3], [5])]
+    assert attempt.poisoned == ("" if status == 0 else f"batch_transfer_sync returned {status}")
+
+
 class Outgoing:
     def __init__(self) -> None:
         self.sent: list[list[bytes]] = []
