@@ -24,11 +24,11 @@ def arm(config: Config) -> str:
     """
     os.environ.setdefault("MC_TRANSFER_TIMEOUT", TRANSFER_TIMEOUT)
     from sglang_scaling_fixes.attach import is_wrapped, require_wrapped
-    from sglang_scaling_fixes.reclaim import attach_decode, prefill, probe
+    from sglang_scaling_fixes.reclaim import attach_decode, attach_prefill, probe
 
     if not is_wrapped(probe.SENTINEL):
         attach_decode.attach(config)
-        prefill.attach()
+        attach_prefill.attach()
     require_wrapped("safe-reclaim")
     probe.run()
     return "attached and proven on this release's own classes"

@@ -19,11 +19,10 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang_scaling_fixes import release
-from sglang_scaling_fixes.attach import replace_method, wrap_method
 from sglang_scaling_fixes.metrics import PREFILL, of_process
 from sglang_scaling_fixes.reclaim import layout, messages
 from sglang_scaling_fixes.reclaim.coverage import Extent
-from sglang_scaling_fixes.reclaim.layout import FAILED, SUCCESS, TRANSFERRING
+from sglang_scaling_fixes.reclaim.layout import FAILED, SUCCESS
 from sglang_scaling_fixes.reclaim.ledger import (
     Action,
     Attempt,
@@ -38,15 +37,11 @@ from sglang_scaling_fixes.reclaim.taps import (
     ExecutorTap,
     QueueTap,
     ReceiveTap,
-    StatusTap,
     is_number,
 )
 from sglang_scaling_fixes.reclaim.transport import ReplySockets, endpoint, new_incarnation
 
 logger = logging.getLogger(__name__)
-
-_MOONCAKE = "sglang.srt.disaggregation.mooncake.conn"
-_MIXIN = "sglang.srt.disaggregation.prefill:SchedulerDisaggregationPrefillMixin"
 
 
 class Ticket:
@@ -397,93 +392,3 @@ class PrefillGuard:
 def is_metadata(stock: list[bytes]) -> bool:
     """A room and at least the 7 frames behind it that every release sends."""
     return len(stock) >= 8 and is_number(stock[0])
-
-
-def attach() -> None:
-    """Wrap the prefill-side attach points. They do nothing until a prefill manager starts."""
-
-    def init_engine(stock: Callable[..., Any], manager: Any) -> Any:
-        result = stock(manager)
-        if manager.disaggregation_mode.value == "prefill":
-            PrefillGuard(manager)
-        return result
-
-    def start_prefill_thread(stock: Callable[..., Any], manager: Any) -> Any:
-        if (guard := PrefillGuard.current) is not None:
-            guard.tap_socket()
-        return stock(manager)
-
-    def transfer_worker(
-        stock: Callable[..., Any], manager: Any, queue: Any, executor: Any, *args: Any, **kw: Any
-    ) -> Any:
-        if (guard := PrefillGuard.current) is None:
-            return stock(manager, queue, executor, *args, **kw)
-        return guard.work(stock, manager, queue, executor, *args, **kw)
-
-    def connect(stock: Callable[..., Any]) -> Callable[..., Any]:
-        def connected(manager: Any, to: str, *args: Any, **kwargs: Any) -> Any:
-            socket = stock(manager, to, *args, **kwargs)
-            guard = PrefillGuard.current
-            return socket if guard is None else StatusTap(socket, to, guard)
-
-        return connected
-
-    def sender_init(stock: Callable[..., Any]) -> Callable[..., Any]:
-        def made(sender: Any, *args: Any, **kwargs: Any) -> None:
-            stock(sender, *args, **kwargs)
-            if PrefillGuard.current is not None:
-                PrefillGuard.current.sender_made(sender)
-
-        return made
-
-    def send(stock: Callable[..., Any]) -> Callable[..., Any]:
-        def sent(sender: Any, *args: Any, **kwargs: Any) -> Any:
-            guard = PrefillGuard.current
-            if guard is None:
-                return stock(sender, *args, **kwargs)
-            return guard.send(stock, sender, *args, **kwargs)
-
-        return sent
-
-    def send_kv_chunk(stock: Callable[..., Any]) -> Callable[..., Any]:
-        def sent(scheduler: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-            if PrefillGuard.current is not None:
-                PrefillGuard.current.computes(request)
-            return stock(scheduler, request, *args, **kwargs)
-
-        return sent
-
-    def poll(stock: Callable[..., Any]) -> Callable[..., Any]:
-        """Failed is not shown while a write of the room still reads its source pages.
-
-        Stock frees a failed room's source pages at once; the next owner's KV would
-        then be sent in their place.
-        """
-
-        def polled(sender: Any) -> Any:
-            # Every sender in every turn of the loop.
-            status = stock(sender)
-            if status == FAILED and (guard := PrefillGuard.current) is not None:
-                return type(status)(TRANSFERRING) if guard.busy(sender) else status
-            return status
-
-        return polled
-
-    def clear(stock: Callable[..., Any]) -> Callable[..., Any]:
-        def cleared(sender: Any) -> Any:
-            result = stock(sender)
-            if PrefillGuard.current is not None:
-                PrefillGuard.current.retire(sender)
-            return result
-
-        return cleared
-
-    wrap_method(f"{_MOONCAKE}:MooncakeKVManager.init_engine", init_engine)
-    wrap_method(f"{_MOONCAKE}:MooncakeKVManager.start_prefill_thread", start_prefill_thread)
-    wrap_method(f"{_MOONCAKE}:MooncakeKVManager.transfer_worker", transfer_worker)
-    replace_method(f"{_MOONCAKE}:MooncakeKVManager._connect", connect)
-    replace_method(f"{_MOONCAKE}:MooncakeKVSender.__init__", sender_init)
-    replace_method(f"{_MIXIN}.send_kv_chunk", send_kv_chunk)
-    replace_method(f"{_MOONCAKE}:MooncakeKVSender.send", send)
-    replace_method(f"{_MOONCAKE}:MooncakeKVSender.poll", poll)
-    replace_method(f"{_MOONCAKE}:MooncakeKVSender.clear", clear)
