@@ -19,7 +19,7 @@ import json, sys
 from unittest import mock
 from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.errors import AttachError
-from sglang_scaling_fixes.reclaim import arm, decode, gate, ledger, messages, prefill, probe, taps
+from sglang_scaling_fixes.reclaim import arm, coverage, decode, gate, ledger, messages, prefill, probe, taps
 
 def verdict():
     try:
@@ -40,12 +40,15 @@ for name, owner, attribute, broken in (
     ("success", decode.DecodeGuard, "_complete", lambda *a: True),
     ("gate", gate.Gate, "_kept", lambda *a: False),
     ("trailer", decode.DecodeGuard, "outgoing", lambda self, rank, route, frames, *_: frames),
-    ("drop", ledger.PrefillLedger, "take", lambda self, a: setattr(a, "active", 1) or True),
+    ("drop", ledger.PrefillLedger, "take", lambda self, a, *_: setattr(a, "active", 1) or True),
     ("poison", ledger.PrefillLedger, "failed", lambda *a: []),
     ("deaf", taps.EngineTap, "_watched", deaf),
     ("once", taps.EngineTap, "_once", lambda self, session, *write: 0),
     ("retried", taps.EngineTap, "_once", lambda self, *w: self._stock.batch_transfer_sync(*w)),
     ("pessimist", taps.EngineTap, "_once", lambda self, *write: -1),
+    ("covers", coverage.Coverage, "missing", lambda *a: ""),
+    ("computes", prefill.PrefillGuard, "computes", lambda *a: None),
+    ("stingy", coverage.Coverage, "missing", lambda *a: "everything"),
     ("arguments", taps.EngineTap, "_once", lambda self, session, sources: -1),
 ):
     with mock.patch.object(owner, attribute, broken):
@@ -111,6 +114,9 @@ def test_safe_reclaims_probe_notices_each_missing_part(old: Environment, tmp_pat
     assert "did not skip" in found["drop"]
     assert "failed write" in found["poison"]
     assert "a failed write was not noticed" in found["deaf"]
+    assert "a part of the prompt was let through" in found["covers"]
+    assert "a part of the prompt was let through" in found["computes"]
+    assert "the whole prompt was held back" in found["stingy"]
     # Whatever machine this is: both ways of writing are proven on each.
     assert "to be submitted as once, was []" in found["once"]
     assert "to be submitted as once, was ['stock']" in found["retried"]
