@@ -19,7 +19,8 @@ import json, sys
 from unittest import mock
 from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.errors import AttachError
-from sglang_scaling_fixes.reclaim import arm, coverage, decode, gate, ledger, messages, prefill, probe, taps
+from sglang_scaling_fixes.reclaim import arm, coverage, decode, gate, ledger
+from sglang_scaling_fixes.reclaim import messages, prefill, probe, taps
 
 def verdict():
     try:
