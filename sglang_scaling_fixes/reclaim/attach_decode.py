@@ -50,8 +50,12 @@ def _attach_manager(config: Config) -> None:
     ) -> Any:
         """Stock's receiver does not know its request, and so not how long the prompt is."""
         made = stock(queue, req, *args, **kw)
-        tokens = functools.partial(layout.prompt_tokens, queue, req)
-        made.kv_receiver.sglang_scaling_fixes_tokens = tokens
+        made.kv_receiver.sglang_scaling_fixes_tokens = functools.partial(
+            layout.prompt_tokens, queue, req
+        )
+        made.kv_receiver.sglang_scaling_fixes_rejected = functools.partial(
+            layout.rejected, queue.kv_manager, req
+        )
         return made
 
     wrap_method(f"{_QUEUE}._create_receiver_and_enqueue", receiver_made)

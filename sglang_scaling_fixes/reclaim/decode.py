@@ -185,16 +185,16 @@ class DecodeGuard:
                 "session since it fenced its memory: retry the request",
             )
             return None
-        tokens = getattr(receiver, "sglang_scaling_fixes_tokens", None)
-        bind = messages.Bind(
-            self._reply_to,
-            "",
-            exposure.gen,
-            exposure.epoch,
-            pages=len(kv_indices),
-            states=layout.state_rows(self._manager.kv_args, state_indices),
-            tokens=None if tokens is None else tokens(),
-        )
+        bind = messages.Bind(self._reply_to, "", exposure.gen, exposure.epoch)
+        if not getattr(receiver, "sglang_scaling_fixes_rejected", bool)():
+            # Nothing is read for a request that is rejected: it keeps stock's own answer.
+            tokens = getattr(receiver, "sglang_scaling_fixes_tokens", None)
+            bind = structs.replace(
+                bind,
+                pages=len(kv_indices),
+                states=layout.state_rows(self._manager.kv_args, state_indices),
+                tokens=None if tokens is None else tokens(),
+            )
         self._sending = exposure, bind
         try:
             return stock(receiver, kv_indices, aux_index, state_indices, **kwargs)

@@ -114,6 +114,24 @@ def sends_kv(manager: Any, session: str) -> bool:
     return skips is None or not skips(manager.decode_kv_args_table.get(session))[0]
 
 
+def counts_rows(manager: Any, session: str) -> bool:
+    """Whether decode at `session` lists one destination for each token, not for each page.
+
+    Its HiSparse does so in 0.5.11 and 0.5.12, and says that it is on only there.
+    """
+    return bool(getattr(manager.decode_kv_args_table.get(session), "enable_hisparse", False))
+
+
+def rejected(manager: Any, request: Any) -> bool:
+    """Whether decode has replaced a prompt it rejects by a placeholder that nobody will read.
+
+    Up to 0.5.20 it makes room for it, takes whatever prefill sends, and answers with the reason.
+    With a radix cache it would keep what it got under the placeholder's one token.
+    """
+    keeps = getattr(manager.server_args, "disaggregation_decode_enable_radix_cache", False)
+    return getattr(request, "to_finish", None) is not None and not keeps
+
+
 def prompt_tokens(queue: Any, request: Any) -> int:
     """Length of the sequence whose KV decode waits for, as its preallocation queue counts it."""
     count = getattr(queue, "_rebootstrap_prefill_len", None)  # since 0.5.16

@@ -821,6 +821,8 @@ class PrefillLedger:
     def _finish(self, attempt: Attempt) -> None:
         """Take the attempt off its room; remember it for late questions and stragglers."""
         self._unsent.pop(id(attempt), None)
+        attempt.coverage.writes.clear()  # one for each layer and decode rank, say
+        attempt.exposed.clear()
         if self._rooms.get(attempt.room) is not attempt:
             return
         del self._rooms[attempt.room]

@@ -193,7 +193,8 @@ class PrefillGuard:
                 source,
             )
         session = stock[messages.SESSION_FRAME].decode("ascii", "replace")
-        extent = Extent(session, len(stock[messages.PAGES_FRAME]) // messages.PAGE_BYTES)
+        pages = len(stock[messages.PAGES_FRAME]) // messages.PAGE_BYTES
+        extent = Extent(session, 0 if layout.counts_rows(self._manager, session) else pages)
         with self._lock:
             delivery, actions = self._ledger.bind_stranger(int(stock[0]), source, extent)
             self._forget_rooms(actions)

@@ -109,6 +109,7 @@ def _manager(**attributes: Any) -> Any:
         required_prefill_response_num_table={},
         prefill_response_tracker=defaultdict(set),
         transfer_infos={},
+        decode_kv_args_table={},
         req_to_decode_prefix_len={},
         session_lock=threading.Lock(),
         _staging_outstanding=defaultdict(int),

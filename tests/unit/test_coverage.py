@@ -42,6 +42,8 @@ class Case:
     aux_by_message: bool = False
     sends_kv: bool = True
     armed_decode: bool = True
+    hisparse: bool = False
+    """Decode's registration says so, as up to 0.5.12."""
 
 
 WHOLE = {
@@ -58,6 +60,16 @@ WHOLE = {
     "a decode that does not say how long its prompt is": Case(tokens=None),
     "a decode without the plugin": Case(armed_decode=False),
     "a decode without the plugin that counts fewer pages": Case(armed_decode=False, pages=3),
+    "a decode without the plugin, no token of the last chunk is this rank's": Case(
+        armed_decode=False, pages=2, skipped=(1,)
+    ),
+    "a decode without the plugin that rejected the prompt": Case(
+        armed_decode=False, pages=1, skipped=(1,)
+    ),
+    "a decode without the plugin that counts tokens for pages": Case(
+        armed_decode=False, pages=200, hisparse=True
+    ),
+    "a decode that rejected the prompt": Case(pages=0, states=None, tokens=None),
 }
 SHORT = {
     "a placeholder for a rejected prompt": Case(computed=1, chunks=(1,)),
@@ -84,6 +96,7 @@ class Stock:
         self.case = case
         self.queue: deque[Any] = deque()
         self.sent: list[list[bytes]] = []
+        self.tickets: list[Any] = []
         kinds = [f"dsa{n}" for n in range(max(len(case.rows), len(case.states or ())))]
         self.manager = SimpleNamespace(
             engine=SimpleNamespace(batch_transfer_sync=lambda *_: 0),
@@ -91,6 +104,7 @@ class Stock:
             transfer_queues=[],
             request_status={ROOM: 2},
             transfer_infos={},
+            decode_kv_args_table={SESSION: SimpleNamespace(enable_hisparse=case.hisparse)},
             failures=[],
             record_failure=lambda *_: None,
             update_status=lambda *_: None,
@@ -108,6 +122,7 @@ class Stock:
         self.guard._read(self.destinations())
         sender = SimpleNamespace(bootstrap_room=ROOM)
         self.guard.sender_made(sender)
+        self.tickets.append(sender.sglang_scaling_fixes_ticket)
         request = SimpleNamespace(disagg_kv_sender=sender, origin_input_ids=[1] * case.computed)
         for n, pages in enumerate(case.chunks):
             last = n == len(case.chunks) - 1
@@ -183,6 +198,26 @@ def test_a_short_success_leaves_as_a_failure(name: str, caplog: pytest.LogCaptur
 def test_without_the_rule_it_would_be_a_success(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Coverage, "missing", lambda *_: "")
     assert Stock(SHORT[name]).run() == SUCCESS
+
+
+@pytest.mark.parametrize(("skip_kv", "status"), [(True, SUCCESS), (False, FAILED)])
+def test_a_rank_whose_equal_sends_the_kv_is_known_by_stocks_flags(
+    skip_kv: bool, status: bytes
+) -> None:
+    stock = Stock(Case(skipped=(0,)))
+    stock.manager._get_dsa_cache_transfer_skip_flags = lambda info: (skip_kv, False)
+    assert stock.run() == status
+
+
+def test_an_attempt_that_is_over_keeps_no_list_of_its_writes() -> None:
+    stock = Stock(Case())
+    assert stock.run() == SUCCESS
+    (attempt,) = stock.guard._ledger._by_gen.values()
+    assert attempt.coverage.writes
+    sender = SimpleNamespace(sglang_scaling_fixes_ticket=None)
+    (sender.sglang_scaling_fixes_ticket,) = stock.tickets
+    stock.guard.retire(sender)
+    assert (attempt.coverage.writes, attempt.exposed) == ([], {})
 
 
 def test_each_decode_rank_is_judged_by_what_it_exposed() -> None:

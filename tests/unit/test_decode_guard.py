@@ -14,7 +14,7 @@ import pytest
 import zmq
 
 from sglang_scaling_fixes.config import Config
-from sglang_scaling_fixes.reclaim import fence, messages
+from sglang_scaling_fixes.reclaim import fence, layout, messages
 from sglang_scaling_fixes.reclaim.decode import DecodeGuard, OutgoingTap
 from sglang_scaling_fixes.reclaim.ledger import Exposure, Proof, State
 from sglang_scaling_fixes.reclaim.pace import UNHEARD
@@ -188,6 +188,36 @@ def test_destinations_say_what_they_stand_for() -> None:
     _, bind = messages.split(decode.socket.sent[-1])
     assert isinstance(bind, messages.Bind)
     assert (bind.pages, bind.states, bind.tokens) == (2, (), 170)
+
+
+def test_a_rejected_request_asks_for_nothing() -> None:
+    """Stock answers it with the reason, whatever prefill sent: it must not become a failure."""
+    decode = Decode(Config())
+    receiver, _, _ = decode.expose(7, 3)
+    receiver.sglang_scaling_fixes_rejected = lambda: True
+    decode.guard.send_metadata(
+        lambda *_: decode.tap.send_multipart([b"8", b"", b"1", OLD.encode(), b"", b"", b"", b"1"]),
+        receiver,
+        np.array([3], np.int32),
+        1,
+        [],
+    )
+    _, bind = messages.split(decode.socket.sent[-1])
+    assert isinstance(bind, messages.Bind)
+    assert (bind.pages, bind.states, bind.tokens) == (0, None, None)
+
+
+@pytest.mark.parametrize(
+    ("to_finish", "radix", "nobody_reads"),
+    [(None, False, False), ("too long", False, True), ("too long", True, False)],
+)
+def test_a_placeholder_is_read_by_nobody_but_a_radix_cache(
+    to_finish: str | None, radix: bool, nobody_reads: bool
+) -> None:
+    server_args = SimpleNamespace(disaggregation_decode_enable_radix_cache=radix)
+    manager, request = SimpleNamespace(server_args=server_args), SimpleNamespace()
+    request.to_finish = to_finish
+    assert layout.rejected(manager, request) is nobody_reads
 
 
 def test_a_successor_nobody_announced_says_who_it_is(fenced: list[str]) -> None:

@@ -65,6 +65,7 @@ def prefill_guard() -> PrefillGuard:
             transfer_queues=[],
             request_status={},
             transfer_infos={},
+            decode_kv_args_table={},
             record_failure=lambda room, reason: None,
             update_status=lambda room, status: None,
         )

@@ -33,6 +33,7 @@ class Prefill:
             transfer_queues=[],
             request_status=self.status,
             transfer_infos=self.infos,
+            decode_kv_args_table={},
             record_failure=lambda room, reason: None,
             update_status=self.status.__setitem__,
         )

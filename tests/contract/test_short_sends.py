@@ -71,7 +71,11 @@ def test_a_sender_is_told_pages_and_state_rows_by_position(release: str) -> None
 
 @pytest.mark.parametrize("release", wheels.RELEASES)
 def test_who_sends_no_kv_is_asked_of_stock_itself(release: str) -> None:
-    """The worker sends no KV where `layout.sends_kv` says so, and nowhere else without failing."""
+    """The worker sends no KV where `layout.sends_kv` says so.
+
+    Nor does it to a rank of a decode with context parallelism that gets no token of a chunk:
+    such a decode runs without the plugin, and C3 is not asked of it.
+    """
     (manager,) = classes(release, "MooncakeKVManager")
     functions = {n.name: n for n in manager.body if isinstance(n, ast.FunctionDef)}
     worker = ast.unparse(functions["transfer_worker"])
