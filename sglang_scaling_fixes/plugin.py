@@ -275,8 +275,8 @@ def _check_children(server_args: Any, launched: Any) -> None:
 
 
 def _live_report() -> dict[str, Any]:
-    from sglang_scaling_fixes.reclaim.decode import DecodeGuard
-    from sglang_scaling_fixes.reclaim.prefill import PrefillGuard
+    from sglang_scaling_fixes.reclaim.decode.side import DecodeGuard
+    from sglang_scaling_fixes.reclaim.prefill.side import PrefillGuard
     from sglang_scaling_fixes.specguard.guard import SpecGuard
 
     report: dict[str, Any] = {"fixes": statuses()}

@@ -12,9 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang_scaling_fixes.reclaim import messages
-from sglang_scaling_fixes.reclaim.coverage import Extent
-from sglang_scaling_fixes.reclaim.gate import Gate
-from sglang_scaling_fixes.reclaim.ledger import DecodeLedger, Exposure, PrefillLedger, SendAsk
+from sglang_scaling_fixes.reclaim.decode.gate import Gate
+from sglang_scaling_fixes.reclaim.rules.coverage import Extent
+from sglang_scaling_fixes.reclaim.rules.decode_ledger import DecodeLedger, SendAsk
+from sglang_scaling_fixes.reclaim.rules.exposure import Exposure
+from sglang_scaling_fixes.reclaim.rules.prefill_ledger import PrefillLedger
 
 RANK, DECODE, PREFILL = "10.0.0.1:40001", "tcp://10.0.0.2:40002", "prefill-process"
 STOCK_FRAMES = [b"1234567"] * 9
@@ -97,7 +99,7 @@ def prefill_done(requests: int) -> None:
         attempt.coverage.writes.append(SESSION)
         ledger.done(attempt)
         attempt.coverage.writes.append(SESSION)
-        assert ledger.covers(attempt, DECODE, bool)
+        assert ledger.success_leaves(attempt, DECODE, bool)
         ledger.bound_for(attempt, DECODE)
         ledger.done(attempt)
         ledger.busy(room)
@@ -198,7 +200,7 @@ class Frees:
         size = TOKENS * BATCH
         self._tokens = TokenToKVPoolAllocator(size, torch.float32, "cpu", None, False)
         self._aux = ReqToMetadataIdxAllocator(BATCH)
-        self._gate = Gate(self._tokens, self._aux) if gated else None
+        self._gate = Gate(self._tokens, self._aux).install() if gated else None
         self._ledger = _decode_ledger()
         self._rooms = 0
 

@@ -24,7 +24,9 @@ def arm(config: Config) -> str:
     """
     os.environ.setdefault("MC_TRANSFER_TIMEOUT", TRANSFER_TIMEOUT)
     from sglang_scaling_fixes.attach import is_wrapped, require_wrapped
-    from sglang_scaling_fixes.reclaim import attach_decode, attach_prefill, probe
+    from sglang_scaling_fixes.reclaim import probe
+    from sglang_scaling_fixes.reclaim.decode import attach as attach_decode
+    from sglang_scaling_fixes.reclaim.prefill import attach as attach_prefill
 
     if not is_wrapped(probe.SENTINEL):
         attach_decode.attach(config)

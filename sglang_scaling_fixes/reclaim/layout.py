@@ -12,14 +12,12 @@ from typing import Any
 import numpy as np
 
 from sglang_scaling_fixes.errors import AttachError
+from sglang_scaling_fixes.reclaim.stock_wire import FAILED, SUCCESS
 
 PAGE_STATES = frozenset({"nsa", "dsa", "block_scale", "minimax_index_k", "minimax_dense_kv"})
 """State transfers addressed by the KV pages themselves (index-K, scales)."""
 WINDOW_STATES = frozenset({"swa", "block_scale_swa"})
 """State transfers into sliding-window slots, freed together with their full slots."""
-
-FAILED, WAITING, TRANSFERRING, SUCCESS = 0, 2, 3, 4
-"""KVPoll values in every supported release (contract-tested)."""
 
 
 def state_kinds(kv_args: Any) -> list[str]:

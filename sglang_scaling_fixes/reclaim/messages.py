@@ -26,10 +26,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final
 
 import msgspec
 from msgspec import Meta
+
+from sglang_scaling_fixes.reclaim.rules.types import Rank, Verdict
 
 TAG = b"\x00ssf1\x00"
 """Opens every frame of ours. Stock frames open with ASCII digits, letters or packed
@@ -38,27 +40,19 @@ pointers; seven fixed bytes make an accidental match on a trailing frame negligi
 MAX_FRAME = 65536
 """Bytes. Ours have a few hundred."""
 
-SESSION_FRAME = 3
-"""Where both of stock's messages to prefill name decode's session (contract-tested)."""
-PAGES_FRAME, PAGE_BYTES = 4, 4
-"""Where stock's metadata message has the destination pages, and the bytes of each
-(contract-tested)."""
 TRAILER_AT = 32
 """Frame index of a trailer from decode: far beyond any frame a stock prefill reads."""
 KNOWN_TRAILER_AT = 10
 """The same behind destinations for a rank that is known to speak this: beyond any frame of
 that message which a supported release reads, should it be replaced by a stock one."""
 
-Rank = Annotated[str, Meta(max_length=256)]
-"""A prefill rank as decode addresses it: `"ip:port"` of its ZMQ endpoint."""
+RankField = Annotated[Rank, Meta(max_length=256)]
 Name = Annotated[str, Meta(max_length=256)]
 """A generation, epoch or incarnation."""
 Address = Annotated[
     str, Meta(max_length=256, pattern=r"^tcp://(\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}\Z")
 ]
 """`"tcp://ip:port"`. Whoever receives it connects to it."""
-Verdict = Literal["drained", "poisoned", "unknown"]
-"""See `Answer`."""
 MAX_REASON = 4096
 Room = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Number = Annotated[int, Meta(ge=0, le=2**63 - 1)]
@@ -73,7 +67,7 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     """
 
     reply_to: Address
-    rank: Rank
+    rank: RankField
     stock: Stock = 0
     seq: Number = 0
 
@@ -88,7 +82,7 @@ class Bind(msgspec.Struct, frozen=True, tag="bind"):
     """
 
     reply_to: Address
-    rank: Rank
+    rank: RankField
     gen: Name
     epoch: Name
     stock: Stock = 0
@@ -102,7 +96,7 @@ class Ask(msgspec.Struct, frozen=True, tag="ask"):
     """The owner of generation `gen` gave up: stop writing, and say when nothing is left."""
 
     reply_to: Address
-    rank: Rank
+    rank: RankField
     room: Room
     gen: Name
 
@@ -114,7 +108,7 @@ class Here(msgspec.Struct, frozen=True, tag="here"):
     writes its predecessor posted. `gen` echoes a Bind, `seq` a Hello.
     """
 
-    rank: Rank
+    rank: RankField
     incarnation: Name
     gen: Name | None = None
     seq: Number | None = None
@@ -124,7 +118,7 @@ class Mark(msgspec.Struct, frozen=True, tag="mark"):
     """This success is of generation `gen`, by `rank`."""
 
     gen: Name
-    rank: Rank
+    rank: RankField
 
 
 class Answer(msgspec.Struct, frozen=True, tag="answer"):
@@ -135,7 +129,7 @@ class Answer(msgspec.Struct, frozen=True, tag="answer"):
     process never received the destinations and now never will accept them).
     """
 
-    rank: Rank
+    rank: RankField
     incarnation: Name
     gen: Name
     verdict: Verdict

@@ -24,10 +24,10 @@ from sglang_scaling_fixes import release
 from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.errors import AttachError
 from sglang_scaling_fixes.reclaim import messages
-from sglang_scaling_fixes.reclaim.decode import DecodeGuard
-from sglang_scaling_fixes.reclaim.ledger import Attempt
-from sglang_scaling_fixes.reclaim.prefill import PrefillGuard
-from sglang_scaling_fixes.reclaim.taps import IN_HAND, EngineTap, ExecutorTap
+from sglang_scaling_fixes.reclaim.decode.side import DecodeGuard
+from sglang_scaling_fixes.reclaim.prefill.side import PrefillGuard
+from sglang_scaling_fixes.reclaim.prefill.taps import IN_HAND, EngineTap, ExecutorTap
+from sglang_scaling_fixes.reclaim.rules.attempt import Attempt
 
 SENTINEL = "sglang.srt.disaggregation.mooncake.conn:MooncakeKVManager.transfer_worker"
 """Wrapped first and last by `attach`: tells whether this process is attached already."""
@@ -130,7 +130,7 @@ def _prove_decode() -> None:
     from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
 
     manager = _manager(kv_args=SimpleNamespace(state_types=[]))
-    guard = DecodeGuard(manager, Config())
+    guard = DecodeGuard(manager, Config()).install()
     tokens = TokenToKVPoolAllocator(16, torch.float32, "cpu", None, False)
     aux = ReqToMetadataIdxAllocator(4)
     guard.install_gate(
@@ -185,7 +185,7 @@ def _prove_decode() -> None:
     held = tokens.available_size(), aux.available_size()
     check(held == before, "slots went back to the free list without proof")
     answer = messages.Answer(_RANK, "prefill", bind.gen, "drained")
-    check(manager.server_socket._read([messages.encode(answer)]) is None, "stock saw our message")
+    check(manager.server_socket.read([messages.encode(answer)]) is None, "stock saw our message")
     guard.tick()
     back = tokens.available_size(), aux.available_size()
     check(back == (before[0] + 4, before[1] + 1), "slots did not come back with proof")
@@ -214,7 +214,7 @@ def _prove_success(guard: DecodeGuard, manager: Any, expose: Any, tokens: Any, a
     manager.request_status[_ROOM + 2] = 4  # as counted for the attempt before
     check(receiver.poll() != 4, "a success of another attempt was shown to the scheduler")
     mark = messages.encode(messages.Mark(receiver.sglang_scaling_fixes_exposure.gen, _RANK))
-    success = manager.server_socket._read([str(_ROOM + 2).encode(), b"4", b"0", mark])
+    success = manager.server_socket.read([str(_ROOM + 2).encode(), b"4", b"0", mark])
     check(success is not None, "this attempt's own success did not reach stock")
     manager.request_status[_ROOM + 2] = 4
     check(receiver.poll() == 4, "this attempt's own success was not shown to the scheduler")
@@ -301,7 +301,7 @@ def _prove_prefill() -> None:
     queue = _Queue()
     engine = _Engine()
     manager = _manager(engine=engine, transfer_queues=[queue])
-    guard = PrefillGuard(manager)
+    guard = PrefillGuard(manager).install()
     guard.tap_socket()
     answers: list[messages.Message | messages.Garbage | None] = []
 
@@ -313,7 +313,7 @@ def _prove_prefill() -> None:
     guard._replies.send = keep_answer  # type: ignore[method-assign]
     tap = guard.tap_queue(queue)
     check(guard.guards(manager), "a transfer queue is not tapped")
-    read = manager.server_socket._read
+    read = manager.server_socket.read
 
     def metadata(room: int, gen: str) -> list[bytes]:
         stock = [str(room).encode(), *[b""] * 6, b"1"]
@@ -373,7 +373,7 @@ def _prove_coverage(guard: PrefillGuard, read: Callable[[list[bytes]], Any]) -> 
         guard.computes(SimpleNamespace(disagg_kv_sender=sender, origin_input_ids=[0] * computed))
         attempt: Attempt | None = guard.send(lambda *_: guard.put(None), sender, (0,))
         assert attempt is not None
-        covered = guard.covers(decode, attempt)
+        covered = guard.success_leaves(decode, attempt)
         check(covered or computed != 9, "a success of the whole prompt was held back")
         check(not covered or computed == 9, "a success of a part of the prompt was let through")
 

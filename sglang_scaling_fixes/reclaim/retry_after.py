@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sglang_scaling_fixes.reclaim.quarantine import RETRY_AFTER
+from sglang_scaling_fixes.reclaim.rules.quarantine import RETRY_AFTER
 from sglang_scaling_fixes.refusals import Headers
 
 REFUSAL = "safe-reclaim: this decode holds too many KV slots that a prefill may still write"

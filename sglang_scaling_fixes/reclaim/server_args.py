@@ -11,9 +11,10 @@ import msgspec
 from sglang_scaling_fixes import machine, release
 from sglang_scaling_fixes.attach import require_in_place, unwrap_other_roles
 from sglang_scaling_fixes.errors import ConfigError
-from sglang_scaling_fixes.reclaim import fence, layout
-from sglang_scaling_fixes.reclaim.decode import DecodeGuard
-from sglang_scaling_fixes.reclaim.prefill import PrefillGuard
+from sglang_scaling_fixes.reclaim import layout
+from sglang_scaling_fixes.reclaim.decode import fence
+from sglang_scaling_fixes.reclaim.decode.side import DecodeGuard
+from sglang_scaling_fixes.reclaim.prefill.side import PrefillGuard
 
 _TAP_WAIT = 5.0
 """Seconds for stock's worker threads to reach their first line after construction."""

@@ -11,7 +11,7 @@ import pytest
 from wheel_ast import Class, Wheel
 from wheels import RELEASES
 
-from sglang_scaling_fixes.reclaim.gate import (
+from sglang_scaling_fixes.reclaim.decode.gate import (
     COMPOSED_FREES,
     PAGE_FREES,
     SEGMENT_FREES,

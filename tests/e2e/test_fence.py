@@ -17,8 +17,8 @@ from sglang_scaling_fixes.lab.cluster import Cluster
 from sglang_scaling_fixes.lab.install import Environment
 from sglang_scaling_fixes.lab.link import link
 from sglang_scaling_fixes.lab.model import Model
-from sglang_scaling_fixes.reclaim.quarantine import RETRY_AFTER
 from sglang_scaling_fixes.reclaim.retry_after import REFUSAL
+from sglang_scaling_fixes.reclaim.rules.quarantine import RETRY_AFTER
 
 from .servers import prompt, report, wait_for
 

@@ -1,20 +1,22 @@
-"""The state diagram of an exposure, drawn from the table the ledger runs on."""
+"""The pictures of the ledgers' tables, drawn from the tables they run on."""
 
 from __future__ import annotations
 
+import enum
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from sglang_scaling_fixes.reclaim.ledger import TRANSITIONS, State
+from sglang_scaling_fixes.reclaim.rules.attempt import ATTEMPT_TRANSITIONS
+from sglang_scaling_fixes.reclaim.rules.exposure import CREDENCE, TRANSITIONS, Speaker
 
 DOC = Path(__file__).parents[2] / "docs" / "safe-reclaim.md"
-BEGIN, END = "<!-- diagram: begin -->\n", "<!-- diagram: end -->\n"
 
 
-def diagram(transitions: Mapping[tuple[State, str], State] = TRANSITIONS) -> str:
-    """Mermaid, in the order of the table."""
+def diagram(transitions: Mapping[tuple[enum.StrEnum, str], enum.StrEnum]) -> str:
+    """Mermaid, in the order of the table. Where nothing leads on is an end."""
     first = next(iter(transitions))[0]
-    last = [state for state in State if all(state is not source for source, _ in transitions)]
+    last = [s for s in type(first) if all(s is not source for source, _ in transitions)]
     lines = [f"[*] --> {first}"]
     lines += [f"{source} --> {to}: {event}" for (source, event), to in transitions.items()]
     lines += [f"{state} --> [*]" for state in last]
@@ -22,14 +24,34 @@ def diagram(transitions: Mapping[tuple[State, str], State] = TRANSITIONS) -> str
     return f"```mermaid\nstateDiagram-v2\n{body}```\n"
 
 
-def in_doc(text: str) -> str:
+def credence() -> str:
+    """A Markdown table: what an answer is worth, by who gives it."""
+    lines = [f"| Answer | {' | '.join(Speaker)} |", "|---" * (len(Speaker) + 1) + "|"]
+    for verdict in dict.fromkeys(verdict for verdict, _ in CREDENCE):
+        worth = ("proves P2" if CREDENCE[verdict, who] else "proves nothing" for who in Speaker)
+        lines.append(f"| `{verdict}` | {' | '.join(worth)} |")
+    return "\n".join(lines) + "\n"
+
+
+PICTURES = {
+    "exposure": diagram(TRANSITIONS),
+    "attempt": diagram(ATTEMPT_TRANSITIONS),
+    "credence": credence(),
+}
+"""Name -> what stands between `<!-- NAME: begin -->` and `<!-- NAME: end -->`."""
+
+
+def in_doc(name: str, text: str) -> str:
     """What stands between the markers."""
-    return text.partition(BEGIN)[2].partition(END)[0]
+    return text.partition(f"<!-- {name}: begin -->\n")[2].partition(f"<!-- {name}: end -->\n")[0]
 
 
 def main() -> None:
     text = DOC.read_text()
-    DOC.write_text(text.replace(in_doc(text), diagram()))
+    for name, picture in PICTURES.items():
+        between = rf"(<!-- {name}: begin -->\n).*?(<!-- {name}: end -->\n)"
+        text = re.sub(between, lambda m, new=picture: m[1] + new + m[2], text, flags=re.S)
+    DOC.write_text(text)
 
 
 if __name__ == "__main__":

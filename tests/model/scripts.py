@@ -46,7 +46,7 @@ def state(world: World) -> str:
     for d in world.decodes.values():
         slots = []
         for gen in d.slots:
-            exposure = d.ledger._find(gen) if gen else None
+            exposure = d.ledger.find(gen) if gen else None
             slots.append(f"{gen} {exposure.state.value}" if exposure else gen or "-")
         parts.append(f"{d.name} [{', '.join(slots)}]")
     parts += [_prefill_state(p) for p in world.prefills.values()]
@@ -60,12 +60,12 @@ def _prefill_state(p: Prefill) -> str:
     if p.ledger is None:
         return f"{p.name} [stock]"
     rooms = []
-    for room, a in sorted(p.ledger._rooms.items()):
+    for a in p.ledger.attempts():
         owner = "" if a.sender is None else f" (r{a.sender}{' gone' if a.sender_gone else ''})"
-        words = [f"room {room}{owner}:", "closed" if a.closed else "open"]
+        words = [f"room {a.room}{owner}:", "closed" if a.closed else "open"]
         words += [f"{a.active} active"] * bool(a.active) + ["poisoned"] * bool(a.poisoned)
         rooms.append(" ".join(words))
-    rooms += [f"r{i} waits" for waiting in p.ledger._waiting.values() for i in waiting]
+    rooms += [f"r{i} waits" for i in p.ledger.waiting_senders()]
     rooms += [f"deferred {m.gen}" for _, m in p.deferred]
     return f"{p.incarnation} [{', '.join(rooms)}]"
 

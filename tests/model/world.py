@@ -27,22 +27,21 @@ real ledgers and are pickled by whoever is about to change them (`_decode`, `_pr
 from __future__ import annotations
 
 import pickle
-from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from sglang_scaling_fixes.reclaim.coverage import Coverage, Extent
-from sglang_scaling_fixes.reclaim.ledger import (
+from sglang_scaling_fixes.reclaim.rules.attempt import Attempt
+from sglang_scaling_fixes.reclaim.rules.coverage import Coverage, Extent
+from sglang_scaling_fixes.reclaim.rules.decode_ledger import DecodeLedger
+from sglang_scaling_fixes.reclaim.rules.exposure import Exposure, ExposureState
+from sglang_scaling_fixes.reclaim.rules.prefill_ledger import (
     Action,
-    Attempt,
-    DecodeLedger,
     Delivery,
-    Exposure,
     FailRoom,
     ForgetRoom,
     PrefillLedger,
-    State,
+    ends_room,
 )
 
 
@@ -129,17 +128,6 @@ BUDGETED = (
 )
 
 
-class Counter:
-    """`itertools.count`, but a clone of the world can have its own."""
-
-    def __init__(self) -> None:
-        self.n = 0
-
-    def __next__(self) -> int:
-        self.n += 1
-        return self.n
-
-
 class Unpoisoned(PrefillLedger):
     """Negative control: a failed write counts as done, as in stock up to 0.5.21."""
 
@@ -220,8 +208,6 @@ class Decode:
     """room -> (request, prefill ranks that reported success): stock's tracker."""
     exposures: dict[int, str] = field(default_factory=dict)
     """request -> its generation, until its slots are free."""
-    late_reports: dict[int, set[str]] = field(default_factory=dict)
-    """room -> prefill ranks that reported success after the owner gave up."""
     admitted: tuple[tuple[str, int], ...] = ()
     """Successes (prefill rank, room) let through that stock has not counted yet."""
     epoch: int = 0
@@ -230,7 +216,7 @@ class Decode:
     blob: bytes = b""
 
     def exposure(self, request: int) -> Exposure:
-        found = self.ledger._find(self.exposures[request])
+        found = self.ledger.find(self.exposures[request])
         assert found is not None
         return found
 
@@ -325,7 +311,6 @@ class World:
         rules = DecodeLedger if self.config.numbered else Credulous
         ledger = rules(name + age, first_wait=1.0, max_wait=5.0, memory=self.config.memory)
         ledger.group = "d0" + age
-        ledger._counter = Counter()  # type: ignore[assignment]
         return Decode(name, ledger, [None] * self.config.slots, life)
 
     def _new_prefill(self, name: str, life: int) -> Prefill:
@@ -427,7 +412,7 @@ class World:
             elif state == "accepted":
                 events.append(f"free r{i}")
             elif state == "held" and all(
-                d.exposure(i).state is State.PROVEN
+                d.exposure(i).state is ExposureState.PROVEN
                 for d in self.decodes.values()
                 if i in d.exposures
             ):
@@ -559,14 +544,8 @@ class World:
 
     def _ready(self, p: Prefill, d: str, m: Msg) -> bool:
         """Trying this deferred metadata again will not just defer it again."""
-        ledger = p.ledger
-        assert ledger is not None
-        before = ledger._rooms.get(m.room)
-        if before is None or before.over:
-            return True
-        if d == STRANGER:
-            return False
-        return m.gen in ledger._aborted_unseen or (m.room, m.attempt) in ledger._by_epoch
+        assert p.ledger is not None
+        return not p.ledger.keeps_waiting(m.room, m.attempt, m.gen)
 
     # -- decode -----------------------------------------------------------------------
 
@@ -615,8 +594,9 @@ class World:
         for d in map(self._decode, self.decodes):
             exposure = d.exposure(i)
             reported = d.receivers.pop(room)[1]
-            d.late_reports[room] = set(reported)
-            d.ledger.give_up(exposure, 0.0, success_seen=reported == set(self.prefills))
+            seen = reported == set(self.prefills)
+            d.ledger.end(exposure, 0.0, committed=False, success_seen=seen)
+            d.ledger.counted(exposure, reported)
             if not self.config.gate:
                 self._free(d, i)
                 continue
@@ -630,7 +610,7 @@ class World:
             exposure = d.exposure(i)
             d.receivers.pop(self.config.rooms[i])
             self._check_landed(exposure)
-            d.ledger.landed(exposure)
+            d.ledger.end(exposure, 0.0, committed=True)
             self.back |= {exposure.gen}
             self.say(f"{d.name}: {exposure.gen} landed")
 
@@ -654,7 +634,6 @@ class World:
             if i in d.exposures:
                 exposure = d.exposure(i)
                 d.ledger.returned(exposure)
-                d.late_reports.pop(exposure.room, None)
                 proofs = " ".join(f"{w.rank}:{w.proof}" for w in exposure.writers.values())
                 self.say(f"{d.name}: {exposure.gen} returned, proofs {proofs}")
                 self._free(d, i)
@@ -673,7 +652,7 @@ class World:
                 self._send(d.name, ask.rank, Msg("ask", ask.gen, ask.room))
                 self.say(f"{d.name}: asks {ask.rank} for {ask.gen}")
                 # Time stands still, so that worlds which differ in it alone are one.
-                exposure = d.ledger._find(ask.gen)
+                exposure = d.ledger.find(ask.gen)
                 assert exposure is not None
                 exposure.writers[ask.rank].next_ask = LATER / 2
 
@@ -755,18 +734,16 @@ class World:
             self._success(d, p, m)
 
     def _success(self, d: Decode, p: str, m: Msg) -> None:
-        """The adapter's `_admits`, and what stock does with a success it sees."""
+        """What the ledger, and then stock, makes of a success."""
         gen = m.gen or None
-        if gen is not None:
-            d.ledger.marked(gen, p)
-            if any(e.gen == gen and e.state is State.PROVEN for e in d.ledger.held):
-                self.say(f"{d.name}: {gen} proven")
-        elif any(e.room == m.room for e in d.ledger.held):
-            reports = d.late_reports.setdefault(m.room, set())
-            reports.add(p)
-            if d.ledger.success(m.room, len(reports)):
-                self.say(f"{d.name}: room {m.room} proven by stock's success")
-        if self.config.marks and not d.ledger.admits_success(m.room, gen, p):
+        unproven = {e.gen for e in d.ledger.held if e.unproven}
+        admitted = d.ledger.reports(m.room, gen, p, p)
+        proven = [e for e in d.ledger.held if e.gen in unproven and not e.unproven]
+        if gen is not None and any(e.gen == gen and not e.unproven for e in d.ledger.held):
+            self.say(f"{d.name}: {gen} proven")
+        elif gen is None and proven:
+            self.say(f"{d.name}: room {m.room} proven by stock's success")
+        if self.config.marks and not admitted:
             self.say(f"{d.name}: kept from stock")
             return
         d.admitted += ((p, m.room),)
@@ -883,11 +860,11 @@ class World:
                 )
 
     def do_apply(self, name: str) -> None:
-        """The adapter's `_fail`: not a room stock does not know, and not a success."""
         p = self._prefill(name)
         room, *rest = p.failing
         p.failing = tuple(rest)
-        if p.status.get(room, "success") != "success":
+        status = p.status.get(room)
+        if ends_room(known=status is not None, succeeded=status == "success"):
             self._status(p, room, "failed")
             self.say(f"{p.name}: room {room} failed")
 
@@ -1056,8 +1033,8 @@ class World:
         """`StatusTap`, after the metadata slot was written."""
         assert p.ledger is not None
         attempt.coverage.writes.append(d)
-        covered = p.ledger.covers(attempt, d, lambda _: True) or not self.config.covers
-        return covered and not attempt.poisoned
+        leaves = p.ledger.success_leaves(attempt, d, lambda _: True)
+        return leaves or not (self.config.covers or attempt.poisoned)
 
     def do_end(self, name: str) -> None:
         p = self._prefill(name)
@@ -1152,8 +1129,7 @@ class World:
         p = self.prefills[rank]
         if p.ledger is None:
             return "no plugin"
-        hellos = d.ledger._hellos.get(rank, 0)
-        more = hellos > 1 or self.left["lose"] < self.config.lose - 1
+        more = d.ledger.hellos(rank) > 1 or self.left["lose"] < self.config.lose - 1
         if rank not in d.ledger.peers and self.lost & {"hello", "here"} and more:
             return "its words were lost; the next exposure heals it"
         if exposure.writers[rank].disputed:
@@ -1161,7 +1137,7 @@ class World:
         known = exposure.writers[rank].incarnation
         if p.life != self.exposed_in[exposure.gen, rank] or known not in (None, p.incarnation):
             return "replaced"
-        attempt = p.ledger._by_gen.get(exposure.gen)
+        attempt = p.ledger.attempt_of(exposure.gen)
         if attempt is None and known is None and (p.life or self.lost & {"hello", "here"}):
             return "nobody knows which process would have had them"
         return "poisoned" if attempt is not None and attempt.poisoned else None
@@ -1197,9 +1173,6 @@ def copied(rank: Any) -> Any:
     rank.blob = rank.blob or pickle.dumps(rank, pickle.HIGHEST_PROTOCOL)
     twin = pickle.loads(rank.blob)
     twin.number = 0
-    if isinstance(twin, Prefill) and twin.ledger is not None:
-        unsent = twin.ledger._unsent.values()
-        twin.ledger._unsent = OrderedDict((id(attempt), attempt) for attempt in unsent)
     return twin
 
 
@@ -1211,40 +1184,15 @@ def canonical(rank: Any, key: Any, met: Met) -> Any:
     return first
 
 
-def exposure_key(e: Exposure) -> Any:
-    writers = tuple(
-        (
-            w.rank,
-            w.incarnation,
-            w.hello,
-            w.bound_by,
-            w.disputed,
-            w.sent,
-            w.reported,
-            w.proof,
-            bool(w.stuck),
-            w.proof is None and w.next_ask > 0.0,  # it is not asked before the next tick
-        )
-        for w in e.writers.values()
-    )
-    return (e.gen, e.epoch, e.room, e.state, tuple(sorted(e.unmarked)), writers)
-
-
 def decode_key(d: Decode) -> Any:
     return (
         d.name,
         d.life,
         tuple(d.slots),
         tuple(sorted(d.exposures.items())),
-        d.ledger._counter.n,  # type: ignore[attr-defined]
-        tuple(sorted(d.ledger.peers.items())),
-        tuple(exposure_key(e) for e in d.ledger._exposed.values()),
-        tuple(exposure_key(e) for e in d.ledger._held.values()),
-        tuple(d.ledger._given_up_rooms.items()),
+        d.ledger.snapshot(now=0.0),
         d.admitted,
         tuple(sorted((r, i, tuple(sorted(s))) for r, (i, s) in d.receivers.items())),
-        tuple(sorted((r, tuple(sorted(s))) for r, s in d.late_reports.items())),
-        tuple(sorted(d.ledger._hellos.items())),
         d.epoch,
     )
 
@@ -1256,9 +1204,8 @@ def attempt_key(a: Attempt) -> Any:
         tuple(a.bindings.items()),
         tuple(sorted(a.asked)),
         a.sender,
-        a.sender_gone,
+        a.phase,
         a.active,
-        a.closed,
         bool(a.poisoned),
         tuple(a.exposed.items()),
         coverage_key(a.coverage) if a.active or not a.closed else None,
@@ -1279,17 +1226,7 @@ def prefill_key(p: Prefill) -> Any:
 
     ledger: Any = ()
     if p.ledger is not None:
-        ledger = (
-            tuple((room, ref(a), attempt_key(a)) for room, a in sorted(p.ledger._rooms.items())),
-            tuple((g, ref(a), attempt_key(a)) for g, a in sorted(p.ledger._by_gen.items())),
-            tuple((e, ref(a), attempt_key(a)) for e, a in sorted(p.ledger._by_epoch.items())),
-            tuple((i, ref(a), attempt_key(a)) for i, a in sorted(p.ledger._senders.items())),
-            tuple((room, *waiting) for room, waiting in sorted(p.ledger._waiting.items())),
-            tuple(ref(a) for a in p.ledger._unsent.values()),
-            tuple(ref(a) for a in p.ledger._finished),
-            tuple(p.ledger._aborted_unseen),
-            tuple(sorted(p.ledger._deferred.items())),
-        )
+        ledger = p.ledger.snapshot(lambda a: (ref(a), attempt_key(a)))
 
     def chunk(c: Chunk | None) -> Any:
         if c is None:

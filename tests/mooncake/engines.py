@@ -22,8 +22,8 @@ from typing import Any
 
 from mooncake.engine import TransferEngine
 
-from sglang_scaling_fixes.reclaim import fence
-from sglang_scaling_fixes.reclaim.taps import IN_HAND, EngineTap
+from sglang_scaling_fixes.reclaim.decode import fence
+from sglang_scaling_fixes.reclaim.prefill.taps import IN_HAND, EngineTap
 
 SIZE = 384 << 20
 SMALL = 1 << 20

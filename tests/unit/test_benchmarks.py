@@ -14,7 +14,7 @@ from benchmarks.reclaim import __main__ as command
 from benchmarks.reclaim import client, figures, pair, report, share
 from benchmarks.reclaim.client import Board, Job
 from benchmarks.reclaim.load import Answers, End, Ends, Reply, Request, Shape, schedule
-from sglang_scaling_fixes.reclaim import taps
+from sglang_scaling_fixes.reclaim.prefill import taps
 
 
 def test_ledger_reports_every_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

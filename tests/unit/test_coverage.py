@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from sglang_scaling_fixes.reclaim import layout, messages
-from sglang_scaling_fixes.reclaim.coverage import Coverage, Extent
-from sglang_scaling_fixes.reclaim.prefill import PrefillGuard
-from sglang_scaling_fixes.reclaim.taps import AUX_DATA, IN_HAND, StatusTap
+from sglang_scaling_fixes.reclaim.prefill.side import PrefillGuard
+from sglang_scaling_fixes.reclaim.prefill.taps import AUX_DATA, IN_HAND, StatusTap
+from sglang_scaling_fixes.reclaim.rules.coverage import Coverage, Extent
 
 DECODE, RANK, SESSION = "tcp://192.0.2.2:9", "192.0.2.1:9", "192.0.2.2:77"
 ROOM = 7
@@ -109,7 +109,7 @@ class Stock:
             record_failure=lambda *_: None,
             update_status=lambda *_: None,
         )
-        self.guard = PrefillGuard(self.manager)
+        self.guard = PrefillGuard(self.manager).install()
         self.guard._replies = SimpleNamespace(send=lambda *_: True)  # type: ignore[assignment]
         stock_queue = SimpleNamespace(put=self.queue.append, get=self.queue.popleft)
         self.tap = self.guard.tap_queue(stock_queue)
@@ -119,7 +119,7 @@ class Stock:
     def run(self) -> bytes:
         """The status that decode is told."""
         case = self.case
-        self.guard._read(self.destinations())
+        self.guard.read(self.destinations())
         sender = SimpleNamespace(bootstrap_room=ROOM)
         self.guard.sender_made(sender)
         self.tickets.append(sender.sglang_scaling_fixes_ticket)
@@ -189,7 +189,7 @@ def test_a_short_success_leaves_as_a_failure(name: str, caplog: pytest.LogCaptur
     ask = messages.Ask(DECODE, RANK, ROOM, "g")
     answers: list[Any] = []
     stock.guard._replies.send = lambda _, frame: answers.append(messages.decode(frame))  # type: ignore
-    stock.guard._read([messages.encode(ask)])
+    stock.guard.read([messages.encode(ask)])
     if SHORT[name].armed_decode:
         assert [answer.verdict for answer in answers] == ["drained"], "its slots must come back"
 

@@ -14,11 +14,14 @@ import pytest
 import zmq
 
 from sglang_scaling_fixes.config import Config
-from sglang_scaling_fixes.reclaim import fence, layout, messages
-from sglang_scaling_fixes.reclaim.decode import DecodeGuard, OutgoingTap
-from sglang_scaling_fixes.reclaim.ledger import Exposure, Proof, State
-from sglang_scaling_fixes.reclaim.pace import UNHEARD
-from sglang_scaling_fixes.reclaim.quarantine import GRACE, IDLE_AFTER
+from sglang_scaling_fixes.reclaim import layout, messages
+from sglang_scaling_fixes.reclaim.decode import fence
+from sglang_scaling_fixes.reclaim.decode.peers import OutgoingSocket
+from sglang_scaling_fixes.reclaim.decode.side import DecodeGuard
+from sglang_scaling_fixes.reclaim.rules.exposure import Exposure, ExposureState
+from sglang_scaling_fixes.reclaim.rules.pace import UNHEARD
+from sglang_scaling_fixes.reclaim.rules.quarantine import GRACE, IDLE_AFTER
+from sglang_scaling_fixes.reclaim.rules.types import Proof
 
 torch = pytest.importorskip("torch")
 allocators = pytest.importorskip("sglang.srt.mem_cache.allocator")
@@ -72,7 +75,7 @@ class Decode:
         self.port = self.prefill.getsockname()[1]
         self.rank = f"127.0.0.1:{self.port}"
         self.manager = Manager(**server_args)
-        self.guard = DecodeGuard(self.manager, config)
+        self.guard = DecodeGuard(self.manager, config).install()
         self.tokens = allocators.TokenToKVPoolAllocator(POOL, torch.float32, "cpu", None, False)
         self.aux = utils.ReqToMetadataIdxAllocator(8)
         self.guard.install_gate(
@@ -85,11 +88,11 @@ class Decode:
             )
         )
         self.socket = Socket()
-        self.tap = OutgoingTap(
+        self.tap = OutgoingSocket(
             self.socket,
             self.rank,
             lambda: (self.socket, threading.Lock()),
-            self.guard,
+            self.guard.peers,
         )
         self.tap.send_multipart([b"None", b"192.0.2.2", b"1", OLD.encode(), b"pointers"])
 
@@ -117,7 +120,7 @@ class Decode:
         return exposure
 
     def hears(self, message: messages.Here | messages.Answer) -> None:
-        assert self.guard._read([messages.encode(message)]) is None
+        assert self.guard.inbox.read([messages.encode(message)]) is None
 
     def asks(self) -> int:
         said = (messages.split(frames)[1] for frames in self.socket.sent)
@@ -232,7 +235,7 @@ def test_a_successor_nobody_announced_says_who_it_is(fenced: list[str]) -> None:
     taken = decode.give_up(receiver, slots, aux)
     decode.hears(messages.Answer(decode.rank, "second", taken.gen, "drained"))
     decode.hears(messages.Answer(decode.rank, "second", lost.gen, "unknown"))
-    assert (taken.state, lost.state) == (State.HELD, State.HELD)
+    assert (taken.state, lost.state) == (ExposureState.HELD, ExposureState.HELD)
     decode.guard.tick()
     assert len(fenced) == 1, "the first is gone"
 
@@ -251,7 +254,7 @@ def test_a_gone_writers_hold_below_the_bound_ends_when_nothing_flies(fenced: lis
     decode.give_up(*decode.expose(7, 1), age=IDLE_AFTER + 1)
     flying = decode.expose(8, 1)
     deadline = time.monotonic() + 60  # a look every two seconds
-    while not decode.guard._liveness.gone(decode.rank) and time.monotonic() < deadline:
+    while not decode.guard.relief._liveness.gone(decode.rank) and time.monotonic() < deadline:
         decode.guard.tick()
         time.sleep(0.1)
     decode.guard.tick()
@@ -293,7 +296,7 @@ def test_a_decode_that_cannot_fence_only_refuses(fenced: list[str]) -> None:
     decode.give_up(*decode.expose(7, 50))
     decode.guard.tick()
     assert decode.guard.refusing and not fenced
-    assert "elastic" in str(decode.guard._no_fence)
+    assert "elastic" in str(decode.guard.relief.no_fence)
 
 
 def test_a_success_the_owner_does_not_take_is_given_up() -> None:
@@ -302,10 +305,10 @@ def test_a_success_the_owner_does_not_take_is_given_up() -> None:
     receiver, slots, aux = decode.expose(7, 50)
     gen = receiver.sglang_scaling_fixes_exposure.gen
     mark = messages.encode(messages.Mark(gen, decode.rank))
-    assert decode.guard._read([b"7", b"4", b"0", mark]) is not None
+    assert decode.guard.inbox.read([b"7", b"4", b"0", mark]) is not None
     decode.manager.request_status[7] = 4
     exposure = decode.give_up(receiver, slots, aux, age=0.0)
-    assert exposure.state is State.PROVEN
+    assert exposure.state is ExposureState.PROVEN
     assert decode.free() == (POOL - 50, 7)
     decode.guard.tick()
     assert decode.free() == (POOL, 8)
@@ -318,7 +321,7 @@ def test_a_prefill_that_says_nothing_is_asked_rarely_until_it_does() -> None:
 
     def ask_again() -> None:
         exposure.writers[decode.rank].next_ask = 0.0
-        decode.guard._send_asks()
+        decode.guard.peers.ask()
 
     for _ in range(UNHEARD + 10):
         ask_again()
@@ -326,7 +329,7 @@ def test_a_prefill_that_says_nothing_is_asked_rarely_until_it_does() -> None:
     report = decode.guard.metrics.report()
     assert (report["asks"], report["asks_resent"]) == (UNHEARD, UNHEARD - 1)
     mark = messages.encode(messages.Mark("another's", decode.rank))
-    decode.guard._read([b"8", b"4", b"0", mark])
+    decode.guard.inbox.read([b"8", b"4", b"0", mark])
     ask_again()
     assert decode.asks() == UNHEARD + 1, "a success says that it reads what it is sent"
 
@@ -342,7 +345,7 @@ def test_past_the_bound_without_leave_to_fence_it_only_refuses(fenced: list[str]
     decode = Decode(Config())
     decode.give_up(*decode.expose(7, 50))
     decode.guard.tick()
-    looked = decode.guard._liveness._thread
+    looked = decode.guard.relief._liveness._thread
     assert looked is not None
     looked.join()
     decode.guard.tick()
@@ -450,10 +453,10 @@ def test_stocks_drained_answer_counts_only_when_it_is_believed() -> None:
         receiver, slots, aux = decode.expose(7, 50)
         decode.tap.send_multipart([b"ABORT", b"7", b"192.0.2.2", b"1"])
         decode.give_up(receiver, slots, aux, age=0.0)
-        decode.guard._read([b"ABORT_ACK", b"7"])  # "received"
+        decode.guard.inbox.read([b"ABORT_ACK", b"7"])  # "received"
         decode.guard.tick()
         assert decode.free() == (POOL - 50, 7)
-        assert decode.guard._read([b"ABORT_ACK", b"7", b"0"]) is not None, "stock's own"
+        assert decode.guard.inbox.read([b"ABORT_ACK", b"7", b"0"]) is not None, "stock's own"
         decode.guard.tick()
         assert (decode.free() == (POOL, 8)) is back
 
@@ -487,5 +490,5 @@ def test_a_metadata_message_that_came_late_is_not_for_stock(stale: str | None) -
     mark = messages.Mark("an older one" if stale == "other attempt" else gen, decode.rank)
     room = b"8" if stale == "other room" else b"7"
     stock = [b"AUX_DATA", room, b"0", str(aux).encode(), b"\0\0\0\1", b"x"]
-    seen = decode.guard._read([*stock, messages.encode(mark)])
+    seen = decode.guard.inbox.read([*stock, messages.encode(mark)])
     assert seen == (None if stale else stock)

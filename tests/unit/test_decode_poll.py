@@ -11,7 +11,7 @@ import pytest
 
 from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.reclaim import messages as m
-from sglang_scaling_fixes.reclaim.decode import DecodeGuard
+from sglang_scaling_fixes.reclaim.decode.side import DecodeGuard
 
 RANK = "127.0.0.1:2"
 
@@ -59,7 +59,7 @@ class Receiver:
 @pytest.fixture
 def guard() -> Iterator[DecodeGuard]:
     saved = DecodeGuard.current
-    yield DecodeGuard(Manager(), Config())
+    yield DecodeGuard(Manager(), Config()).install()
     DecodeGuard.current = saved
 
 
@@ -72,7 +72,7 @@ def receiver(guard: DecodeGuard) -> Receiver:
 def success(guard: DecodeGuard, gen: str | None) -> bool:
     frames = [b"7", b"4", b"0"]
     frames += [m.encode(m.Mark(gen, RANK))] if gen is not None else []
-    return guard._read(frames) is not None
+    return guard.inbox.read(frames) is not None
 
 
 def test_a_success_counted_for_the_attempt_before_is_not_shown(guard: DecodeGuard) -> None:

@@ -7,23 +7,19 @@ from dataclasses import fields
 
 import pytest
 
-from sglang_scaling_fixes.reclaim.coverage import Coverage
-from sglang_scaling_fixes.reclaim.ledger import (
-    Attempt,
-    DecodeLedger,
-    Exposure,
-    PrefillLedger,
-    Writer,
-)
+from sglang_scaling_fixes.reclaim.rules.attempt import Attempt
+from sglang_scaling_fixes.reclaim.rules.coverage import Coverage
+from sglang_scaling_fixes.reclaim.rules.decode_ledger import DecodeLedger
+from sglang_scaling_fixes.reclaim.rules.exposure import Exposure, Writer
+from sglang_scaling_fixes.reclaim.rules.prefill_ledger import PrefillLedger
 from tests.model.explore import CONTROLS, OPEN, SMALL, explore, reached, story
 
 KNOWN = {
     Writer: "rank incarnation hello bound_by disputed sent reported proof stuck asks next_ask",
-    Exposure: "gen epoch room writers state gave_up_at unmarked",
-    Attempt: "room epoch bindings exposed coverage short asked sender sender_gone active closed "
-    "poisoned",
+    Exposure: "gen epoch room writers state gave_up_at unmarked late slots next_log",
+    Attempt: "room epoch bindings exposed coverage short asked phase sender active poisoned",
     Coverage: "pages states tokens writes unwritten in_hand",
-    DecodeLedger: "_incarnation group _counter _first_wait _max_wait peers _hellos _exposed _held "
+    DecodeLedger: "_incarnation group _number _first_wait _max_wait peers _hellos _exposed _held "
     "_given_up_rooms _memory",
     PrefillLedger: "incarnation _memory _rooms _by_epoch _by_gen _senders _waiting _finished "
     "_unsent _aborted_unseen _deferred",

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from sglang_scaling_fixes.errors import AttachError
-from sglang_scaling_fixes.reclaim.gate import Gate
+from sglang_scaling_fixes.reclaim.decode.gate import Gate
 from sglang_scaling_fixes.reclaim.layout import rebind_captured
-from sglang_scaling_fixes.reclaim.ledger import DecodeLedger, Exposure
+from sglang_scaling_fixes.reclaim.rules.decode_ledger import DecodeLedger
+from sglang_scaling_fixes.reclaim.rules.exposure import Exposure
 
 allocators = pytest.importorskip("sglang.srt.mem_cache.allocator")
 utils = pytest.importorskip("sglang.srt.disaggregation.utils")
@@ -31,7 +32,7 @@ class Decode:
             )
         self.page_size = page_size
         self.aux = utils.ReqToMetadataIdxAllocator(4)
-        self.gate = Gate(self.tokens, self.aux, audit=audit)
+        self.gate = Gate(self.tokens, self.aux, audit=audit).install()
         self.ledger = DecodeLedger("d")
         self.ledger.here(RANK, "p")
 
@@ -224,4 +225,6 @@ def test_an_allocator_with_unknown_ways_to_free_is_refused() -> None:
         def free_by_magic(self, index: object) -> None: ...
 
     with pytest.raises(AttachError, match="free_by_magic"):
-        Gate(Novel(8, torch.float32, "cpu", None, False), utils.ReqToMetadataIdxAllocator(1))
+        Gate(
+            Novel(8, torch.float32, "cpu", None, False), utils.ReqToMetadataIdxAllocator(1)
+        ).install()

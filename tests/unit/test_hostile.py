@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.reclaim import messages as m
-from sglang_scaling_fixes.reclaim.decode import DecodeGuard
-from sglang_scaling_fixes.reclaim.prefill import PrefillGuard
+from sglang_scaling_fixes.reclaim.decode.side import DecodeGuard
+from sglang_scaling_fixes.reclaim.prefill.side import PrefillGuard
 from sglang_scaling_fixes.reclaim.transport import ReplySockets
 
 REPLY, RANK = "tcp://127.0.0.1:1", "127.0.0.1:2"
@@ -47,8 +47,8 @@ def decode_guard() -> DecodeGuard:
             prefill_response_tracker={},
         ),
         Config(),
-    )
-    guard.outgoing(RANK, lambda: (None, None), REGISTRATION)
+    ).install()
+    guard.peers.outgoing(RANK, lambda: (None, None), REGISTRATION)
     held, waits = (guard.ledger.expose(room, [RANK]) for room in (7, 8))
     for exposure in (held, waits):
         guard.ledger.sent(exposure, RANK)
@@ -69,9 +69,9 @@ def prefill_guard() -> PrefillGuard:
             record_failure=lambda room, reason: None,
             update_status=lambda room, status: None,
         )
-    )
+    ).install()
     guard._replies = SimpleNamespace(send=lambda to, frame: True)  # type: ignore[assignment]
-    assert guard._read(m.ride(STOCK, m.Bind(REPLY, RANK, "g1", "e1"))) == STOCK
+    assert guard.read(m.ride(STOCK, m.Bind(REPLY, RANK, "g1", "e1"))) == STOCK
     return guard
 
 
@@ -153,7 +153,7 @@ def test_decode_outlives_it_and_frees_nothing(arrives: list[bytes], guards: Any)
     before = {e.gen: len(e.unproven) for e in guard.ledger.exposures()}
     assert set(before.values()) == {1}
     counted = guard.metrics.report()["garbage"] + guard.metrics.report()["stale"]
-    passed = guard._read(list(arrives))
+    passed = guard.inbox.read(list(arrives))
     assert {e.gen: len(e.unproven) for e in guard.ledger.exposures()} == before
     assert set(guard.ledger.peers) == {RANK}
     if passed is not None:
@@ -175,10 +175,11 @@ def test_prefill_outlives_it_and_vouches_for_nothing(arrives: list[bytes]) -> No
     guard._replies = SimpleNamespace(  # type: ignore[assignment]
         send=lambda to, frame: sent.append((to, m.decode(frame)))
     )
-    attempt = guard._ledger._by_gen["g1"]
+    attempt = guard._ledger.attempt_of("g1")
+    assert attempt is not None
     guard._ledger.sender_made("sender", 7)
     assert guard._ledger.take(attempt)
-    passed = guard._read(list(arrives))
+    passed = guard.read(list(arrives))
     assert attempt.active == 1
     for _, said in sent:
         assert isinstance(said, m.Here | m.Answer)
@@ -194,17 +195,17 @@ def test_what_is_dropped_is_counted(guards: tuple[DecodeGuard, PrefillGuard]) ->
     rubbish = [m.TAG + b"rubbish"]
     huge = [m.TAG + b"\0" * (m.MAX_FRAME + 1)]
     for frames in (rubbish, huge, [*STOCK, *rubbish], []):
-        assert decode._read(frames) is None
-        assert prefill._read(frames) is None
+        assert decode.inbox.read(frames) is None
+        assert prefill.read(frames) is None
     assert decode.metrics.report()["garbage"] == prefill.metrics.report()["garbage"] == 4
     ours, theirs = m.Here("elsewhere:1", "inc"), m.Ask(REPLY, RANK, 7, "g1")
     for message in (ours, theirs):
-        assert decode._read([m.encode(message)]) is None
-    assert prefill._read([m.encode(ours)]) is None
+        assert decode.inbox.read([m.encode(message)]) is None
+    assert prefill.read([m.encode(ours)]) is None
     assert (decode.metrics.report()["garbage"], prefill.metrics.report()["garbage"]) == (6, 5)
-    assert prefill._read(STOCK[:5]) is None, "destinations cut short"
-    assert prefill._read(m.ride(STOCK[:5], m.Bind(REPLY, RANK, "g2", "e2"))) is None
-    assert prefill._read(m.ride(STOCK, m.Hello(REPLY, RANK))) is None, "a Hello on destinations"
+    assert prefill.read(STOCK[:5]) is None, "destinations cut short"
+    assert prefill.read(m.ride(STOCK[:5], m.Bind(REPLY, RANK, "g2", "e2"))) is None
+    assert prefill.read(m.ride(STOCK, m.Hello(REPLY, RANK))) is None, "a Hello on destinations"
     assert prefill.metrics.report()["garbage"] == 8
 
 
@@ -212,9 +213,9 @@ def test_the_genuine_answer_still_frees(guards: tuple[DecodeGuard, PrefillGuard]
     guard = guards[0]
     (held,) = guard.ledger.held
     stale = m.encode(m.Answer(RANK, "process", "older", "drained"))
-    assert guard._read([stale]) is None
+    assert guard.inbox.read([stale]) is None
     assert held.unproven and guard.metrics.report()["stale"] == 1
-    assert guard._read([m.encode(m.Answer(RANK, "process", held.gen, "drained"))]) is None
+    assert guard.inbox.read([m.encode(m.Answer(RANK, "process", held.gen, "drained"))]) is None
     assert not held.unproven
     assert guard.metrics.report()["garbage"] == 0
 
@@ -227,10 +228,10 @@ def test_a_hello_is_answered_with_its_number(
     prefill._replies = SimpleNamespace(  # type: ignore[assignment]
         send=lambda to, frame: said.append(frame)
     )
-    hello = decode.outgoing(RANK, lambda: (None, None), REGISTRATION)
+    hello = decode.peers.outgoing(RANK, lambda: (None, None), REGISTRATION)
     assert not decode.ledger.peers
-    assert prefill._read(hello) == REGISTRATION
-    assert decode._read(said) is None
+    assert prefill.read(hello) == REGISTRATION
+    assert decode.inbox.read(said) is None
     assert set(decode.ledger.peers) == {RANK}
     here = m.decode(said[0])
     assert isinstance(here, m.Here) and here.seq == 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import time
 
-from sglang_scaling_fixes.reclaim.liveness import Liveness, serves
+from sglang_scaling_fixes.reclaim.decode.liveness import Liveness, serves
 
 
 def test_a_listening_port_is_alive_and_a_closed_one_is_gone() -> None:

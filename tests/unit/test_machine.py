@@ -18,7 +18,8 @@ import sglang_scaling_fixes
 from sglang_scaling_fixes import machine, release
 from sglang_scaling_fixes.errors import ConfigError
 from sglang_scaling_fixes.machine import Machine, MachineError
-from sglang_scaling_fixes.reclaim import fence, server_args
+from sglang_scaling_fixes.reclaim import server_args
+from sglang_scaling_fixes.reclaim.decode import fence
 from tests.machines import MACHINES, Made
 
 CUDA, CUDA13, CPU, NPU = release.MOONCAKE_DISTRIBUTIONS

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sglang_scaling_fixes.reclaim.pace import RARELY, UNHEARD, Pace
+from sglang_scaling_fixes.reclaim.rules.pace import RARELY, UNHEARD, Pace
 
 
 def test_a_silent_rank_is_asked_often_and_then_rarely() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from sglang_scaling_fixes.reclaim import messages
-from sglang_scaling_fixes.reclaim.prefill import PrefillGuard
+from sglang_scaling_fixes.reclaim.prefill.side import PrefillGuard
 
 REPLY, RANK = "tcp://127.0.0.1:1", "127.0.0.1:2"
 FAILED, SUCCESS = 0, 4
@@ -37,7 +37,7 @@ class Prefill:
             record_failure=lambda room, reason: None,
             update_status=self.status.__setitem__,
         )
-        self.guard = PrefillGuard(self.manager)
+        self.guard = PrefillGuard(self.manager).install()
         self.said: list[Any] = []
         self.guard._replies = SimpleNamespace(  # type: ignore[assignment]
             send=lambda to, frame: self.said.append(messages.decode(frame))
@@ -46,11 +46,11 @@ class Prefill:
     def bind(self, room: int, gen: str, expects: str | None = None) -> list[bytes] | None:
         stock = [str(room).encode(), b"127.0.0.1", b"1", b"s:1", b"\0" * 4, b"0", b"", b"1"]
         bind = messages.Bind(REPLY, RANK, gen, f"e-{gen}", expects=expects)
-        return self.guard._read(messages.ride(stock, bind))
+        return self.guard.read(messages.ride(stock, bind))
 
     def ask(self, room: int, gen: str) -> str:
         ask = messages.Ask(REPLY, RANK, room, gen)
-        assert self.guard._read([messages.encode(ask)]) is None
+        assert self.guard.read([messages.encode(ask)]) is None
         return str(self.said[-1].verdict)
 
     def sender(self, room: int) -> Sender:
@@ -124,12 +124,12 @@ def test_a_rank_without_destinations_is_no_stranger(
 ) -> None:
     """MLA: ranks that write nothing get an empty message, and stock still counts on them."""
     stock = [b"7", b"127.0.0.1", b"1", b"s:1", b"", b"", b"", b"1"]
-    assert prefill.guard._read(stock) == stock
+    assert prefill.guard.read(stock) == stock
     assert "runs without safe-reclaim" not in caplog.text
     sender = prefill.sender(7)
     assert prefill.guard.send(lambda *_: prefill.guard.put(None), sender, []) is not None
     stranger = [b"8", b"127.0.0.1", b"1", b"s:1", b"\0" * 4, b"0", b"", b"1"]
-    assert prefill.guard._read(stranger) == stranger
+    assert prefill.guard.read(stranger) == stranger
     assert "runs without safe-reclaim" in caplog.text
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from sglang_scaling_fixes.reclaim.quarantine import (
+from sglang_scaling_fixes.reclaim.rules.quarantine import (
     AT_LATEST,
     GRACE,
     IDLE_AFTER,
     Hold,
+    Pressure,
     Quarantine,
-    worth_a_fence,
 )
 
 BOUND = Quarantine(tokens=1000, metadata=8, max_held=0.05)
@@ -35,12 +35,38 @@ def test_only_old_holds_count_and_only_past_the_bound(holds: list[Hold], over: b
     assert BOUND.over(holds) is over
 
 
+def gone(age: float) -> list[Hold]:
+    return [Hold(age, 1, True, unproven=1, gone=1)]
+
+
 def test_a_gone_writers_slots_come_back_below_the_bound_too() -> None:
-    assert not worth_a_fence(0.0, flying=0), "no such hold"
-    assert not worth_a_fence(IDLE_AFTER, flying=0)
-    assert worth_a_fence(IDLE_AFTER + 1, flying=0)
-    assert not worth_a_fence(IDLE_AFTER + 1, flying=3)
-    assert worth_a_fence(AT_LATEST + 1, flying=3)
+    def fences(holds: list[Hold], flying: int) -> bool:
+        decision = BOUND.decide(holds, flying=flying, may_fence=False)
+        assert not decision.refuse
+        return decision.fence
+
+    assert not fences([], flying=0), "no such hold"
+    assert not fences(gone(IDLE_AFTER), flying=0)
+    assert fences(gone(IDLE_AFTER + 1), flying=0)
+    assert not fences(gone(IDLE_AFTER + 1), flying=3)
+    assert fences(gone(AT_LATEST + 1), flying=3)
+    assert not fences([Hold(AT_LATEST + 1, 1, True, unproven=1)], flying=0), "it may still answer"
+
+
+@pytest.mark.parametrize(
+    ("may_fence", "unproven", "are_gone", "fence"),
+    [
+        (False, 1, 0, False),  # only refuse: nobody allowed a fence for a writer that lives
+        (False, 1, 1, True),
+        (True, 1, 0, True),
+        (True, 0, 0, False),  # proven here: it waits for the other ranks
+        (None, 1, 1, False),  # there is no fence
+    ],
+)
+def test_past_the_bound(may_fence: bool | None, unproven: int, are_gone: int, fence: bool) -> None:
+    holds = [Hold(OLD, 51, True, unproven=unproven, gone=are_gone)]
+    decided = BOUND.decide(holds, flying=3, may_fence=may_fence)
+    assert decided == Pressure(refuse=True, fence=fence)
 
 
 def test_one_means_no_limit() -> None:

@@ -11,8 +11,8 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.testclient import TestClient
 
 from sglang_scaling_fixes.reclaim import retry_after
-from sglang_scaling_fixes.reclaim.quarantine import RETRY_AFTER
 from sglang_scaling_fixes.reclaim.retry_after import REFUSAL
+from sglang_scaling_fixes.reclaim.rules.quarantine import RETRY_AFTER
 from sglang_scaling_fixes.refusals import Refusals
 from sglang_scaling_fixes.specguard import error_type
 

@@ -13,7 +13,8 @@ import pytest
 
 from sglang_scaling_fixes import machine, release
 from sglang_scaling_fixes.errors import ConfigError
-from sglang_scaling_fixes.reclaim import fence, layout, server_args
+from sglang_scaling_fixes.reclaim import layout, server_args
+from sglang_scaling_fixes.reclaim.decode import fence
 from sglang_scaling_fixes.reclaim.server_args import check
 from tests.machines import MACHINES
 

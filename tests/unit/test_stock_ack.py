@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sglang_scaling_fixes.reclaim.stock_ack import StockAborts
+from sglang_scaling_fixes.reclaim.rules.stock_aborts import StockAborts
 
 ABORT = [b"ABORT", b"7", b"10.0.0.1", b"5000"]
 
@@ -19,7 +19,7 @@ def test_a_room_is_drained_once_every_rank_has_said_so() -> None:
     found = aborts()
     assert found.acked([b"ABORT_ACK", b"7", b"0"]) is None
     assert found.acked([b"ABORT_ACK", b"7", b"0"]) is None  # the same rank again
-    assert found.acked([b"ABORT_ACK", b"7", b"1"]) == 7
+    assert found.acked([b"ABORT_ACK", b"7", b"1"]) == (7, 2)
 
 
 def test_received_is_not_drained() -> None:
@@ -63,4 +63,4 @@ def test_a_room_aborted_without_slots_is_never_believed() -> None:
     assert found.acked([b"ABORT_ACK", b"7", b"0"]) is None
     found.sent(8, "p0", ABORT)
     found.watch(8, expected=1)
-    assert found.acked([b"ABORT_ACK", b"8", b"0"]) == 8
+    assert found.acked([b"ABORT_ACK", b"8", b"0"]) == (8, 1)

@@ -11,16 +11,17 @@ from typing import Any
 
 import pytest
 
-from sglang_scaling_fixes.reclaim.coverage import Extent
-from sglang_scaling_fixes.reclaim.ledger import Attempt, PrefillLedger
-from sglang_scaling_fixes.reclaim.taps import (
+from sglang_scaling_fixes.reclaim.interposers import ReceiveTap
+from sglang_scaling_fixes.reclaim.prefill.taps import (
     IN_HAND,
     EngineTap,
     ExecutorTap,
     QueueTap,
-    ReceiveTap,
     StatusTap,
 )
+from sglang_scaling_fixes.reclaim.rules.attempt import Attempt
+from sglang_scaling_fixes.reclaim.rules.coverage import Extent
+from sglang_scaling_fixes.reclaim.rules.prefill_ledger import PrefillLedger
 
 REPLY, RANK = "tcp://127.0.0.1:1", "127.0.0.1:2"
 
@@ -55,8 +56,8 @@ class Books:
         assert to == REPLY
         return attempt.epoch.encode()
 
-    def covers(self, to: str, attempt: Attempt) -> bool:
-        return True
+    def success_leaves(self, to: str, attempt: Attempt) -> bool:
+        return not attempt.poisoned
 
     def wrote_aux(self, to: str, attempt: Attempt) -> None:
         pass

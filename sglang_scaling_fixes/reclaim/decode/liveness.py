@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterable
 
-from sglang_scaling_fixes.reclaim.messages import Rank
+from sglang_scaling_fixes.reclaim.rules.types import Rank
 
 LOOK_EVERY = 2.0
 """Seconds between two looks at the same ranks."""

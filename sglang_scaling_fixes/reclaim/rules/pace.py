@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 
-from sglang_scaling_fixes.reclaim.messages import Rank
+from sglang_scaling_fixes.reclaim.rules.types import Rank
 
 UNHEARD = 64
 """Asks to a rank without a word from it, before it is asked rarely."""

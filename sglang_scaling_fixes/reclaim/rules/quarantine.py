@@ -11,7 +11,7 @@ older counts here: a hold that will not end by itself takes from the pool for go
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 GRACE = 5.0
@@ -26,15 +26,6 @@ IDLE_AFTER, AT_LATEST = 30.0, 600.0
 """Seconds a hold waits for a writer that is gone: until nothing is in flight, and at most."""
 
 
-def worth_a_fence(oldest: float, flying: int) -> bool:
-    """Whether to fence below the bound: no other proof will come from a writer that is gone.
-
-    `oldest`: seconds the oldest such hold has lasted, 0 if there is none. `flying`: the
-    transfers a fence would end.
-    """
-    return oldest > (AT_LATEST if flying else IDLE_AFTER)
-
-
 @dataclass(frozen=True)
 class Hold:
     """One given-up exposure: age in seconds, token slots withheld, has it a metadata slot."""
@@ -42,6 +33,18 @@ class Hold:
     age: float
     tokens: int
     metadata: bool
+    unproven: int = 0
+    """Writers whose proof is missing."""
+    gone: int = 0
+    """Of them those that are gone: no proof will come from them but by a fence."""
+
+
+@dataclass(frozen=True)
+class Pressure:
+    """What one rank would do; the ranks agree before any of them does it."""
+
+    refuse: bool
+    fence: bool
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,24 @@ class Quarantine:
     tokens: int
     metadata: int
     max_held: float
+
+    def decide(self, holds: Sequence[Hold], *, flying: int, may_fence: bool | None) -> Pressure:
+        """Is too much held, and is a fence called for?
+
+        `flying`: the transfers that a fence would end. `may_fence`: also for a writer that is
+        not gone; None: there is no fence here at all.
+        """
+        refuse = self.over(holds)
+        if may_fence is None:
+            return Pressure(refuse, fence=False)
+        old = [hold for hold in holds if hold.age > GRACE]
+        gone = [hold.age for hold in old if hold.gone]
+        if refuse:
+            asked_for = may_fence and any(hold.unproven for hold in old)
+            return Pressure(refuse, fence=bool(gone) or asked_for)
+        # Below the bound: no other proof will come from a writer that is gone.
+        oldest = max(gone, default=0.0)
+        return Pressure(refuse, fence=oldest > (AT_LATEST if flying else IDLE_AFTER))
 
     def over(self, holds: Iterable[Hold]) -> bool:
         """True when what is held for longer than GRACE exceeds the bound."""

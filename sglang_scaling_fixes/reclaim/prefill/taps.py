@@ -1,8 +1,8 @@
-"""Stand-ins for stock objects that pass everything through and let the ledgers see it.
+"""What stands between stock prefill and its queue, thread pool, engine and sockets to decode.
 
-Wrapping the object is what outlives upstream's refactorings: receive loops are
-closures and method bodies change, but a socket is still read with
-`recv_multipart`, a queue with `get`, and the transfer engine returns a status.
+The ledger sees every chunk and every write. Some things are changed on the way: chunks of a
+closed attempt are dropped, a success that is none leaves as a failure, and where Mooncake would
+submit a failed batch again by itself a write is submitted once.
 """
 
 from __future__ import annotations
@@ -12,53 +12,9 @@ from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from typing import Any, Protocol
 
-from sglang_scaling_fixes.reclaim.ledger import Attempt
-
-AUX_DATA = b"AUX_DATA"
-"""Opens stock's message with the content of a metadata slot (SGLANG_MOONCAKE_SEND_AUX_TCP)."""
-
-
-class Passthrough:
-    """Everything not intercepted goes to the stock object."""
-
-    def __init__(self, stock: Any) -> None:
-        self._stock = stock
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stock, name)
-
-
-class ReceiveTap(Passthrough):
-    """A ZMQ socket whose incoming messages pass a filter before stock sees them.
-
-    `read(frames)` returns the frames for stock, or None when the message was
-    ours. `deferred()` returns a message kept back earlier whose time has come.
-    While something is kept back the socket is polled, so that its time is noticed.
-    """
-
-    POLL_MS = 10
-
-    def __init__(
-        self,
-        stock: Any,
-        read: Callable[[list[bytes]], list[bytes] | None],
-        deferred: Callable[[], list[bytes] | None] | None = None,
-        deferring: Callable[[], bool] | None = None,
-    ) -> None:
-        super().__init__(stock)
-        self._read = read
-        self._deferred = deferred or (lambda: None)
-        self._deferring = deferring or (lambda: False)
-
-    def recv_multipart(self, *args: Any, **kwargs: Any) -> list[bytes]:
-        while True:
-            if (ready := self._deferred()) is not None:
-                return ready
-            if self._deferring() and not self._stock.poll(self.POLL_MS):
-                continue
-            frames = self._read(self._stock.recv_multipart(*args, **kwargs))
-            if frames is not None:
-                return frames
+from sglang_scaling_fixes.reclaim.interposers import Passthrough
+from sglang_scaling_fixes.reclaim.rules.attempt import Attempt
+from sglang_scaling_fixes.reclaim.stock_wire import AUX_DATA, FAILED_FRAME, is_success
 
 
 class SuccessLedger(Protocol):
@@ -68,7 +24,7 @@ class SuccessLedger(Protocol):
     """
 
     def mark(self, to: str, attempt: Attempt) -> bytes | None: ...
-    def covers(self, to: str, attempt: Attempt) -> bool: ...
+    def success_leaves(self, to: str, attempt: Attempt) -> bool: ...
     def wrote_aux(self, to: str, attempt: Attempt) -> None: ...
 
 
@@ -79,10 +35,8 @@ class StatusTap(Passthrough):
     Stock's messages name only the room. Sent by the worker that wrote the last
     chunk, so the attempt is the one in hand; if a write of it failed on the way
     (stock ignores some), or what was written is not all that this rank exposed
-    (`covers`), the success is not one and leaves as a failure.
+    (see `coverage`), the success is not one and leaves as a failure.
     """
-
-    SUCCESS, FAILED = b"4", b"0"
 
     def __init__(self, stock: Any, to: str, ledger: SuccessLedger) -> None:
         super().__init__(stock)
@@ -94,22 +48,12 @@ class StatusTap(Passthrough):
         if attempt is not None and (frames[0] == AUX_DATA or is_success(frames)):
             if frames[0] == AUX_DATA:
                 self._ledger.wrote_aux(self._to, attempt)
-            elif attempt.poisoned or not self._ledger.covers(self._to, attempt):
-                frames = [frames[0], self.FAILED, *frames[2:]]
+            elif not self._ledger.success_leaves(self._to, attempt):
+                frames = [frames[0], FAILED_FRAME, *frames[2:]]
                 return self._stock.send_multipart(frames, *args, **kwargs)
             if (trailer := self._ledger.mark(self._to, attempt)) is not None:
                 frames = [*frames, trailer]
         return self._stock.send_multipart(frames, *args, **kwargs)
-
-
-def is_number(frame: bytes) -> bool:
-    """Digits that `int` reads as a room, slot or port: no more than 20 of them."""
-    return len(frame) <= 20 and frame.isdigit()
-
-
-def is_success(frames: list[bytes]) -> bool:
-    """Stock's `[room, status, prefill rank, ...]` with KVPoll.Success."""
-    return len(frames) >= 3 and frames[1] == StatusTap.SUCCESS and is_number(frames[0])
 
 
 class ChunkLedger(Protocol):

@@ -11,8 +11,11 @@ from typing import Any
 
 from sglang_scaling_fixes.attach import replace_method, wrap_method
 from sglang_scaling_fixes.config import Config
-from sglang_scaling_fixes.reclaim import fence, layout
-from sglang_scaling_fixes.reclaim.decode import DecodeGuard, OutgoingTap, rank_of
+from sglang_scaling_fixes.reclaim import layout
+from sglang_scaling_fixes.reclaim.decode import fence
+from sglang_scaling_fixes.reclaim.decode.peers import OutgoingSocket, rank_of
+from sglang_scaling_fixes.reclaim.decode.side import DecodeGuard
+from sglang_scaling_fixes.reclaim.stock_wire import SUCCESS
 
 _MOONCAKE = "sglang.srt.disaggregation.mooncake.conn"
 _DECODE = "sglang.srt.disaggregation.decode"
@@ -30,7 +33,7 @@ def attach(config: Config) -> None:
 
 def _attach_manager(config: Config) -> None:
     def start_decode_thread(stock: Callable[..., Any], manager: Any) -> Any:
-        DecodeGuard(manager, config)
+        DecodeGuard(manager, config).install()
         return stock(manager)
 
     def queue_init(stock: Callable[..., Any], queue: Any, *args: Any, **kwargs: Any) -> Any:
@@ -73,7 +76,7 @@ def _attach_receiver() -> None:
                 return socket, lock
             rank = rank_of(bootstrap_info)
             route = functools.partial(stock, cls, bootstrap_info)
-            return OutgoingTap(socket, rank, route, guard), lock
+            return OutgoingSocket(socket, rank, route, guard.peers), lock
 
         return connected
 
@@ -90,7 +93,7 @@ def _attach_receiver() -> None:
         def polled(receiver: Any) -> Any:
             # Every receiver in every turn of the loop, and nearly always one that waits.
             status = stock(receiver)
-            if status != layout.SUCCESS or DecodeGuard.current is None:
+            if status != SUCCESS or DecodeGuard.current is None:
                 return status
             return DecodeGuard.current.succeeded(stock, receiver)
 

@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from sglang_scaling_fixes.reclaim.messages import Rank
-from sglang_scaling_fixes.reclaim.taps import is_number
+from sglang_scaling_fixes.reclaim.rules.types import Rank
+from sglang_scaling_fixes.reclaim.stock_wire import is_number
 
 _MAX_WAIT = 5.0
 _MEMORY = 65536
@@ -55,15 +55,16 @@ class StockAborts:
         found = self._rooms.setdefault(room, _Room())
         found.expected, found.wait = expected, self._first_wait
 
-    def acked(self, frames: list[bytes]) -> int | None:
-        """An answer came. The room, if by now every rank has said that it is drained."""
+    def acked(self, frames: list[bytes]) -> tuple[int, int] | None:
+        """An answer came. The room and how many ranks have answered, once all that must have."""
         if len(frames) < 3 or not is_number(frames[1]):
             return None
         room = int(frames[1])
         if (found := self._rooms.get(room)) is None or room in self._doubtful:
             return None
         found.acked.add(frames[2])
-        return room if 0 < found.expected <= len(found.acked) else None
+        count = len(found.acked)
+        return (room, count) if 0 < found.expected <= count else None
 
     def due(self, now: float) -> list[tuple[Rank, list[bytes]]]:
         """ABORTs to repeat."""

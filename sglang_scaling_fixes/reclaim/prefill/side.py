@@ -21,23 +21,26 @@ from typing import Any
 from sglang_scaling_fixes import release
 from sglang_scaling_fixes.metrics import PREFILL, of_process
 from sglang_scaling_fixes.reclaim import layout, messages
-from sglang_scaling_fixes.reclaim.coverage import Extent
-from sglang_scaling_fixes.reclaim.layout import FAILED, SUCCESS
-from sglang_scaling_fixes.reclaim.ledger import (
+from sglang_scaling_fixes.reclaim.interposers import ReceiveTap
+from sglang_scaling_fixes.reclaim.prefill.taps import EngineTap, ExecutorTap, QueueTap
+from sglang_scaling_fixes.reclaim.rules.attempt import Attempt
+from sglang_scaling_fixes.reclaim.rules.coverage import Extent
+from sglang_scaling_fixes.reclaim.rules.prefill_ledger import (
     Action,
-    Attempt,
     Delivery,
     FailRoom,
     ForgetRoom,
     PrefillLedger,
     SendAnswer,
+    ends_room,
 )
-from sglang_scaling_fixes.reclaim.taps import (
-    EngineTap,
-    ExecutorTap,
-    QueueTap,
-    ReceiveTap,
-    is_number,
+from sglang_scaling_fixes.reclaim.stock_wire import (
+    FAILED,
+    PAGE_BYTES,
+    PAGES_FRAME,
+    SESSION_FRAME,
+    SUCCESS,
+    is_metadata,
 )
 from sglang_scaling_fixes.reclaim.transport import ReplySockets, endpoint, new_incarnation
 
@@ -80,15 +83,20 @@ class PrefillGuard:
         self._dropped: deque[tuple[int, int]] = deque()
         self._warned: set[str] = set()
         self.metrics = of_process(PREFILL, manager)
-        manager.engine = EngineTap(manager.engine, self, once=release.mooncake_retries())
-        PrefillGuard.current = self
 
     # -- wiring -------------------------------------------------------------------
+
+    def install(self) -> PrefillGuard:
+        """Watch every write of the manager's engine, and be the guard of this process."""
+        engine = self._manager.engine
+        self._manager.engine = EngineTap(engine, self, once=release.mooncake_retries())
+        PrefillGuard.current = self
+        return self
 
     def tap_socket(self) -> None:
         manager = self._manager
         manager.server_socket = ReceiveTap(
-            manager.server_socket, self._read, self._next_deferred, lambda: bool(self._deferred)
+            manager.server_socket, self.read, self._next_deferred, lambda: bool(self._deferred)
         )
 
     def tap_queue(self, queue: Any) -> QueueTap:
@@ -125,7 +133,7 @@ class PrefillGuard:
 
     # -- messages from decode --------------------------------------------------------
 
-    def _read(self, frames: list[bytes]) -> list[bytes] | None:
+    def read(self, frames: list[bytes]) -> list[bytes] | None:
         stock, message = messages.split(frames)
         if message is messages.GARBAGE or not self._for_prefill(stock, message):
             self.metrics.inc("garbage")
@@ -161,7 +169,7 @@ class PrefillGuard:
         return stock[0].isascii() and (stock[0] != b"None" or len(stock) >= 10)
 
     def _bind(self, stock: list[bytes], bind: messages.Bind) -> list[bytes] | None:
-        session = stock[messages.SESSION_FRAME].decode("ascii", "replace")
+        session = stock[SESSION_FRAME].decode("ascii", "replace")
         extent = Extent(session, bind.pages, bind.states, bind.tokens)
         with self._lock:
             delivery, actions = self._ledger.bind(
@@ -192,8 +200,8 @@ class PrefillGuard:
                 "protected; start it with --plugin",
                 source,
             )
-        session = stock[messages.SESSION_FRAME].decode("ascii", "replace")
-        pages = len(stock[messages.PAGES_FRAME]) // messages.PAGE_BYTES
+        session = stock[SESSION_FRAME].decode("ascii", "replace")
+        pages = len(stock[PAGES_FRAME]) // PAGE_BYTES
         extent = Extent(session, 0 if layout.counts_rows(self._manager, session) else pages)
         with self._lock:
             delivery, actions = self._ledger.bind_stranger(int(stock[0]), source, extent)
@@ -325,13 +333,13 @@ class PrefillGuard:
             bound = self._ledger.bound_for(attempt, to)
         return None if bound is None else messages.encode(messages.Mark(*bound))
 
-    def covers(self, to: str, attempt: Attempt) -> bool:
-        """Whether all that the decode rank at endpoint `to` exposed was written."""
+    def success_leaves(self, to: str, attempt: Attempt) -> bool:
+        """May the success leave for the decode rank at endpoint `to`, or is it a failure?"""
         sends_kv = functools.partial(layout.sends_kv, self._manager)
         with self._lock:
             first = not attempt.short
-            covered = self._ledger.covers(attempt, to, sends_kv)
-        if not covered:
+            leaves = self._ledger.success_leaves(attempt, to, sends_kv)
+        if not leaves and attempt.short:
             self.metrics.inc("short_sends")
             if first:
                 logger.error(
@@ -339,7 +347,7 @@ class PrefillGuard:
                     attempt.room,
                     attempt.short,
                 )
-        return covered
+        return leaves
 
     def wrote_aux(self, to: str, attempt: Attempt) -> None:
         """The metadata for the decode rank at endpoint `to` leave in a message of stock's."""
@@ -376,20 +384,12 @@ class PrefillGuard:
         self._replies.send(action.reply_to, messages.encode(answer))
 
     def _fail(self, room: int, reason: str) -> None:
-        """End the room in stock as stock ends its own failures, so that its request ends.
-
-        Only a room stock knows: a failure recorded for no request would be found by
-        the next one that uses the room. And not one that has succeeded.
-        """
-        if self._manager.request_status.get(room, SUCCESS) != SUCCESS:
+        """End the room in stock as stock ends its own failures, so that its request ends."""
+        status = self._manager.request_status.get(room)
+        if ends_room(known=status is not None, succeeded=status == SUCCESS):
             self._manager.record_failure(room, reason)
             self._manager.update_status(room, FAILED)
 
     def report(self) -> dict[str, Any]:
         """Counters for `/server_info` and the lab."""
         return self.metrics.report()
-
-
-def is_metadata(stock: list[bytes]) -> bool:
-    """A room and at least the 7 frames behind it that every release sends."""
-    return len(stock) >= 8 and is_number(stock[0])

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang_scaling_fixes.attach import replace_method, wrap_method
-from sglang_scaling_fixes.reclaim.layout import FAILED, TRANSFERRING
-from sglang_scaling_fixes.reclaim.prefill import PrefillGuard
-from sglang_scaling_fixes.reclaim.taps import StatusTap
+from sglang_scaling_fixes.reclaim.prefill.side import PrefillGuard
+from sglang_scaling_fixes.reclaim.prefill.taps import StatusTap
+from sglang_scaling_fixes.reclaim.stock_wire import FAILED, TRANSFERRING
 
 _MOONCAKE = "sglang.srt.disaggregation.mooncake.conn"
 _MIXIN = "sglang.srt.disaggregation.prefill:SchedulerDisaggregationPrefillMixin"
@@ -23,7 +23,7 @@ def attach() -> None:
     def init_engine(stock: Callable[..., Any], manager: Any) -> Any:
         result = stock(manager)
         if manager.disaggregation_mode.value == "prefill":
-            PrefillGuard(manager)
+            PrefillGuard(manager).install()
         return result
 
     def start_prefill_thread(stock: Callable[..., Any], manager: Any) -> Any:

@@ -29,7 +29,8 @@ import numpy as np
 
 from sglang_scaling_fixes.alarm import end_server
 from sglang_scaling_fixes.errors import AttachError
-from sglang_scaling_fixes.reclaim.ledger import Exposure, State
+from sglang_scaling_fixes.reclaim.rules.exposure import Exposure
+from sglang_scaling_fixes.reclaim.rules.types import LedgerError
 
 logger = logging.getLogger(__name__)
 
@@ -88,10 +89,6 @@ class Slots:
         return unique
 
     @property
-    def given_up(self) -> bool:
-        return self.exposure.state in (State.HELD, State.PROVEN)
-
-    @property
     def complete(self) -> bool:
         """Every exposed page is in a kept free: no ordinary free can touch one now."""
         return len(self.seen) == len(self.pages)
@@ -101,13 +98,18 @@ class Gate:
     """Wraps one token allocator and one metadata-index allocator of a decode rank."""
 
     def __init__(self, tokens: Any, metadata: Any, *, audit: bool = False) -> None:
+        self._tokens, self._metadata = tokens, metadata
         self._page_size = int(tokens.page_size)
         self._audit = audit
         self._open: dict[str, Slots] = {}
         self._aux: dict[int, Slots] = {}
         self._watched: list[Slots] = []
         """Given-up exposures not yet completely withheld. Empty in the normal path."""
-        self._wrap(tokens, metadata)
+
+    def install(self) -> Gate:
+        """Wrap the `free*` methods of both allocators, and `clear` of the pool's."""
+        self._wrap(self._tokens, self._metadata)
+        return self
 
     # -- events from the adapter ----------------------------------------------
 
@@ -115,7 +117,8 @@ class Gate:
         self, exposure: Exposure, own: np.ndarray, shared: Sequence[np.ndarray], aux: int | None
     ) -> None:
         """Remember what `exposure` makes reachable: page numbers, any order, and `aux`."""
-        slots = self._open[exposure.gen] = Slots(exposure, np.array(own), shared, aux)
+        slots = Slots(exposure, np.array(own), shared, aux)
+        exposure.slots = self._open[exposure.gen] = slots
         if aux is not None:
             self._aux[aux] = slots
 
@@ -126,7 +129,7 @@ class Gate:
 
     def gave_up(self, exposure: Exposure) -> None:
         """From here until complete, every free is looked at."""
-        self._watched.append(self._open[exposure.gen])
+        self._watched.append(self._slots(exposure))
 
     def settle(self) -> None:
         """Once per scheduler tick: stop looking for pages that are all withheld.
@@ -158,18 +161,39 @@ class Gate:
         slots = self._aux.get(aux)
         return slots is not None and slots.exposure.room == room
 
-    def slots(self, exposure: Exposure) -> Slots:
-        return self._open[exposure.gen]
+    def metadata_slot(self, exposure: Exposure) -> int | None:
+        return self._slots(exposure).aux
 
     @property
     def held_tokens(self) -> int:
         """Token slots of given-up exposures: kept here, or by stock's own deferral before."""
-        return sum(self.tokens(s) for s in self._open.values() if s.given_up)
+        given_up = (s.exposure for s in self._open.values() if s.exposure.given_up)
+        return sum(self.tokens(exposure) for exposure in given_up)
 
-    def tokens(self, slots: Slots) -> int:
-        return len(slots.own) * self._page_size
+    def tokens(self, exposure: Exposure) -> int:
+        """Token slots that the exposure's own pages have."""
+        return len(self._slots(exposure).own) * self._page_size
+
+    def check_integrity(self, exposures: Sequence[Exposure]) -> None:
+        """`LedgerError` where this gate and a ledger with these exposures contradict each other."""
+        known = {exposure.gen: exposure for exposure in exposures}
+        if strays := known.keys() ^ self._open.keys():
+            raise LedgerError(f"open in the ledger or at the gate only: {sorted(strays)}")
+        for gen, slots in self._open.items():
+            if slots is not known[gen].slots:
+                raise LedgerError(f"{gen}: its slots are another exposure's")
+            if slots.aux is not None and slots.aux_back and slots.aux not in self._aux:
+                raise LedgerError(f"{gen}: metadata slot {slots.aux} is withheld for nobody")
+        for slots in self._watched:
+            if slots.exposure.gen not in known or not slots.exposure.given_up:
+                raise LedgerError(f"{slots.exposure.gen}: watched, and nobody gave it up")
 
     # -- internals --------------------------------------------------------------
+
+    @staticmethod
+    def _slots(exposure: Exposure) -> Slots:
+        assert isinstance(exposure.slots, Slots)
+        return exposure.slots
 
     def _forget(self, exposure: Exposure) -> Slots:
         slots = self._open.pop(exposure.gen)
@@ -236,7 +260,7 @@ class Gate:
         call = functools.partial(stock, indices.clone(), *args, **kwargs)
         kept = Kept(call, {slots.exposure.gen for slots, _ in touched})
         for slots, hit in touched:
-            if not slots.given_up:
+            if not slots.exposure.given_up:
                 # Only the audit looks this far. Stock freed slots whose owner is
                 # still waiting for its KV: keep them until that is decided.
                 logger.error(
@@ -252,7 +276,7 @@ class Gate:
         return True
 
     def _keep_aux(self, slots: Slots, call: Callable[[], None]) -> None:
-        if not slots.given_up:
+        if not slots.exposure.given_up:
             end_server(
                 f"safe-reclaim: room {slots.exposure.room} gave its metadata slot back while "
                 "its transfer is open and nobody gave it up"

@@ -1,0 +1,103 @@
+"""Decode's receive thread: sort out what is ours, and keep from stock what is not its to see.
+
+A receive thread must outlive whatever arrives: what is not readable is dropped and counted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from sglang_scaling_fixes.reclaim import messages
+from sglang_scaling_fixes.reclaim.decode.peers import Peers
+from sglang_scaling_fixes.reclaim.decode.records import Records
+from sglang_scaling_fixes.reclaim.rules.stock_aborts import StockAborts
+from sglang_scaling_fixes.reclaim.stock_wire import AUX_DATA, is_number, is_success
+
+
+class Inbox:
+    """What prefill ranks say to one decode rank."""
+
+    def __init__(
+        self,
+        records: Records,
+        peers: Peers,
+        owns_aux: Callable[[int, int], bool],
+    ) -> None:
+        self._ledger = records.ledger
+        self._lock = records.lock
+        self._metrics = records.metrics
+        self._stock_aborts = records.stock_aborts
+        self._peers = peers
+        self._owns_aux = owns_aux
+
+    def read(self, frames: list[bytes]) -> list[bytes] | None:
+        """The frames for stock, None when the message was ours or must not reach it."""
+        stock, message = messages.split(frames)
+        if message is messages.GARBAGE or not self._readable(stock, message):
+            self._metrics.inc("garbage")
+            return None
+        if is_success(stock):
+            mark = message if isinstance(message, messages.Mark) else None
+            return stock if self._admits(int(stock[0]), mark, stock[2]) else None
+        if isinstance(message, messages.Here | messages.Answer):
+            self._peers.pace.heard(message.rank)
+            with self._lock:
+                self._hear(message)
+            return None
+        if stock[0] == b"ABORT_ACK" and self._stock_aborts is not None:
+            self._acked(self._stock_aborts, stock)
+        if stock[0] == AUX_DATA and not self._takes_aux(stock, message):
+            return None
+        return stock
+
+    def _readable(self, stock: list[bytes], message: messages.Message | None) -> bool:
+        """Something a prefill rank says, as far as it is read here."""
+        if isinstance(message, messages.Here | messages.Answer):
+            return self._peers.knows(message.rank)
+        marked = isinstance(message, messages.Mark)
+        if not stock or (message is not None and not marked):
+            return False
+        if marked and not is_success(stock) and stock[0] != AUX_DATA:
+            return False
+        if stock[0] == AUX_DATA:
+            return len(stock) > 3 and is_number(stock[1]) and is_number(stock[3])
+        # A status: stock reads room, status and prefill rank.
+        status = len(stock) > 2 and all(is_number(frame) for frame in stock[:3])
+        return status if stock[0].isdigit() else stock[0].isascii()
+
+    def _admits(self, room: int, mark: messages.Mark | None, prefill_rank: bytes) -> bool:
+        """A success: stock learns of it only if it is the open generation's."""
+        gen, rank = (None, "") if mark is None else (mark.gen, mark.rank)
+        if mark is not None:
+            self._peers.pace.heard(mark.rank)
+        with self._lock:
+            admitted = self._ledger.reports(room, gen, rank, prefill_rank)
+        if not admitted:
+            self._metrics.inc("stale")
+        return admitted
+
+    def _hear(self, message: messages.Here | messages.Answer) -> None:
+        if isinstance(message, messages.Here):
+            self._ledger.here(message.rank, message.incarnation, message.gen, message.seq)
+            return
+        exposure = self._ledger.answer(
+            message.rank, message.incarnation, message.gen, message.verdict, message.reason
+        )
+        if exposure is None:
+            self._metrics.inc("stale")
+        elif exposure.writers[message.rank].proof is not None:
+            self._metrics.observe("ack_seconds", time.monotonic() - exposure.gave_up_at)
+
+    def _acked(self, stock_aborts: StockAborts, frames: list[bytes]) -> None:
+        """Stock's acknowledgement that a room has drained, believed under `stock-ack`."""
+        if (acked := stock_aborts.acked(frames)) is not None:
+            with self._lock:
+                self._ledger.acked(*acked)
+
+    def _takes_aux(self, stock: list[bytes], message: messages.Message | None) -> bool:
+        room, aux = int(stock[1]), int(stock[3])
+        gen = message.gen if isinstance(message, messages.Mark) else None
+        owned = self._owns_aux(aux, room)
+        with self._lock:
+            return self._ledger.admits_metadata(room, gen, owned=owned)

@@ -1,0 +1,226 @@
+"""Decode's way to the prefill ranks: trailers on stock's messages, questions, sessions.
+
+All of it leaves on stock's own sockets. Only there does the place of a question behind the
+destinations mean something. Everything here runs on the scheduler thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import zmq
+from msgspec import structs
+
+from sglang_scaling_fixes.reclaim import messages
+from sglang_scaling_fixes.reclaim.decode.records import Records
+from sglang_scaling_fixes.reclaim.interposers import Passthrough
+from sglang_scaling_fixes.reclaim.rules.exposure import Exposure
+from sglang_scaling_fixes.reclaim.rules.pace import Pace
+from sglang_scaling_fixes.reclaim.rules.types import Rank
+from sglang_scaling_fixes.reclaim.stock_wire import SESSION_FRAME
+from sglang_scaling_fixes.reclaim.transport import endpoint, send_now
+
+logger = logging.getLogger(__name__)
+
+REQUIRE_WAIT = 1.0
+"""Seconds to wait for a prefill's first word under `--safe-reclaim-peer require`."""
+REQUIRE_RETRY = 30.0
+"""Seconds before a silent prefill is waited for again."""
+
+Route = Callable[[], tuple[Any, Any]]
+"""Stock's own look-up of its socket to a rank and that socket's lock (stock may replace them)."""
+
+
+class Peers:
+    """The prefill ranks that this decode rank has sent anything to."""
+
+    def __init__(self, manager: Any, records: Records) -> None:
+        self._manager = manager
+        self._ledger = records.ledger
+        self._lock = records.lock
+        self._metrics = records.metrics
+        self._stock_aborts = records.stock_aborts
+        self._reply_to = endpoint(manager.local_ip, manager.rank_port)
+        self._routes: dict[Rank, Route] = {}
+        self._hello_on: dict[Rank, Any] = {}
+        """Rank -> the socket its last Hello left on."""
+        self._registrations: dict[Rank, list[bytes]] = {}
+        """Rank -> stock's message that registered this decode's buffers there."""
+        self._fenced_sessions: set[bytes] = set()
+        self._uninformed: set[Rank] = set()
+        """Ranks that do not know the present session yet: they get no destinations."""
+        self._silent_until: dict[Rank, float] = {}
+        self._sending: tuple[Exposure, messages.Bind] | None = None
+        """What stock is sending destinations for, and what goes with them but for the rank."""
+        self.pace = Pace()
+
+    def knows(self, rank: Rank) -> bool:
+        """Whether anything was ever sent to `rank`."""
+        return rank in self._routes
+
+    # -- what leaves with stock's messages ----------------------------------------------
+
+    def bind(
+        self,
+        exposure: Exposure,
+        pages: int = 0,
+        states: tuple[int, ...] | None = None,
+        tokens: int | None = None,
+    ) -> messages.Bind:
+        """What is said of destinations of `exposure`, but for the rank they are for."""
+        gen, epoch = exposure.gen, exposure.epoch
+        return messages.Bind(
+            self._reply_to, "", gen, epoch, pages=pages, states=states, tokens=tokens
+        )
+
+    def send_destinations(
+        self, exposure: Exposure, bind: messages.Bind, send: Callable[[], Any]
+    ) -> Any:
+        """Let stock send the destinations of `exposure`, with `bind` behind them."""
+        self._sending = exposure, bind
+        try:
+            return send()
+        finally:
+            self._sending = None
+
+    def outgoing(
+        self, rank: Rank, route: Route, frames: list[bytes], socket: Any = None
+    ) -> list[bytes]:
+        """Add our trailer to what stock sends to a prefill rank, under the socket's lock."""
+        self._routes[rank] = route
+        registers = frames[0] == b"None"  # stock's message about this decode's buffers
+        names_session = registers or frames[0].isdigit()
+        if names_session and frames[SESSION_FRAME] in self._fenced_sessions:
+            # Stock's receiver of old releases keeps the session it was made under.
+            frames[SESSION_FRAME] = self._session()
+        if registers:
+            self._registrations[rank] = frames
+            self._uninformed.discard(rank)
+            return self._with_hello(rank, frames, socket)
+        if frames[0] == b"ABORT":
+            self._stock_abort(int(frames[1]), rank, frames)
+            return frames
+        if self._sending is None or rank not in self._sending[0].writers:
+            return frames
+        exposure, bind = self._sending
+        with self._lock:
+            self._ledger.sent(exposure, rank, after_hello=self._hello_on.get(rank) is socket)
+            expects = exposure.writers[rank].incarnation
+        return messages.ride(frames, structs.replace(bind, rank=rank, expects=expects))
+
+    def _with_hello(self, rank: Rank, frames: list[bytes], socket: Any) -> list[bytes]:
+        """Stock's registration with a numbered Hello: who serves `rank` is asked anew."""
+        self._hello_on[rank] = socket
+        with self._lock:
+            seq = self._ledger.hello(rank)
+        return messages.ride(frames, messages.Hello(self._reply_to, rank, seq=seq))
+
+    def _stock_abort(self, room: int, rank: Rank, frames: list[bytes]) -> None:
+        if self._stock_aborts is None:
+            return
+        with self._lock:
+            exposed = any(exposure.room == room for exposure in self._ledger.exposures())
+        if exposed:
+            self._stock_aborts.sent(room, rank, frames)
+        else:
+            self._stock_aborts.unexposed(room)
+
+    # -- questions -----------------------------------------------------------------------
+
+    def ask(self) -> None:
+        """Send the questions that are due, and stock's own ABORTs again."""
+        now = time.monotonic()
+        with self._lock:
+            asks = self._ledger.tick(now)
+        for ask in asks:
+            if not self.pace.may(ask.rank, now):
+                continue  # its queue, which is stock's as well, must not fill up
+            message = messages.Ask(self._reply_to, ask.rank, ask.room, ask.gen)
+            self._send(ask.rank, [messages.encode(message)])
+            self._metrics.inc("asks")
+            if ask.again:
+                self._metrics.inc("asks_resent")
+        if self._stock_aborts is not None:
+            for rank, frames in self._stock_aborts.due(now):
+                self._send(rank, frames)
+
+    def _send(self, rank: Rank, frames: list[bytes], *, registers: bool = False) -> bool:
+        """To a prefill rank on stock's socket, without blocking. False: ask again later."""
+        try:
+            socket, lock = self._routes[rank]()
+        except zmq.ZMQError as error:  # stock could not make a socket
+            logger.debug("safe-reclaim: no socket to %s: %s", rank, error)
+            return False
+        with lock:
+            sent = self._with_hello(rank, frames, socket) if registers else frames
+            return send_now(socket, sent)
+
+    # -- who runs the plugin ---------------------------------------------------------------
+
+    def without_plugin(self, ranks: Iterable[Rank]) -> list[Rank]:
+        """Those of `ranks` that have not said that they run safe reclaim."""
+        return [rank for rank in ranks if rank not in self._ledger.peers]
+
+    def all_run_plugin(self, ranks: list[Rank]) -> bool:
+        """Wait a moment for a first word, once in a while per rank: this is the scheduler."""
+        now = time.monotonic()
+        deadline = now + REQUIRE_WAIT
+        while silent := self.without_plugin(ranks):
+            known_silent = all(self._silent_until.get(rank, 0.0) > now for rank in silent)
+            if known_silent or time.monotonic() >= deadline:
+                self._silent_until.update(dict.fromkeys(silent, now + REQUIRE_RETRY))
+                return False
+            time.sleep(0.005)
+        return True
+
+    # -- sessions ----------------------------------------------------------------------------
+
+    def end_session(self, session: str) -> None:
+        """A fence ended it: what stock still sends under it leaves under the present one."""
+        self._fenced_sessions.add(session.encode("ascii"))
+
+    def register_everywhere(self) -> None:
+        """Register at every known rank under the present session."""
+        self._uninformed.update(self._registrations)
+        for rank in self._registrations:
+            self._register(rank)
+
+    def uninformed(self, addressed: Iterable[Rank]) -> list[Rank]:
+        """Those of the addressed ranks that take no registration even now."""
+        if not self._uninformed:
+            return []
+        return [rank for rank in self._uninformed & set(addressed) if not self._register(rank)]
+
+    def _register(self, rank: Rank) -> bool:
+        """Register at `rank` again under the present session. False: its queue is full."""
+        frames = self._registrations[rank]
+        frames[SESSION_FRAME] = self._session()
+        sent = self._send(rank, frames, registers=True)
+        if sent:
+            self._uninformed.discard(rank)
+        return sent
+
+    def _session(self) -> bytes:
+        return str(self._manager.get_session_id()).encode("ascii")
+
+
+class OutgoingSocket(Passthrough):
+    """The socket to one prefill rank: stock's messages leave with our trailer."""
+
+    def __init__(self, stock: Any, rank: Rank, route: Route, peers: Peers) -> None:
+        super().__init__(stock)
+        self._rank = rank
+        self._route = route
+        self._peers = peers
+
+    def send_multipart(self, frames: list[bytes], *args: Any, **kwargs: Any) -> Any:
+        frames = self._peers.outgoing(self._rank, self._route, list(frames), self._stock)
+        return self._stock.send_multipart(frames, *args, **kwargs)
+
+
+def rank_of(bootstrap_info: dict[str, Any]) -> Rank:
+    """How this decode addresses a prefill rank: `"ip:port"`."""
+    return f"{bootstrap_info['rank_ip']}:{bootstrap_info['rank_port']}"

@@ -1,0 +1,16 @@
+"""The rules of safe reclaim: plain Python that knows no SGLang, socket, thread or clock.
+
+    types            a rank, a proof, what prefill can answer
+    exposure         destinations that decode sent, and the life they have (a table)
+    decode_ledger    when may a slot go back?
+    attempt          destinations that prefill received, and the life they have (a table)
+    prefill_ledger   when is nothing of an attempt written any more?
+    coverage         was all that was exposed written?
+    quarantine       how much may be held, and when is a fence worth its price?
+    pace             how often may a silent rank be asked?
+    stock_aborts     stock's own ABORT, believed where the operator says so
+
+Events come in as method calls, with the time as an argument (seconds of any monotonic clock).
+What to do comes out as return values. The adapters in `reclaim.decode` and `reclaim.prefill`
+translate and decide nothing.
+"""

@@ -1,0 +1,138 @@
+"""Destinations that prefill received for one attempt at a room, and the life they have.
+
+The life of an attempt is `ATTEMPT_TRANSITIONS`. Apart from it, an attempt is *poisoned* from
+the first write of it that failed: whatever phase it is in, no answer about it proves anything.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+from sglang_scaling_fixes.reclaim.rules.coverage import Coverage, Extent
+from sglang_scaling_fixes.reclaim.rules.types import LedgerError, Rank, Verdict
+
+STRANGER = "stranger"
+"""The epoch of every attempt by a decode without the plugin."""
+
+
+class Phase(enum.StrEnum):
+    """Where an attempt stands on the prefill side."""
+
+    WAITING = "waiting"  # open; stock has no sender for it yet
+    SERVED = "served"  # open; its sender may queue chunks
+    DRAINING = "draining"  # closed; a chunk is still being written
+    ABANDONED = "abandoned"  # the same, and stock is done with its sender
+    CLOSED = "closed"  # closed; nothing is written; stock still looks at its sender
+    OVER = "over"  # closed; nothing is written or looked at
+
+
+_WRITING, _QUIET = "a chunk in hand", "nothing in hand"
+
+ATTEMPT_TRANSITIONS: dict[tuple[Phase, str], Phase] = {
+    (Phase.WAITING, "sender made"): Phase.SERVED,
+    (Phase.WAITING, f"closed, {_QUIET}"): Phase.OVER,
+    (Phase.SERVED, f"closed, {_WRITING}"): Phase.DRAINING,
+    (Phase.SERVED, f"closed, {_QUIET}"): Phase.CLOSED,
+    (Phase.SERVED, f"sender gone, {_WRITING}"): Phase.ABANDONED,
+    (Phase.SERVED, f"sender gone, {_QUIET}"): Phase.OVER,
+    (Phase.DRAINING, f"sender gone, {_WRITING}"): Phase.ABANDONED,
+    (Phase.DRAINING, "last chunk ended"): Phase.CLOSED,
+    (Phase.ABANDONED, "last chunk ended"): Phase.OVER,
+    (Phase.CLOSED, f"sender gone, {_QUIET}"): Phase.OVER,
+    # The request came after its destinations were given up.
+    (Phase.OVER, "sender made"): Phase.CLOSED,
+}
+"""The whole life of an attempt. Anything else is a `LedgerError`."""
+
+
+@dataclass(eq=False, slots=True)
+class Attempt:
+    """All destinations of one attempt at a room, and what is being done with them."""
+
+    room: int
+    epoch: str
+    """What the destinations of one attempt have in common, on all its decode ranks."""
+    bindings: dict[str, tuple[str, Rank]] = field(default_factory=dict)
+    """gen -> (reply_to, rank); of a decode without the plugin, its address twice."""
+    exposed: dict[str, Extent] = field(default_factory=dict)
+    """gen -> what its destinations stand for."""
+    coverage: Coverage = field(default_factory=Coverage)
+    short: str = ""
+    """Why its success did not leave as one, see `coverage`."""
+    asked: set[str] = field(default_factory=set)
+    phase: Phase = Phase.WAITING
+    sender: Hashable | None = None
+    """Stock's sender of this attempt; its chunks, and no others, are this attempt's."""
+    active: int = 0
+    """Chunks being processed plus their helper tasks."""
+    poisoned: str = ""
+    """A write failed in a way that may still land. Never cleared."""
+
+    @property
+    def closed(self) -> bool:
+        """No chunk of it is accepted or taken any more."""
+        return self.phase not in (Phase.WAITING, Phase.SERVED)
+
+    @property
+    def quiet(self) -> bool:
+        return self.active == 0
+
+    @property
+    def over(self) -> bool:
+        """Nothing of it is being written, will be, or is still looked at by stock."""
+        return self.phase is Phase.OVER
+
+    @property
+    def sender_gone(self) -> bool:
+        """Stock is done with its sender."""
+        return self.sender is not None and self.phase in (Phase.ABANDONED, Phase.OVER)
+
+    @property
+    def verdict(self) -> Verdict:
+        """What is answered about it once it is closed and quiet."""
+        return "poisoned" if self.poisoned else "drained"
+
+    @property
+    def sessions(self) -> set[str]:
+        """Decode's transfer sessions that its chunks are written to."""
+        return {extent.session for extent in self.exposed.values()}
+
+    def exposed_at(self, to: str) -> Extent | None:
+        """What the decode rank at `to` exposed to it."""
+        for gen, (address, _) in self.bindings.items():
+            if address == to:
+                return self.exposed.get(gen)
+        return None
+
+    def adopt(self, sender: Hashable) -> None:
+        """Stock's sender for it is there."""
+        self._move("sender made")
+        self.sender = sender
+
+    def close(self) -> None:
+        """No further chunk is accepted or taken."""
+        self._move(f"closed, {_QUIET if self.quiet else _WRITING}")
+
+    def lose_sender(self) -> None:
+        """Stock is done with its sender; that closes it as well."""
+        self._move(f"sender gone, {_QUIET if self.quiet else _WRITING}")
+
+    def begin(self) -> None:
+        """A chunk, or a helper task of the chunk in hand, is being processed."""
+        self.active += 1
+
+    def end(self) -> None:
+        """A chunk or a helper task ended."""
+        if self.active <= 0:
+            raise LedgerError(f"room {self.room}: more ends than beginnings")
+        self.active -= 1
+        if self.quiet and self.phase in (Phase.DRAINING, Phase.ABANDONED):
+            self._move("last chunk ended")
+
+    def _move(self, event: str) -> None:
+        try:
+            self.phase = ATTEMPT_TRANSITIONS[self.phase, event]
+        except KeyError:
+            raise LedgerError(f"room {self.room}: {event!r} in phase {self.phase}") from None

@@ -1,0 +1,495 @@
+"""When may a KV slot be used again? Every rule of safe reclaim, and nothing else.
+
+Two rules for `reclaim.rules`: everything that decides whether a slot may be reused
+lives there; and nothing there knows SGLang, sockets, threads or clocks.
+
+The invariant
+-------------
+A KV slot or metadata slot whose address was ever sent to a prefill rank does not
+re-enter a free list until, for every such rank (a *writer*), one of these holds:
+
+    P1  the destination was never sent to it
+    P2  it acknowledged this room *and this generation* as drained: nothing of it
+        is posted, nothing will be
+    P3  it reported success of all its writes, and success means landed
+        (and the writes were all that was exposed: see `coverage`)
+    P4  a fence: it can no longer reach the memory
+
+Theory of operation
+-------------------
+Each time decode sends destinations it opens an *exposure* with a generation that
+is never used again, so a reused room cannot be confused with its predecessor.
+Most exposures end in `landed`: KV arrived, the slots are ordinary from then on.
+When the owner gives up first (abort, timeout, failure: whatever stock calls it),
+the slots are withheld and every unproven writer is asked, again and again with
+backoff, until it answers. Only then do the slots go back.
+
+    decode                                   prefill
+    ------                                   -------
+    EXPOSED --- Bind(gen), destinations --->  bound
+       |                                        | chunks: put, take, done
+       |  owner gives up
+       v
+     HELD  ---------- Ask(gen) ------------->  closed: queued chunks are dropped,
+       |   (repeated until answered)            | no new chunk is taken
+       |                                        | the chunk in hand finishes
+       |   <-------- Answer(drained) ---------  quiet
+       v
+    PROVEN -- every TP rank agrees --> RETURNED
+
+What prefill does with destinations, and when it is quiet: `prefill_ledger`.
+
+Assumed of the transport: messages from one decode rank to one prefill rank arrive
+in order or not at all (one ZMQ PUSH socket each), and never twice.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
+
+from sglang_scaling_fixes.reclaim.rules.exposure import Exposure, ExposureState, Writer
+from sglang_scaling_fixes.reclaim.rules.types import LedgerError, Proof, Rank, Verdict
+
+
+@dataclass(frozen=True)
+class SendAsk:
+    """Action: send `Ask` for this generation to this rank."""
+
+    rank: Rank
+    room: int
+    gen: str
+    again: bool = False
+    """This rank was asked before."""
+
+
+REASONS = ("no answer yet", "write of unknown end", "no safe-reclaim", "other TP ranks")
+"""What a hold can wait for, in few words (`DecodeLedger.reason`)."""
+
+
+class DecodeLedger:
+    """The exposures of one decode rank.
+
+    `first_wait` and `max_wait` (seconds) bound the backoff between two Asks to
+    the same writer; it doubles each time.
+    """
+
+    def __init__(
+        self,
+        incarnation: str,
+        *,
+        first_wait: float = 0.1,
+        max_wait: float = 5.0,
+        memory: int = 65536,
+    ) -> None:
+        self._incarnation = incarnation
+        self.group = incarnation
+        """An identity all TP ranks share, once they have agreed on one."""
+        self._number = 0
+        """Of the last exposure."""
+        self._first_wait = first_wait
+        self._max_wait = max_wait
+        self.peers: dict[Rank, str] = {}
+        """Ranks known to run safe reclaim, with the process that said so."""
+        self._hellos: dict[Rank, int] = {}
+        """Rank -> the number of the last Hello sent to it."""
+        self._exposed: dict[str, Exposure] = {}
+        self._held: OrderedDict[str, Exposure] = OrderedDict()
+        self._given_up_rooms: OrderedDict[int, str] = OrderedDict()
+        """Room -> the generation given up, empty when more than one was: the last
+        `memory` rooms. A room in here may still get a success of the old attempt."""
+        self._memory = memory
+
+    # -- events ---------------------------------------------------------------
+
+    def hello(self, rank: Rank) -> int:
+        """Decode registers with `rank` anew: the number its Hello carries.
+
+        Call under the lock of the socket, right before the Hello goes out. Who
+        serves the rank is not known until it says so.
+        """
+        self.peers.pop(rank, None)
+        self._hellos[rank] = self._hellos.get(rank, 0) + 1
+        return self._hellos[rank]
+
+    def here(
+        self, rank: Rank, incarnation: str, gen: str | None = None, seq: int | None = None
+    ) -> None:
+        """A prefill process said it serves `rank`.
+
+        With `gen` it bound that generation; with `seq` it received that Hello.
+        """
+        exposure = self.find(gen) if gen is not None else None
+        writer = exposure.writers.get(rank) if exposure is not None else None
+        number = seq or (writer.hello if writer is not None else 0)
+        if number in (0, self._hellos.get(rank, 0)):  # later Hellos: it may be gone by now
+            self.peers[rank] = incarnation
+        if seq:
+            self._served_before(rank, incarnation, seq)
+        if writer is not None:
+            # Meant for one process, received by another: the first may have them as well.
+            writer.disputed |= writer.meant_for not in (None, incarnation)
+            writer.bound_by = writer.bound_by or incarnation
+
+    def _served_before(self, rank: Rank, incarnation: str, seq: int) -> None:
+        """This process received the Hello that went ahead of these destinations.
+
+        Then its "unknown" proves: on one ordered socket the destinations lie between
+        that Hello and the Ask it answers, a port has one owner at a time, so nobody
+        but this process can have received them.
+        """
+        for exposure in self.exposures():
+            writer = exposure.writers.get(rank)
+            if writer is not None and writer.hello == seq:
+                writer.incarnation = writer.incarnation or incarnation
+
+    def expose(self, room: int, ranks: Iterable[Rank]) -> Exposure:
+        """Destinations are about to be sent to `ranks`. Call before the first send."""
+        # TP ranks expose the same requests in the same order: the number is common.
+        self._number = number = self._number + 1
+        gen, epoch = f"{self._incarnation}-{number}", f"{self.group}-{number}"
+        exposure = Exposure(gen, epoch, room, {rank: Writer(rank) for rank in ranks})
+        self._exposed[gen] = exposure
+        return exposure
+
+    def sent(self, exposure: Exposure, rank: Rank, *, after_hello: bool = True) -> None:
+        """The destinations are handed to the socket for `rank` (call before, not after).
+
+        Under the socket's lock, like `hello`: the order of the calls is that of the
+        messages. `after_hello`: the last Hello to `rank` left on this very socket.
+        """
+        writer = exposure.writers[rank]
+        writer.sent = True
+        writer.incarnation = self.peers.get(rank)
+        writer.hello = self._hellos.get(rank, 0) if after_hello else 0
+
+    def complete(self, exposure: Exposure) -> bool:
+        """Has every writer's success been admitted for this very generation?
+
+        Stock counts successes by room alone, some time after `admits_success`: one
+        of the attempt before may be counted for this one.
+        """
+        silent = [w for w in exposure.writers.values() if w.sent and not w.reported]
+        return len(silent) <= len(exposure.unmarked)
+
+    def landed(self, exposure: Exposure) -> None:
+        """Every writer reported success and the owner takes the KV: P3 for all."""
+        exposure.move("landed")
+        for writer in exposure.writers.values():
+            writer.proof = writer.proof or Proof.LANDED
+        del self._exposed[exposure.gen]
+
+    def end(
+        self,
+        exposure: Exposure,
+        now: float,
+        *,
+        committed: bool,
+        success_seen: bool = False,
+    ) -> bool:
+        """The owner has no more use for its receiver. True if it takes the KV, which is there.
+
+        Not the rank's own success decides: one rank may have that alone when stock ends the
+        request on all of them (aborted, failed elsewhere, no room to restore a prefix).
+        `committed`: stock hands the KV to the request, which it does on every TP rank or none.
+        """
+        if committed:
+            self.landed(exposure)
+        else:
+            self.give_up(exposure, now, success_seen=success_seen)
+        return committed
+
+    def give_up(self, exposure: Exposure, now: float, *, success_seen: bool = False) -> None:
+        """The owner abandons the slots. They are withheld even if proof is already there.
+
+        Whether a rank holds must follow from what all TP ranks share (the agreed
+        failure), never from what this rank alone has seen; hence PROVEN, which
+        still waits for agreement, rather than a release on the spot.
+        `success_seen`: stock had counted every writer's success before the failure
+        (which it may have done for the attempt before, see `complete`).
+        """
+        landed = success_seen and self.complete(exposure)
+        for writer in exposure.writers.values():
+            if not writer.sent:
+                writer.proof = Proof.NEVER_SENT
+            elif writer.reported or landed:
+                writer.proof = writer.proof or Proof.LANDED
+            writer.next_ask = now
+        exposure.gave_up_at = now
+        exposure.move(
+            "gave up, a writer unproven" if exposure.unproven else "gave up, every writer proven"
+        )
+        del self._exposed[exposure.gen]
+        self._held[exposure.gen] = exposure
+        again = exposure.room in self._given_up_rooms
+        self._given_up_rooms[exposure.room] = "" if again else exposure.gen
+        self._given_up_rooms.move_to_end(exposure.room)
+        if len(self._given_up_rooms) > self._memory:
+            self._given_up_rooms.popitem(last=False)
+
+    def counted(self, exposure: Exposure, reporters: Iterable[Hashable]) -> None:
+        """Stock had counted the success of these prefill ranks when the owner gave up."""
+        exposure.late.update(reporters)
+
+    def answer(
+        self, rank: Rank, incarnation: str, gen: str, verdict: Verdict, reason: str = ""
+    ) -> Exposure | None:
+        """A prefill rank answered an Ask. Late, repeated and foreign answers change nothing.
+
+        Returns the exposure it is about, None when it was one of those.
+        """
+        writer = self._in_question(gen, rank)
+        if writer is None:
+            return None
+        exposure = self._held[gen]
+        if writer.proven_by(incarnation, verdict):
+            exposure.prove(writer, Proof.DRAINED)
+        elif verdict == "poisoned":
+            writer.stuck = f"a write failed and may still land ({reason})"
+        else:
+            writer.stuck = "it cannot vouch for the process that may have had the destinations"
+        return exposure
+
+    def reports(
+        self, room: int, gen: str | None = None, rank: Rank = "", reporter: Hashable = None
+    ) -> bool:
+        """A prefill rank reports success of `room`. May stock be told?
+
+        Marked: `rank` says that it is of generation `gen`. Unmarked: `reporter` is the rank as
+        stock numbers it. Either may prove an exposure whose owner gave up meanwhile.
+        """
+        if gen is not None:
+            self.marked(gen, rank)
+        else:
+            self.stock_success(room, reporter)
+        return self.admits_success(room, gen, reporter)
+
+    def admits_metadata(self, room: int, gen: str | None, *, owned: bool) -> bool:
+        """May stock write the content of a metadata slot that a prefill rank sent by message?
+
+        Not a late copy, into a slot that is no longer this room's (`owned`) or this attempt's.
+        """
+        return owned and (gen is None or self.admits_success(room, gen))
+
+    def admits_success(self, room: int, gen: str | None, reporter: Hashable = None) -> bool:
+        """May stock be told that a prefill rank reports success of `room`?
+
+        Stock's message names no generation, so a late one would be taken for the
+        next attempt's. Prefill ranks with safe reclaim mark theirs; without a mark
+        the message counts only where the room cannot be confused. `reporter`: the
+        prefill rank as stock numbers it.
+        """
+        waiting = [e for e in self._exposed.values() if e.room == room]
+        if gen is not None:
+            return any(e.gen == gen for e in waiting)
+        if room in self._given_up_rooms:
+            return False
+        if waiting and all(r in self.peers for r in waiting[-1].writers):
+            return False
+        for exposure in waiting[-1:]:
+            exposure.unmarked.add(reporter)
+        return True
+
+    def marked(self, gen: str, rank: Rank) -> None:
+        """`rank` reports success of generation `gen`: P3 for it, if the owner gave up meanwhile."""
+        exposure = self.find(gen)
+        if exposure is None or (writer := exposure.writers.get(rank)) is None:
+            return
+        writer.reported = True
+        if exposure.state is ExposureState.HELD and writer.proof is None:
+            exposure.prove(writer, Proof.LANDED)
+
+    def stock_success(self, room: int, reporter: Hashable) -> bool:
+        """An unmarked success of a room whose owner gave up: P3 from a rank without safe reclaim.
+
+        Stock prefill of old releases never learns of the abort and reports success
+        when its write has landed. True when it proved the exposure.
+        """
+        for exposure in self._held.values():
+            if exposure.room == room:
+                exposure.late.add(reporter)
+        found, unproven = self._by_stocks_word(room)
+        if found is None or len(found.late) < len(found.writers):
+            return False
+        return self._prove_all(found, unproven, Proof.LANDED)
+
+    def acked(self, room: int, ranks: int) -> bool:
+        """Stock's own acknowledgement of an abort, by now from `ranks`: P2 without safe reclaim.
+
+        Only for an operator who trusts it. True when it proved the exposure.
+        """
+        found, unproven = self._by_stocks_word(room)
+        if found is None or ranks < len(found.writers):
+            return False
+        return self._prove_all(found, unproven, Proof.DRAINED)
+
+    def _by_stocks_word(self, room: int) -> tuple[Exposure | None, list[Writer]]:
+        """The exposure that stock's word for a room can prove, with its unproven writers.
+
+        All writers must have given it. A room that was given up before, or is exposed
+        again, proves nothing: the word names no generation. Nor does it where a rank
+        with safe reclaim is unproven: that one can be asked.
+        """
+        found = [e for e in self.exposures() if e.room == room]
+        if len(found) != 1 or found[0].state is not ExposureState.HELD:
+            return None, []
+        (exposure,) = found
+        unproven = exposure.unproven
+        confusable = self._given_up_rooms.get(room) != exposure.gen
+        if confusable or any(self._speaks(w) for w in unproven):
+            return None, []
+        return exposure, unproven
+
+    @staticmethod
+    def _prove_all(exposure: Exposure, writers: list[Writer], proof: Proof) -> bool:
+        for writer in writers:
+            exposure.prove(writer, proof)
+        return True
+
+    def fence(self) -> list[Exposure]:
+        """Nothing that was ever sent can be reached any more: P4 for every writer that has any.
+
+        The adapter made it so before this call. Returns the exposures whose owners
+        still wait: their transfers cannot complete, except where the success is on
+        its way already, and that may be taken: it says that all had landed before.
+        """
+        for exposure in self.exposures():
+            for writer in exposure.unproven:
+                if writer.sent:
+                    writer.proof = Proof.FENCED
+            if exposure.state is ExposureState.HELD:
+                exposure.move("last writer proven")
+        return list(self._exposed.values())
+
+    def returned(self, exposure: Exposure) -> None:
+        """Every TP rank agreed; the adapter puts the slots back right after this call."""
+        exposure.move("every TP rank agrees")
+        del self._held[exposure.gen]
+
+    def tick(self, now: float) -> list[SendAsk]:
+        """Questions that are due. Only ranks that speak safe reclaim are asked."""
+        due: list[SendAsk] = []
+        for exposure in self._held.values():
+            for writer in exposure.unproven:
+                if writer.rank in self.peers and writer.next_ask <= now:
+                    wait = min(self._max_wait, self._first_wait * 2.0 ** min(writer.asks, 30))
+                    writer.next_ask = now + wait
+                    again = writer.asks > 0
+                    writer.asks += 1
+                    due.append(SendAsk(writer.rank, exposure.room, exposure.gen, again))
+        return due
+
+    # -- queries --------------------------------------------------------------
+
+    def find(self, gen: str) -> Exposure | None:
+        """The exposure of this generation, while its slots are not ordinary."""
+        return self._exposed.get(gen) or self._held.get(gen)
+
+    def hellos(self, rank: Rank) -> int:
+        """How many Hellos were sent to `rank`."""
+        return self._hellos.get(rank, 0)
+
+    @property
+    def held(self) -> list[Exposure]:
+        """Given-up exposures in the order the owners gave up: the same on every TP rank."""
+        return list(self._held.values())
+
+    @property
+    def holding(self) -> bool:
+        return bool(self._held)
+
+    def exposures(self) -> list[Exposure]:
+        """Every exposure whose slots are not ordinary."""
+        return [*self._exposed.values(), *self._held.values()]
+
+    def replaced(self, writer: Writer) -> bool:
+        """Another process serves the writer's rank now: the one in question is gone."""
+        had = writer.meant_for
+        return had is not None and self.peers.get(writer.rank, had) != had
+
+    def reason(self, exposure: Exposure) -> str:
+        """What this exposure waits for, as one of `REASONS`."""
+        unproven = exposure.unproven
+        if not unproven:
+            return "other TP ranks"
+        if any(writer.stuck for writer in unproven):
+            return "write of unknown end"
+        strangers = any(writer.rank not in self.peers for writer in unproven)
+        return "no safe-reclaim" if strangers else "no answer yet"
+
+    def why_held(self, exposure: Exposure) -> str:
+        """One line for the operator: what this exposure waits for."""
+        if not exposure.unproven:
+            return "proven on this rank; waiting for the other TP ranks"
+        parts = []
+        for writer in exposure.unproven:
+            if writer.stuck:
+                parts.append(f"{writer.rank}: {writer.stuck}")
+            elif writer.rank not in self.peers:
+                parts.append(f"{writer.rank}: runs without safe-reclaim, cannot be asked")
+            else:
+                parts.append(f"{writer.rank}: asked {writer.asks} times, no answer yet")
+        return "; ".join(parts)
+
+    # -- internals ------------------------------------------------------------
+
+    def _speaks(self, writer: Writer) -> bool:
+        """It runs safe reclaim, or did when it had these destinations."""
+        known = writer.incarnation or writer.bound_by or writer.reported
+        return writer.rank in self.peers or bool(known)
+
+    def _in_question(self, gen: str, rank: Rank) -> Writer | None:
+        """The writer of a held exposure that is still unproven, None when there is none."""
+        exposure = self._held.get(gen)
+        writer = exposure.writers.get(rank) if exposure is not None else None
+        return writer if writer is not None and writer.proof is None else None
+
+    # -- for tests and audits ---------------------------------------------------
+
+    def snapshot(self, now: float) -> Hashable:
+        """All that the ledger knows; equal for ledgers that behave alike from here on.
+
+        How often a writer was asked only spaces the questions; whether it is asked at `now`
+        is told.
+        """
+        return (
+            self._number,
+            self.group,
+            tuple(sorted(self.peers.items())),
+            tuple(_of_exposure(e, now) for e in self._exposed.values()),
+            tuple(_of_exposure(e, now) for e in self._held.values()),
+            tuple(self._given_up_rooms.items()),
+            tuple(sorted(self._hellos.items())),
+        )
+
+    def check_integrity(self) -> None:
+        """`LedgerError` where the ledger contradicts itself."""
+        for gen, exposure in self._exposed.items():
+            if exposure.gen != gen or exposure.state is not ExposureState.EXPOSED:
+                raise LedgerError(f"{gen}: {exposure.state} among the exposed")
+        for gen, exposure in self._held.items():
+            if exposure.gen != gen or not exposure.given_up:
+                raise LedgerError(f"{gen}: {exposure.state} among the held")
+            if (exposure.state is ExposureState.PROVEN) == bool(exposure.unproven):
+                raise LedgerError(f"{gen}: {exposure.state} with {len(exposure.unproven)} unproven")
+
+
+def _of_exposure(e: Exposure, now: float) -> Hashable:
+    writers = tuple(
+        (
+            w.rank,
+            w.incarnation,
+            w.hello,
+            w.bound_by,
+            w.disputed,
+            w.sent,
+            w.reported,
+            w.proof,
+            bool(w.stuck),
+            w.proof is None and w.next_ask > now,
+        )
+        for w in e.writers.values()
+    )
+    told = tuple(sorted(e.unmarked, key=str)), tuple(sorted(e.late, key=str))
+    return (e.gen, e.epoch, e.room, e.state, *told, writers)

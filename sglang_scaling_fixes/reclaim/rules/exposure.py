@@ -1,0 +1,140 @@
+"""Destinations that decode sent: the writers that may reach them, and the life they have.
+
+The life of an exposure is `TRANSITIONS`. What an answer about it is worth is `CREDENCE`.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+from sglang_scaling_fixes.reclaim.rules.types import LedgerError, Proof, Rank, Verdict
+
+
+class ExposureState(enum.StrEnum):
+    """Where an exposure stands on the decode side."""
+
+    EXPOSED = "exposed"
+    LANDED = "landed"
+    HELD = "held"
+    PROVEN = "proven"
+    RETURNED = "returned"
+
+
+TRANSITIONS: dict[tuple[ExposureState, str], ExposureState] = {
+    (ExposureState.EXPOSED, "landed"): ExposureState.LANDED,
+    (ExposureState.EXPOSED, "gave up, a writer unproven"): ExposureState.HELD,
+    (ExposureState.EXPOSED, "gave up, every writer proven"): ExposureState.PROVEN,
+    (ExposureState.HELD, "last writer proven"): ExposureState.PROVEN,
+    (ExposureState.PROVEN, "every TP rank agrees"): ExposureState.RETURNED,
+}
+"""The whole life of an exposure. Anything else is a `LedgerError`."""
+
+
+class Speaker(enum.StrEnum):
+    """Who answers, seen from the process that has or had the destinations."""
+
+    SAME = "the process that has them"
+    UNKNOWN = "nobody knows who has them"
+    OTHER = "another process"
+
+
+CREDENCE: dict[tuple[Verdict, Speaker], bool] = {
+    ("drained", Speaker.SAME): True,
+    # Only a process that received the destinations says "drained".
+    ("drained", Speaker.UNKNOWN): True,
+    # A successor knows nothing of its predecessor's writes.
+    ("drained", Speaker.OTHER): False,
+    ("unknown", Speaker.SAME): True,
+    ("unknown", Speaker.UNKNOWN): False,
+    ("unknown", Speaker.OTHER): False,
+    ("poisoned", Speaker.SAME): False,
+    ("poisoned", Speaker.UNKNOWN): False,
+    ("poisoned", Speaker.OTHER): False,
+}
+"""Does this answer prove that the writer writes no more? Never where the writer is disputed."""
+
+
+@dataclass(slots=True)
+class Writer:
+    """One prefill rank that may write into an exposure's slots."""
+
+    rank: Rank
+    incarnation: str | None = None
+    """A process that served the rank before the destinations were sent, when known."""
+    hello: int = 0
+    """Number of the Hello that went ahead of them on the same socket, 0 without one."""
+    bound_by: str | None = None
+    """The process that said it received them."""
+    disputed: bool = False
+    """Two processes may have received the same destinations: only a fence proves it."""
+    sent: bool = False
+    reported: bool = False
+    """It reported success of this generation."""
+    proof: Proof | None = None
+    stuck: str = ""
+    """Why an answer did not prove anything, for the operator. Empty: no answer yet."""
+    asks: int = 0
+    next_ask: float = 0.0
+
+    @property
+    def meant_for(self) -> str | None:
+        """The process that has or had the destinations, as far as anybody knows.
+
+        One that decode named in them does not confirm them; any other says so.
+        """
+        return self.bound_by or self.incarnation
+
+    def speaker(self, incarnation: str) -> Speaker:
+        """Who says something about this writer's destinations."""
+        if self.meant_for is None:
+            return Speaker.UNKNOWN
+        return Speaker.SAME if self.meant_for == incarnation else Speaker.OTHER
+
+    def proven_by(self, incarnation: str, verdict: Verdict) -> bool:
+        """Does this answer of this process prove that nothing more is written?"""
+        credible = CREDENCE.get((verdict, self.speaker(incarnation)), False)
+        return credible and not self.disputed
+
+
+@dataclass(slots=True)
+class Exposure:
+    """Destinations of one attempt, as decode sent them."""
+
+    gen: str
+    epoch: str
+    """Common to all TP ranks of this decode for this attempt; `gen` is this rank's own."""
+    room: int
+    writers: dict[Rank, Writer]
+    state: ExposureState = ExposureState.EXPOSED
+    gave_up_at: float = 0.0
+    unmarked: set[Hashable] = field(default_factory=set)
+    """Prefill ranks, as stock numbers them, whose success of it was admitted without a mark."""
+    late: set[Hashable] = field(default_factory=set)
+    """The same, whose success of the room came before or after its owner gave up."""
+    slots: Any = None
+    """What the adapter keeps with it: the slots, and the frees withheld."""
+    next_log: float = 0.0
+    """When the adapter says next what it waits for."""
+
+    @property
+    def unproven(self) -> list[Writer]:
+        return [w for w in self.writers.values() if w.proof is None]
+
+    @property
+    def given_up(self) -> bool:
+        return self.state in (ExposureState.HELD, ExposureState.PROVEN)
+
+    def move(self, event: str) -> None:
+        try:
+            self.state = TRANSITIONS[self.state, event]
+        except KeyError:
+            raise LedgerError(f"{self.gen}: {event!r} in state {self.state}") from None
+
+    def prove(self, writer: Writer, proof: Proof) -> None:
+        """This writer of a held exposure can no longer write."""
+        writer.proof = proof
+        if not self.unproven:
+            self.move("last writer proven")

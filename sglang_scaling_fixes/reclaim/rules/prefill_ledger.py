@@ -1,0 +1,371 @@
+"""When is nothing of an attempt written any more? Every rule of the prefill side.
+
+On prefill the unit is an *attempt*: all destinations of one room that belong together, and the
+one stock sender whose chunks go there. Its life is `attempt.ATTEMPT_TRANSITIONS`. Closing an
+attempt and taking a chunk are both single calls, so a chunk is either taken before the close
+(and waited for) or never taken. A room serves one attempt at a time; destinations of the next
+wait until the one before is `over`.
+
+See `decode_ledger` for the invariant that this serves, and for the messages.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+from sglang_scaling_fixes.reclaim.rules.attempt import STRANGER, Attempt
+from sglang_scaling_fixes.reclaim.rules.coverage import Extent
+from sglang_scaling_fixes.reclaim.rules.types import LedgerError, Rank, Verdict
+
+
+@dataclass(frozen=True)
+class SendAnswer:
+    """Action: send `Answer` to `reply_to`."""
+
+    reply_to: str
+    rank: Rank
+    gen: str
+    verdict: Verdict
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class FailRoom:
+    """Action: mark the room failed in stock (unless it succeeded), so that its request ends."""
+
+    room: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class ForgetRoom:
+    """Action: drop the destinations stock still has for this room, before new ones arrive."""
+
+    room: int
+
+
+Action = SendAnswer | FailRoom | ForgetRoom
+
+
+def ends_room(*, known: bool, succeeded: bool) -> bool:
+    """Is a `FailRoom` carried out?
+
+    Only on a room stock knows: a failure recorded for no request would be found by the next one
+    that uses the room. And not on one that has succeeded.
+    """
+    return known and not succeeded
+
+
+class Delivery(enum.Enum):
+    """What to do with a message that carries destinations."""
+
+    DELIVER = "hand it to stock"
+    DEFER = "keep it until the attempt before it is over"
+    DROP = "its attempt is over: stock must not see it"
+
+
+class PrefillLedger:
+    """The attempts of one prefill rank.
+
+    Stock keys everything by room; a room may be used again (a client's choice, and
+    stock's own after a retraction). So each attempt has its own sender, a room
+    serves one attempt at a time, and the next one's destinations wait until the one
+    before is over.
+
+    `memory` bounds how many finished, quiet, unpoisoned attempts and how many
+    never-seen aborted generations are remembered. Forgetting a finished one is
+    safe: it is answered "unknown", which the same process may truthfully say.
+    """
+
+    def __init__(self, incarnation: str, *, memory: int = 65536) -> None:
+        self.incarnation = incarnation
+        self._memory = memory
+        self._rooms: dict[int, Attempt] = {}
+        """The attempt each room serves now."""
+        self._by_epoch: dict[tuple[int, str], Attempt] = {}
+        self._by_gen: dict[str, Attempt] = {}
+        self._senders: dict[Hashable, Attempt] = {}
+        self._waiting: dict[int, deque[Hashable]] = {}
+        """Senders that came before the destinations of their attempt, by room."""
+        self._finished: deque[Attempt] = deque()
+        self._unsent: OrderedDict[Attempt, None] = OrderedDict()
+        """Attempts aborted before their request reached prefill."""
+        self._aborted_unseen: OrderedDict[str, None] = OrderedDict()
+        self._deferred: dict[str, bool] = {}
+        """Generations whose destinations wait, and whether their owner gave up meanwhile."""
+
+    # -- messages from decode ---------------------------------------------------
+
+    def bind(
+        self, room: int, epoch: str, gen: str, reply_to: str, rank: Rank, *, extent: Extent
+    ) -> tuple[Delivery, list[Action]]:
+        """Destinations of `gen` arrived. The verdict comes before stock sees them."""
+        if self._deferred.pop(gen, False):
+            self._remember_aborted(gen)
+        if gen in self._aborted_unseen or gen in self._by_gen:
+            return Delivery.DROP, []
+        delivery, actions = Delivery.DELIVER, list[Action]()
+        attempt = self._by_epoch.get((room, epoch))
+        if attempt is None:
+            delivery, actions, attempt = self._next_attempt(room, epoch)
+        if attempt is None:
+            self._deferred[gen] = False
+            return delivery, actions
+        attempt.bindings[gen] = (reply_to, rank)
+        attempt.exposed[gen] = extent
+        self._by_gen[gen] = attempt
+        return (Delivery.DROP if attempt.closed else delivery), actions
+
+    def bind_stranger(
+        self, room: int, source: str, extent: Extent
+    ) -> tuple[Delivery, list[Action]]:
+        """Destinations from a decode rank without the plugin. It is never asked for."""
+        attempt = self._rooms.get(room)
+        if (
+            attempt is not None
+            and attempt.epoch == STRANGER
+            and not attempt.closed
+            and source not in attempt.bindings
+        ):
+            attempt.bindings[source] = (source, "")
+            attempt.exposed[source] = extent
+            return Delivery.DELIVER, []
+        delivery, actions, attempt = self._next_attempt(room, STRANGER)
+        if attempt is not None:
+            attempt.bindings[source] = (source, "")
+            attempt.exposed[source] = extent
+        return delivery, actions
+
+    def ask(self, room: int, gen: str, reply_to: str, rank: Rank) -> list[Action]:
+        """The owner of `gen` gave up. Repeats are answered again: the answer may be lost."""
+        attempt = self._by_gen.get(gen)
+        if gen in self._deferred:
+            self._deferred[gen] = True
+        elif attempt is None:
+            self._remember_aborted(gen)
+        if attempt is None:
+            return [SendAnswer(reply_to, rank, gen, "unknown")]
+        attempt.bindings[gen] = (reply_to, rank)
+        attempt.asked.add(gen)
+        return [*self._close(attempt, "aborted by the decode side"), *self._answers(attempt)]
+
+    # -- stock's senders and their chunks -----------------------------------------
+
+    def sender_made(self, sender: Hashable, room: int) -> list[Action]:
+        """Stock began to serve a request: it belongs to the room's attempt that has none."""
+        attempt = self._rooms.get(room)
+        if attempt is None or attempt.sender is not None:
+            self._waiting.setdefault(room, deque()).append(sender)
+            return []
+        self._adopt(attempt, sender)
+        if attempt.closed:
+            return [FailRoom(room, "aborted by the decode side before it began")]
+        return []
+
+    def offer(
+        self, sender: Hashable, pages: int, states: tuple[int, ...] | None, tokens: int | None
+    ) -> None:
+        """Stock's `sender` is about to split off and queue a chunk (see `Coverage.offer`)."""
+        if (attempt := self._senders.get(sender)) is not None:
+            attempt.coverage.offer(pages, states, tokens)
+
+    def put(self, sender: Hashable) -> Attempt | None:
+        """A chunk of `sender` is about to be queued. None: drop it, its attempt is over."""
+        attempt = self._senders.get(sender)
+        return None if attempt is None or attempt.closed else attempt
+
+    def take(self, attempt: Attempt, pages: int = 0, last: bool = False) -> bool:
+        """A worker is about to process a chunk of `pages`. False: drop it."""
+        if attempt.closed:
+            return False
+        attempt.begin()
+        attempt.coverage.begin(pages, last, attempt.sessions)
+        return True
+
+    def success_leaves(self, attempt: Attempt, to: str, sends_kv: Callable[[str], bool]) -> bool:
+        """May the success of `attempt` leave for the decode rank at `to`, or is it a failure?
+
+        Only if no write of it failed (stock ignores some that do), and if all that was exposed
+        there was written: `attempt.short` says what was not. `sends_kv(session)`: whether this
+        rank is to send KV there at all.
+        """
+        extent = attempt.exposed_at(to)
+        if extent is None:  # of a decode with the plugin it is known
+            return attempt.epoch == STRANGER and not attempt.poisoned
+        attempt.coverage.settle(attempt.sessions)
+        missing = attempt.coverage.missing(extent, sends_kv)
+        attempt.short = missing or attempt.short
+        return not (missing or attempt.poisoned)
+
+    def opened(self, attempt: Attempt) -> None:
+        """A helper task of the chunk in hand was submitted (it may outlive the chunk)."""
+        attempt.begin()
+
+    def done(self, attempt: Attempt) -> list[Action]:
+        """A chunk or a helper task ended."""
+        attempt.end()
+        if attempt.over:
+            self._finish(attempt)
+        return self._answers(attempt)
+
+    def failed(self, attempt: Attempt, reason: str) -> list[Action]:
+        """A write reported failure: it may still be running. Nothing more is written."""
+        attempt.poisoned = attempt.poisoned or reason
+        return self._close(attempt, f"a write failed: {reason}")
+
+    def retire(self, sender: Hashable, room: int) -> list[Action]:
+        """Stock is done with `sender` (it was cleared): no chunk of it will come."""
+        attempt = self._senders.pop(sender, None)
+        if attempt is None:
+            waiting = self._waiting.get(room)
+            if waiting and sender in waiting:
+                waiting.remove(sender)
+                if not waiting:
+                    del self._waiting[room]
+            return []
+        attempt.lose_sender()
+        if attempt.over:
+            self._finish(attempt)
+        return self._answers(attempt)
+
+    # -- queries ----------------------------------------------------------------
+
+    def busy(self, sender: Hashable) -> bool:
+        """True while a chunk of `sender` may be reading its source pages."""
+        attempt = self._senders.get(sender)
+        return attempt is not None and not attempt.quiet
+
+    def bound_for(self, attempt: Attempt, reply_to: str) -> tuple[str, Rank] | None:
+        """Generation and rank of the owner at `reply_to`, None without the plugin."""
+        if attempt.epoch == STRANGER:
+            return None
+        for gen, (to, rank) in attempt.bindings.items():
+            if to == reply_to:
+                return gen, rank
+        return None
+
+    def attempts(self) -> list[Attempt]:
+        """The attempts that rooms serve now, by room."""
+        return [attempt for _, attempt in sorted(self._rooms.items())]
+
+    def attempt_of(self, gen: str) -> Attempt | None:
+        """The attempt that this generation's destinations belong to, while it is remembered."""
+        return self._by_gen.get(gen)
+
+    def keeps_waiting(self, room: int, epoch: str, gen: str) -> bool:
+        """Would these destinations, kept back before, still have to wait?"""
+        before = self._rooms.get(room)
+        if before is None or before.over or gen in self._aborted_unseen:
+            return False
+        return (room, epoch) not in self._by_epoch
+
+    def waiting_senders(self) -> list[Hashable]:
+        """Senders that came before the destinations of their attempt."""
+        return [sender for waiting in self._waiting.values() for sender in waiting]
+
+    def snapshot(self, name: Callable[[Attempt], Hashable]) -> Hashable:
+        """All that the ledger knows; equal for ledgers that behave alike from here on.
+
+        `name(attempt)`: what stands for an attempt, the same whenever it is met again.
+        """
+        return (
+            tuple((room, name(a)) for room, a in sorted(self._rooms.items())),
+            tuple((gen, name(a)) for gen, a in sorted(self._by_gen.items())),
+            tuple((key, name(a)) for key, a in sorted(self._by_epoch.items())),
+            tuple((sender, name(a)) for sender, a in sorted(self._senders.items(), key=str)),
+            tuple((room, *waiting) for room, waiting in sorted(self._waiting.items())),
+            tuple(name(a) for a in self._unsent),
+            tuple(name(a) for a in self._finished),
+            tuple(self._aborted_unseen),
+            tuple(sorted(self._deferred.items())),
+        )
+
+    def check_integrity(self) -> None:
+        """`LedgerError` where the ledger contradicts itself."""
+        for (room, epoch), attempt in self._by_epoch.items():
+            if (attempt.room, attempt.epoch) != (room, epoch):
+                raise LedgerError(f"room {room}: an attempt of room {attempt.room} stands for it")
+        for room, attempt in self._rooms.items():
+            if self._by_epoch.get((room, attempt.epoch)) is not attempt:
+                raise LedgerError(f"room {room}: its attempt is not the one its destinations name")
+        for sender, attempt in self._senders.items():
+            if attempt.sender != sender:
+                raise LedgerError(f"room {attempt.room}: a sender that is not its own")
+        for attempt in self._unsent:
+            if not attempt.closed or attempt.sender is not None:
+                raise LedgerError(f"room {attempt.room}: given up before its request came?")
+        for attempt in self._finished:
+            if not attempt.over or self._rooms.get(attempt.room) is attempt:
+                raise LedgerError(f"room {attempt.room}: finished, and not over")
+
+    # -- internals ---------------------------------------------------------------
+
+    def _remember_aborted(self, gen: str) -> None:
+        self._aborted_unseen[gen] = None
+        if len(self._aborted_unseen) > self._memory:
+            self._aborted_unseen.popitem(last=False)
+
+    def _next_attempt(self, room: int, epoch: str) -> tuple[Delivery, list[Action], Attempt | None]:
+        before = self._rooms.get(room)
+        if before is not None and not before.over:
+            # A chunk of the attempt before would be written to the new destinations,
+            # and its end would end the new one.
+            return Delivery.DEFER, self._close(before, "its room is used again"), None
+        if before is not None:
+            self._finish(before)
+        return Delivery.DELIVER, [ForgetRoom(room)], self._open(room, epoch)
+
+    def _open(self, room: int, epoch: str) -> Attempt:
+        attempt = self._rooms[room] = self._by_epoch[room, epoch] = Attempt(room, epoch)
+        if waiting := self._waiting.get(room):
+            self._adopt(attempt, waiting.popleft())
+            if not waiting:
+                del self._waiting[room]
+        return attempt
+
+    def _adopt(self, attempt: Attempt, sender: Hashable) -> None:
+        attempt.adopt(sender)
+        self._senders[sender] = attempt
+        self._unsent.pop(attempt, None)
+
+    def _close(self, attempt: Attempt, reason: str) -> list[Action]:
+        if attempt.closed:
+            return []
+        attempt.close()
+        if attempt.sender is None:
+            self._unsent[attempt] = None
+            if len(self._unsent) > self._memory:
+                self._finish(self._unsent.popitem(last=False)[0])
+        return [FailRoom(attempt.room, reason)]
+
+    def _answers(self, attempt: Attempt) -> list[Action]:
+        if not (attempt.closed and attempt.quiet):
+            return []
+        answers: list[Action] = []
+        for gen in sorted(attempt.asked):
+            reply_to, rank = attempt.bindings[gen]
+            answers.append(SendAnswer(reply_to, rank, gen, attempt.verdict, attempt.poisoned))
+        attempt.asked.clear()
+        return answers
+
+    def _finish(self, attempt: Attempt) -> None:
+        """Take the attempt off its room; remember it for late questions and stragglers."""
+        self._unsent.pop(attempt, None)
+        attempt.coverage.writes.clear()  # one for each layer and decode rank, say
+        attempt.exposed.clear()
+        if self._rooms.get(attempt.room) is not attempt:
+            return
+        del self._rooms[attempt.room]
+        if attempt.poisoned:
+            return  # kept for good: forgetting it would turn "poisoned" into "unknown"
+        self._finished.append(attempt)
+        if len(self._finished) > self._memory:
+            forgotten = self._finished.popleft()
+            key = forgotten.room, forgotten.epoch
+            if self._by_epoch.get(key) is forgotten:
+                del self._by_epoch[key]
+            for gen in forgotten.bindings:
+                self._by_gen.pop(gen, None)

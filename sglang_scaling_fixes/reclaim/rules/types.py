@@ -1,0 +1,25 @@
+"""Words that both ledgers and the messages use."""
+
+from __future__ import annotations
+
+import enum
+from typing import Literal
+
+Rank = str
+"""A prefill rank as decode addresses it: `"ip:port"` of its ZMQ endpoint."""
+
+Verdict = Literal["drained", "poisoned", "unknown"]
+"""What a prefill process can say of a generation, see `messages.Answer`."""
+
+
+class Proof(enum.StrEnum):
+    """Why a writer can no longer write. See `decode_ledger`."""
+
+    NEVER_SENT = "P1"
+    DRAINED = "P2"
+    LANDED = "P3"
+    FENCED = "P4"
+
+
+class LedgerError(AssertionError):
+    """An event arrived that a table does not allow, or a ledger contradicts itself: a bug."""

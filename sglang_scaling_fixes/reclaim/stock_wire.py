@@ -1,0 +1,34 @@
+"""What stock's own messages look like, as far as both roles read or change them."""
+
+from __future__ import annotations
+
+FAILED, WAITING, TRANSFERRING, SUCCESS = 0, 2, 3, 4
+"""KVPoll values in every supported release (contract-tested)."""
+
+SUCCESS_FRAME, FAILED_FRAME = b"4", b"0"
+"""The same in a status message."""
+
+AUX_DATA = b"AUX_DATA"
+"""Opens stock's message with the content of a metadata slot (SGLANG_MOONCAKE_SEND_AUX_TCP)."""
+
+SESSION_FRAME = 3
+"""Where both of stock's messages to prefill name decode's session (contract-tested)."""
+
+PAGES_FRAME, PAGE_BYTES = 4, 4
+"""Where stock's metadata message has the destination pages, and the bytes of each
+(contract-tested)."""
+
+
+def is_number(frame: bytes) -> bool:
+    """Digits that `int` reads as a room, slot or port: no more than 20 of them."""
+    return len(frame) <= 20 and frame.isdigit()
+
+
+def is_success(frames: list[bytes]) -> bool:
+    """Stock's `[room, status, prefill rank, ...]` with KVPoll.Success."""
+    return len(frames) >= 3 and frames[1] == SUCCESS_FRAME and is_number(frames[0])
+
+
+def is_metadata(frames: list[bytes]) -> bool:
+    """A room and at least the 7 frames behind it that every release sends with destinations."""
+    return len(frames) >= 8 and is_number(frames[0])
