@@ -79,8 +79,8 @@ def decode_landed(requests: int) -> None:
         window.append(exposure)
         if len(window) > OPEN:
             oldest = window.popleft()
-            ledger.marked(oldest.gen, RANK)
-            ledger.admits_success(oldest.room, oldest.gen)
+            ledger.successes.marked(oldest.gen, RANK)
+            ledger.successes.admits(oldest.room, oldest.gen)
             ledger.landed(oldest)
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from sglang_scaling_fixes.reclaim.rules.reasons import why_held
 from tests.model.world import BUDGETED, Config, Prefill, World
 
 
@@ -76,7 +77,7 @@ def perform(world: World, command: str) -> list[str]:
         return [f"overdue: {late}" for late in world.overdue()]
     if command == "why":
         return [
-            f"{exposure.gen}: {d.ledger.why_held(exposure)}"
+            f"{exposure.gen}: {why_held(exposure, d.ledger.peers)}"
             for d in world.decodes.values()
             for exposure in d.ledger.held
         ]

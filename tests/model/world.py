@@ -43,6 +43,7 @@ from sglang_scaling_fixes.reclaim.rules.prefill_ledger import (
     PrefillLedger,
     ends_room,
 )
+from sglang_scaling_fixes.reclaim.rules.reasons import why_held
 
 
 class Violation(AssertionError):
@@ -737,7 +738,7 @@ class World:
         """What the ledger, and then stock, makes of a success."""
         gen = m.gen or None
         unproven = {e.gen for e in d.ledger.held if e.unproven}
-        admitted = d.ledger.reports(m.room, gen, p, p)
+        admitted = d.ledger.successes.reports(m.room, gen, p, p)
         proven = [e for e in d.ledger.held if e.gen in unproven and not e.unproven]
         if gen is not None and any(e.gen == gen and not e.unproven for e in d.ledger.held):
             self.say(f"{d.name}: {gen} proven")
@@ -1111,7 +1112,7 @@ class World:
         late = []
         for d in self.decodes.values():
             for exposure in d.ledger.held:
-                why = d.ledger.why_held(exposure)
+                why = why_held(exposure, d.ledger.peers)
                 unproven = exposure.unproven
                 if not why or all(self._hopeless(d, exposure, w.rank) is None for w in unproven):
                     others = [x.ledger.held for x in self.decodes.values() if x is not d]

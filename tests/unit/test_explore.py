@@ -20,7 +20,7 @@ KNOWN = {
     Attempt: "room epoch bindings exposed coverage short asked phase sender active poisoned",
     Coverage: "pages states tokens writes unwritten in_hand",
     DecodeLedger: "_incarnation group _number _first_wait _max_wait peers _hellos _exposed _held "
-    "_given_up_rooms _memory",
+    "_given_up_rooms _memory successes",
     PrefillLedger: "incarnation _memory _rooms _by_epoch _by_gen _senders _waiting _finished "
     "_unsent _aborted_unseen _deferred",
 }

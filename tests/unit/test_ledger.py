@@ -18,6 +18,7 @@ from sglang_scaling_fixes.reclaim.rules.prefill_ledger import (
     PrefillLedger,
     SendAnswer,
 )
+from sglang_scaling_fixes.reclaim.rules.reasons import why_held
 from sglang_scaling_fixes.reclaim.rules.types import LedgerError, Proof
 from tests.model.diagram import DOC, PICTURES, in_doc
 
@@ -105,7 +106,7 @@ class TestProofs:
         ledger.give_up(exposure, now=0.0)
         assert exposure.state is ExposureState.PROVEN
         assert ledger.holding
-        assert "other TP ranks" in ledger.why_held(exposure)
+        assert "other TP ranks" in why_held(exposure, ledger.peers)
         ledger.returned(exposure)
         assert not ledger.holding
 
@@ -141,7 +142,7 @@ class TestProofs:
         ledger.give_up(exposure, now=0.0)
         ledger.answer("p0", who, exposure.gen, verdict)
         assert (exposure.state is ExposureState.PROVEN) == proves
-        assert proves or ledger.why_held(exposure)
+        assert proves or why_held(exposure, ledger.peers)
 
     def test_foreign_repeated_and_early_answers_change_nothing(self) -> None:
         ledger = decode("p0", "p1")
@@ -159,8 +160,8 @@ class TestProofs:
     def test_p3_success_before_the_failure(self) -> None:
         ledger = decode("p0")
         exposure = exposed(ledger, 7, "p0", "stock")
-        ledger.marked(exposure.gen, "p0")
-        assert ledger.admits_success(7, None, 1)
+        ledger.successes.marked(exposure.gen, "p0")
+        assert ledger.successes.admits(7, None, 1)
         ledger.give_up(exposure, now=0.0, success_seen=True)
         assert exposure.state is ExposureState.PROVEN
         assert exposure.writers["p0"].proof is Proof.LANDED
@@ -174,28 +175,28 @@ class TestProofs:
     def test_p3_each_writers_own_word_counts_when_the_owner_gives_up(self) -> None:
         ledger = decode("p0", "p1")
         exposure = exposed(ledger, 7, "p0", "p1")
-        ledger.marked(exposure.gen, "p1")
+        ledger.successes.marked(exposure.gen, "p1")
         ledger.give_up(exposure, now=0.0)
         assert [w.rank for w in exposure.unproven] == ["p0"]
 
     def test_p3_late_success_of_a_prefill_without_the_plugin(self) -> None:
         ledger = decode()
         exposure = held(ledger, 7, "p0", "p1")
-        assert not ledger.stock_success(8, "p1"), "another room"
-        assert not ledger.stock_success(7, "p0"), "one of two ranks"
-        assert ledger.stock_success(7, "p1")
+        assert not ledger.successes.stock_success(8, "p1"), "another room"
+        assert not ledger.successes.stock_success(7, "p0"), "one of two ranks"
+        assert ledger.successes.stock_success(7, "p1")
         assert exposure.state is ExposureState.PROVEN
 
     def test_p3_late_success_proves_nothing_when_it_could_mean_another_generation(self) -> None:
         ledger = decode()
         held(ledger)
         exposed(ledger)
-        assert not ledger.stock_success(7, "p0")
+        assert not ledger.successes.stock_success(7, "p0")
 
     def test_p3_late_success_of_a_rank_that_can_be_asked_proves_nothing(self) -> None:
         ledger = decode("p0")
         held(ledger)
-        assert not ledger.stock_success(7, "p0")
+        assert not ledger.successes.stock_success(7, "p0")
 
     def test_p3_late_success_proves_nothing_of_a_room_given_up_before(self) -> None:
         ledger = decode()
@@ -203,30 +204,30 @@ class TestProofs:
         ledger.fence()
         ledger.returned(first)
         held(ledger)
-        assert not ledger.stock_success(7, "p0"), "it may be the first one's"
+        assert not ledger.successes.stock_success(7, "p0"), "it may be the first one's"
 
     def test_p2_stocks_own_acknowledgement_of_an_abort(self) -> None:
         ledger = decode()
         exposure = held(ledger, 7, "p0", "p1")
-        assert not ledger.acked(8, 2), "another room"
-        assert not ledger.acked(7, 1), "one of two ranks"
-        assert ledger.acked(7, 2)
+        assert not ledger.successes.acked(8, 2), "another room"
+        assert not ledger.successes.acked(7, 1), "one of two ranks"
+        assert ledger.successes.acked(7, 2)
         assert exposure.state is ExposureState.PROVEN
         assert {w.proof for w in exposure.writers.values()} == {Proof.DRAINED}
-        assert not ledger.acked(7, 2)
+        assert not ledger.successes.acked(7, 2)
 
     def test_p2_stocks_acknowledgement_proves_nothing_of_a_room_used_again(self) -> None:
         ledger = decode()
         first = held(ledger)
         second = exposed(ledger)
-        assert not ledger.acked(7, 1), "which of the two?"
+        assert not ledger.successes.acked(7, 1), "which of the two?"
         ledger.give_up(second, now=0.0)
-        assert not ledger.acked(7, 1)
+        assert not ledger.successes.acked(7, 1)
         ledger.fence()
         ledger.returned(first)
         ledger.returned(second)
         held(ledger)
-        assert not ledger.acked(7, 1), "it may be the first one's"
+        assert not ledger.successes.acked(7, 1), "it may be the first one's"
 
     def test_p2_stocks_acknowledgement_counts_for_nothing_from_a_rank_that_can_be_asked(
         self,
@@ -235,10 +236,10 @@ class TestProofs:
         exposure = exposed(ledger, 7, "p0", "stock")
         ledger.hello("p0")
         ledger.give_up(exposure, now=0.0)
-        assert not ledger.acked(7, 2), "it spoke when it was sent the destinations"
+        assert not ledger.successes.acked(7, 2), "it spoke when it was sent the destinations"
         ledger.here("p0", "p0-process", seq=1)
         ledger.answer("p0", "p0-process", exposure.gen, "drained")
-        assert ledger.acked(7, 2)
+        assert ledger.successes.acked(7, 2)
 
     def test_p2_whoever_answered_the_hello_before_them_would_have_had_them(self) -> None:
         ledger = decode()
@@ -286,13 +287,13 @@ class TestProofs:
         for who in ("p0-process", "successor"):
             ledger.answer("p0", who, exposure.gen, "drained")
         assert exposure.state is ExposureState.HELD
-        assert "cannot vouch" in ledger.why_held(exposure)
+        assert "cannot vouch" in why_held(exposure, ledger.peers)
 
     def test_p4_a_fence_proves_a_poisoned_writer(self) -> None:
         ledger = decode("p0")
         exposure = held(ledger)
         ledger.answer("p0", "p0-process", exposure.gen, "poisoned", "write returned -1")
-        assert "write returned -1" in ledger.why_held(exposure)
+        assert "write returned -1" in why_held(exposure, ledger.peers)
         assert ledger.fence() == []
         assert exposure.writers["p0"].proof is Proof.FENCED
         assert exposure.state is ExposureState.PROVEN
@@ -326,7 +327,7 @@ class TestProofs:
         ledger = decode("p0")
         exposure = exposed(ledger)
         ledger.fence()
-        ledger.marked(exposure.gen, "p0")
+        ledger.successes.marked(exposure.gen, "p0")
         assert ledger.complete(exposure)
         ledger.landed(exposure)
 
@@ -356,46 +357,46 @@ class TestWhatStockMaySee:
         ledger = decode("p0")
         first = held(ledger)
         second = exposed(ledger)
-        assert not ledger.admits_success(7, first.gen)
-        assert ledger.admits_success(7, second.gen)
-        assert not ledger.admits_success(8, second.gen + "0")
+        assert not ledger.successes.admits(7, first.gen)
+        assert ledger.successes.admits(7, second.gen)
+        assert not ledger.successes.admits(8, second.gen + "0")
         ledger.landed(second)
-        assert not ledger.admits_success(7, second.gen)
+        assert not ledger.successes.admits(7, second.gen)
 
     def test_an_unmarked_one_counts_unless_the_room_was_given_up(self) -> None:
         ledger = decode()
-        assert ledger.admits_success(7, None), "no exposure: stock knows the room or not"
+        assert ledger.successes.admits(7, None), "no exposure: stock knows the room or not"
         exposed(ledger)
-        assert ledger.admits_success(7, None)
+        assert ledger.successes.admits(7, None)
         held(ledger, 8)
         exposed(ledger, 8)
-        assert not ledger.admits_success(8, None)
+        assert not ledger.successes.admits(8, None)
 
     def test_an_unmarked_one_counts_for_nothing_where_every_writer_marks(self) -> None:
         ledger = decode("p0")
         exposed(ledger)
-        assert not ledger.admits_success(7, None)
+        assert not ledger.successes.admits(7, None)
         exposed(ledger, 8, "p0", "stock")
-        assert ledger.admits_success(8, None)
+        assert ledger.successes.admits(8, None)
 
     def test_complete_when_every_writer_reported_this_generation(self) -> None:
         ledger = decode("p0", "p1")
         held(ledger, 7, "p0", "p1")
         exposure = exposed(ledger, 7, "p0", "p1")
         assert not ledger.complete(exposure)
-        ledger.marked(exposure.gen, "p0")
-        ledger.marked(exposure.gen, "stranger")
-        ledger.marked("other", "p1")
+        ledger.successes.marked(exposure.gen, "p0")
+        ledger.successes.marked(exposure.gen, "stranger")
+        ledger.successes.marked("other", "p1")
         assert not ledger.complete(exposure)
-        ledger.marked(exposure.gen, "p1")
+        ledger.successes.marked(exposure.gen, "p1")
         assert ledger.complete(exposure)
 
     def test_complete_with_one_unmarked_success_per_rank_without_safe_reclaim(self) -> None:
         ledger = decode("p0")
         exposure = exposed(ledger, 7, "p0", "stock", "stock2")
-        ledger.marked(exposure.gen, "p0")
+        ledger.successes.marked(exposure.gen, "p0")
         for reporter, complete in ((1, False), (1, False), (2, True)):
-            assert ledger.admits_success(7, None, reporter)
+            assert ledger.successes.admits(7, None, reporter)
             assert ledger.complete(exposure) == complete
 
     def test_given_up_rooms_are_remembered_within_bounds(self) -> None:
@@ -403,7 +404,7 @@ class TestWhatStockMaySee:
         for room in range(100):
             held(ledger, room)
         assert len(ledger._given_up_rooms) == 10
-        assert not ledger.admits_success(99, None)
+        assert not ledger.successes.admits(99, None)
 
 
 class TestAsking:
@@ -420,10 +421,10 @@ class TestAsking:
         ledger = decode("p0", "p1")
         exposure = held(ledger, 7, "p0", "p1", "stock")
         assert [a.rank for a in ledger.tick(0.0)] == ["p0", "p1"]
-        assert "stock: runs without safe-reclaim" in ledger.why_held(exposure)
+        assert "stock: runs without safe-reclaim" in why_held(exposure, ledger.peers)
         ledger.answer("p0", "p0-process", exposure.gen, "drained")
         assert [a.rank for a in ledger.tick(100.0)] == ["p1"]
-        assert "p1: asked 2 times" in ledger.why_held(exposure)
+        assert "p1: asked 2 times" in why_held(exposure, ledger.peers)
 
     def test_a_rank_is_asked_as_soon_as_it_is_known(self) -> None:
         ledger = decode()

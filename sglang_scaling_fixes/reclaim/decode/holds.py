@@ -9,8 +9,8 @@ from typing import Any
 
 from sglang_scaling_fixes.reclaim.decode.gate import Gate
 from sglang_scaling_fixes.reclaim.decode.records import Records
-from sglang_scaling_fixes.reclaim.rules.decode_ledger import REASONS
 from sglang_scaling_fixes.reclaim.rules.exposure import Exposure
+from sglang_scaling_fixes.reclaim.rules.reasons import REASONS, reason, why_held
 
 logger = logging.getLogger(__name__)
 
@@ -48,16 +48,17 @@ class HoldReport:
                     "safe-reclaim: room %d held for %.0f s: %s",
                     exposure.room,
                     now - exposure.gave_up_at,
-                    self._ledger.why_held(exposure),
+                    why_held(exposure, self._ledger.peers),
                 )
 
     def show(self, gate: Gate) -> None:
         """Bring the gauges up to date."""
         with self._lock:
-            reasons = Counter(self._ledger.reason(exposure) for exposure in self._ledger.held)
+            peers = self._ledger.peers
+            found = Counter(reason(exposure, peers) for exposure in self._ledger.held)
         self._metrics.set("held_tokens", gate.held_tokens)
-        for reason in REASONS:
-            self._metrics.set("holds", reasons[reason], reason)
+        for known in REASONS:
+            self._metrics.set("holds", found[known], known)
 
     def returned(self, exposure: Exposure, tokens: int) -> None:
         """The slots of `exposure` went back: `tokens` of them."""
@@ -78,8 +79,9 @@ class HoldReport:
     def report(self, gate: Gate | None, *, refusing: bool) -> dict[str, Any]:
         """Counters and holds for `/server_info` and the lab."""
         with self._lock:
+            peers = self._ledger.peers
             held = [
-                {"room": e.room, "state": e.state.value, "why": self._ledger.why_held(e)}
+                {"room": e.room, "state": e.state.value, "why": why_held(e, peers)}
                 for e in self._ledger.held
             ]
         return {

@@ -72,7 +72,7 @@ class Inbox:
         if mark is not None:
             self._peers.pace.heard(mark.rank)
         with self._lock:
-            admitted = self._ledger.reports(room, gen, rank, prefill_rank)
+            admitted = self._ledger.successes.reports(room, gen, rank, prefill_rank)
         if not admitted:
             self._metrics.inc("stale")
         return admitted
@@ -93,11 +93,11 @@ class Inbox:
         """Stock's acknowledgement that a room has drained, believed under `stock-ack`."""
         if (acked := stock_aborts.acked(frames)) is not None:
             with self._lock:
-                self._ledger.acked(*acked)
+                self._ledger.successes.acked(*acked)
 
     def _takes_aux(self, stock: list[bytes], message: messages.Message | None) -> bool:
         room, aux = int(stock[1]), int(stock[3])
         gen = message.gen if isinstance(message, messages.Mark) else None
         owned = self._owns_aux(aux, room)
         with self._lock:
-            return self._ledger.admits_metadata(room, gen, owned=owned)
+            return self._ledger.successes.admits_metadata(room, gen, owned=owned)

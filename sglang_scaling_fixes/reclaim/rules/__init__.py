@@ -3,6 +3,8 @@
     types            a rank, a proof, what prefill can answer
     exposure         destinations that decode sent, and the life they have (a table)
     decode_ledger    when may a slot go back?
+    successes        what is a report of success worth?
+    reasons          what does a hold wait for, in words?
     attempt          destinations that prefill received, and the life they have (a table)
     prefill_ledger   when is nothing of an attempt written any more?
     coverage         was all that was exposed written?

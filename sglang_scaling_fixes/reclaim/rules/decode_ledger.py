@@ -50,6 +50,7 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 
 from sglang_scaling_fixes.reclaim.rules.exposure import Exposure, ExposureState, Writer
+from sglang_scaling_fixes.reclaim.rules.successes import Successes
 from sglang_scaling_fixes.reclaim.rules.types import LedgerError, Proof, Rank, Verdict
 
 
@@ -62,10 +63,6 @@ class SendAsk:
     gen: str
     again: bool = False
     """This rank was asked before."""
-
-
-REASONS = ("no answer yet", "write of unknown end", "no safe-reclaim", "other TP ranks")
-"""What a hold can wait for, in few words (`DecodeLedger.reason`)."""
 
 
 class DecodeLedger:
@@ -100,6 +97,8 @@ class DecodeLedger:
         """Room -> the generation given up, empty when more than one was: the last
         `memory` rooms. A room in here may still get a success of the old attempt."""
         self._memory = memory
+        self.successes = Successes(self)
+        """What reports of success are worth."""
 
     # -- events ---------------------------------------------------------------
 
@@ -251,102 +250,6 @@ class DecodeLedger:
             writer.stuck = "it cannot vouch for the process that may have had the destinations"
         return exposure
 
-    def reports(
-        self, room: int, gen: str | None = None, rank: Rank = "", reporter: Hashable = None
-    ) -> bool:
-        """A prefill rank reports success of `room`. May stock be told?
-
-        Marked: `rank` says that it is of generation `gen`. Unmarked: `reporter` is the rank as
-        stock numbers it. Either may prove an exposure whose owner gave up meanwhile.
-        """
-        if gen is not None:
-            self.marked(gen, rank)
-        else:
-            self.stock_success(room, reporter)
-        return self.admits_success(room, gen, reporter)
-
-    def admits_metadata(self, room: int, gen: str | None, *, owned: bool) -> bool:
-        """May stock write the content of a metadata slot that a prefill rank sent by message?
-
-        Not a late copy, into a slot that is no longer this room's (`owned`) or this attempt's.
-        """
-        return owned and (gen is None or self.admits_success(room, gen))
-
-    def admits_success(self, room: int, gen: str | None, reporter: Hashable = None) -> bool:
-        """May stock be told that a prefill rank reports success of `room`?
-
-        Stock's message names no generation, so a late one would be taken for the
-        next attempt's. Prefill ranks with safe reclaim mark theirs; without a mark
-        the message counts only where the room cannot be confused. `reporter`: the
-        prefill rank as stock numbers it.
-        """
-        waiting = [e for e in self._exposed.values() if e.room == room]
-        if gen is not None:
-            return any(e.gen == gen for e in waiting)
-        if room in self._given_up_rooms:
-            return False
-        if waiting and all(r in self.peers for r in waiting[-1].writers):
-            return False
-        for exposure in waiting[-1:]:
-            exposure.unmarked.add(reporter)
-        return True
-
-    def marked(self, gen: str, rank: Rank) -> None:
-        """`rank` reports success of generation `gen`: P3 for it, if the owner gave up meanwhile."""
-        exposure = self.find(gen)
-        if exposure is None or (writer := exposure.writers.get(rank)) is None:
-            return
-        writer.reported = True
-        if exposure.state is ExposureState.HELD and writer.proof is None:
-            exposure.prove(writer, Proof.LANDED)
-
-    def stock_success(self, room: int, reporter: Hashable) -> bool:
-        """An unmarked success of a room whose owner gave up: P3 from a rank without safe reclaim.
-
-        Stock prefill of old releases never learns of the abort and reports success
-        when its write has landed. True when it proved the exposure.
-        """
-        for exposure in self._held.values():
-            if exposure.room == room:
-                exposure.late.add(reporter)
-        found, unproven = self._by_stocks_word(room)
-        if found is None or len(found.late) < len(found.writers):
-            return False
-        return self._prove_all(found, unproven, Proof.LANDED)
-
-    def acked(self, room: int, ranks: int) -> bool:
-        """Stock's own acknowledgement of an abort, by now from `ranks`: P2 without safe reclaim.
-
-        Only for an operator who trusts it. True when it proved the exposure.
-        """
-        found, unproven = self._by_stocks_word(room)
-        if found is None or ranks < len(found.writers):
-            return False
-        return self._prove_all(found, unproven, Proof.DRAINED)
-
-    def _by_stocks_word(self, room: int) -> tuple[Exposure | None, list[Writer]]:
-        """The exposure that stock's word for a room can prove, with its unproven writers.
-
-        All writers must have given it. A room that was given up before, or is exposed
-        again, proves nothing: the word names no generation. Nor does it where a rank
-        with safe reclaim is unproven: that one can be asked.
-        """
-        found = [e for e in self.exposures() if e.room == room]
-        if len(found) != 1 or found[0].state is not ExposureState.HELD:
-            return None, []
-        (exposure,) = found
-        unproven = exposure.unproven
-        confusable = self._given_up_rooms.get(room) != exposure.gen
-        if confusable or any(self._speaks(w) for w in unproven):
-            return None, []
-        return exposure, unproven
-
-    @staticmethod
-    def _prove_all(exposure: Exposure, writers: list[Writer], proof: Proof) -> bool:
-        for writer in writers:
-            exposure.prove(writer, proof)
-        return True
-
     def fence(self) -> list[Exposure]:
         """Nothing that was ever sent can be reached any more: P4 for every writer that has any.
 
@@ -386,6 +289,14 @@ class DecodeLedger:
         """The exposure of this generation, while its slots are not ordinary."""
         return self._exposed.get(gen) or self._held.get(gen)
 
+    def waiting(self, room: int) -> list[Exposure]:
+        """Exposures of `room` whose owners wait for their KV."""
+        return [e for e in self._exposed.values() if e.room == room]
+
+    def given_up(self, room: int) -> str | None:
+        """The generation given up of `room`, empty when more than one was, None when none."""
+        return self._given_up_rooms.get(room)
+
     def hellos(self, rank: Rank) -> int:
         """How many Hellos were sent to `rank`."""
         return self._hellos.get(rank, 0)
@@ -408,36 +319,7 @@ class DecodeLedger:
         had = writer.meant_for
         return had is not None and self.peers.get(writer.rank, had) != had
 
-    def reason(self, exposure: Exposure) -> str:
-        """What this exposure waits for, as one of `REASONS`."""
-        unproven = exposure.unproven
-        if not unproven:
-            return "other TP ranks"
-        if any(writer.stuck for writer in unproven):
-            return "write of unknown end"
-        strangers = any(writer.rank not in self.peers for writer in unproven)
-        return "no safe-reclaim" if strangers else "no answer yet"
-
-    def why_held(self, exposure: Exposure) -> str:
-        """One line for the operator: what this exposure waits for."""
-        if not exposure.unproven:
-            return "proven on this rank; waiting for the other TP ranks"
-        parts = []
-        for writer in exposure.unproven:
-            if writer.stuck:
-                parts.append(f"{writer.rank}: {writer.stuck}")
-            elif writer.rank not in self.peers:
-                parts.append(f"{writer.rank}: runs without safe-reclaim, cannot be asked")
-            else:
-                parts.append(f"{writer.rank}: asked {writer.asks} times, no answer yet")
-        return "; ".join(parts)
-
     # -- internals ------------------------------------------------------------
-
-    def _speaks(self, writer: Writer) -> bool:
-        """It runs safe reclaim, or did when it had these destinations."""
-        known = writer.incarnation or writer.bound_by or writer.reported
-        return writer.rank in self.peers or bool(known)
 
     def _in_question(self, gen: str, rank: Rank) -> Writer | None:
         """The writer of a held exposure that is still unproven, None when there is none."""
@@ -457,8 +339,8 @@ class DecodeLedger:
             self._number,
             self.group,
             tuple(sorted(self.peers.items())),
-            tuple(_of_exposure(e, now) for e in self._exposed.values()),
-            tuple(_of_exposure(e, now) for e in self._held.values()),
+            tuple(e.snapshot(now) for e in self._exposed.values()),
+            tuple(e.snapshot(now) for e in self._held.values()),
             tuple(self._given_up_rooms.items()),
             tuple(sorted(self._hellos.items())),
         )
@@ -473,23 +355,3 @@ class DecodeLedger:
                 raise LedgerError(f"{gen}: {exposure.state} among the held")
             if (exposure.state is ExposureState.PROVEN) == bool(exposure.unproven):
                 raise LedgerError(f"{gen}: {exposure.state} with {len(exposure.unproven)} unproven")
-
-
-def _of_exposure(e: Exposure, now: float) -> Hashable:
-    writers = tuple(
-        (
-            w.rank,
-            w.incarnation,
-            w.hello,
-            w.bound_by,
-            w.disputed,
-            w.sent,
-            w.reported,
-            w.proof,
-            bool(w.stuck),
-            w.proof is None and w.next_ask > now,
-        )
-        for w in e.writers.values()
-    )
-    told = tuple(sorted(e.unmarked, key=str)), tuple(sorted(e.late, key=str))
-    return (e.gen, e.epoch, e.room, e.state, *told, writers)

@@ -133,6 +133,26 @@ class Exposure:
         except KeyError:
             raise LedgerError(f"{self.gen}: {event!r} in state {self.state}") from None
 
+    def snapshot(self, now: float) -> Hashable:
+        """All that decides what becomes of it, and whether a writer is asked at `now`."""
+        told = (tuple(sorted(told, key=str)) for told in (self.unmarked, self.late))
+        writers = tuple(
+            (
+                w.rank,
+                w.incarnation,
+                w.hello,
+                w.bound_by,
+                w.disputed,
+                w.sent,
+                w.reported,
+                w.proof,
+                bool(w.stuck),
+                w.proof is None and w.next_ask > now,
+            )
+            for w in self.writers.values()
+        )
+        return (self.gen, self.epoch, self.room, self.state, *told, writers)
+
     def prove(self, writer: Writer, proof: Proof) -> None:
         """This writer of a held exposure can no longer write."""
         writer.proof = proof
