@@ -4,7 +4,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint demo
+.PHONY: help setup test unit lint format docs demo
 
 # The newest stock release; the lab keeps the older ones outside the repository.
 RELEASE := 0.5.23
@@ -20,10 +20,20 @@ setup: ## make .venv: stock SGLang, Mooncake, this package, test tools
 test: setup ## lint, unit, contract (all stock wheels) and end-to-end tests
 	@$(BIN)/python tools/run_tests.py
 
+unit: setup ## the fast tests only, side by side: no wheels, no servers
+	@$(BIN)/python -m pytest tests/unit -n auto --dist=worksteal -q
+
 lint: setup ## ruff and mypy only
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+format: setup ## lay the code out as `make lint` wants it
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+docs: setup ## renew the generated tables and pictures of the documents
+	@$(BIN)/python -m tests.model.diagram
 
 demo: setup ## corrupt a stock server's KV, then show the fix preventing it
 	@$(BIN)/sglang-scaling-fixes lab install $(DEMO_RELEASE)
