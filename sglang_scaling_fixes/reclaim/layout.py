@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from sglang_scaling_fixes import kv_poll
 from sglang_scaling_fixes.errors import AttachError
 
 PAGE_STATES = frozenset({"nsa", "dsa", "block_scale", "minimax_index_k", "minimax_dense_kv"})
@@ -18,8 +19,8 @@ PAGE_STATES = frozenset({"nsa", "dsa", "block_scale", "minimax_index_k", "minima
 WINDOW_STATES = frozenset({"swa", "block_scale_swa"})
 """State transfers into sliding-window slots, freed together with their full slots."""
 
-FAILED, WAITING, TRANSFERRING, SUCCESS = 0, 2, 3, 4
-"""KVPoll values in every supported release (contract-tested)."""
+FAILED, WAITING = kv_poll.FAILED, kv_poll.WAITING
+TRANSFERRING, SUCCESS = kv_poll.TRANSFERRING, kv_poll.SUCCESS
 
 
 def state_kinds(kv_args: Any) -> list[str]:
