@@ -189,8 +189,8 @@ def _plugin_lines(plugin: dict[str, Any] | None) -> list[str]:
 
 
 def _racecheck(args: argparse.Namespace) -> int:
-    from sglang_scaling_fixes.ordering import racecheck
-    from sglang_scaling_fixes.ordering.racecheck import matrix
+    from sglang_scaling_fixes import racecheck
+    from sglang_scaling_fixes.racecheck import matrix
 
     if args.matrix is not None:
         args.matrix.write_text(matrix.build(progress=_say))

@@ -8,23 +8,21 @@ start; only somebody who asks from outside notices. `ask` does, in a fresh proce
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sglang_scaling_fixes import loading_probe
+from sglang_scaling_fixes import child_process, loading_probe
 from sglang_scaling_fixes.attach import FIRST_RELEASE, LAST_RELEASE
 from sglang_scaling_fixes.config import PLUGIN_ENV, left_out
 from sglang_scaling_fixes.errors import ConfigError
 from sglang_scaling_fixes.lab.wheels import OLDER_RELEASES
+from sglang_scaling_fixes.paths import PACKAGE
 from sglang_scaling_fixes.release import version_tuple
 
 _PROBE = Path(loading_probe.__file__)
-_OWN = Path(__file__).resolve().parent
 _TIMEOUT = 600.0
 """Seconds each question may take: a cold import of SGLang is slow on a busy machine."""
 
@@ -73,24 +71,23 @@ def ask(env: Mapping[str, str], runtime: Mapping[str, str] | None = None) -> Loa
 
 def _answer(question: str, env: Mapping[str, str]) -> Any:
     try:
-        done = subprocess.run(
-            [sys.executable, "-P", str(_PROBE), question],
-            env=dict(env),
-            capture_output=True,
-            text=True,
-            timeout=_TIMEOUT,
-            check=False,
+        return child_process.ask(
+            "-P",
+            str(_PROBE),
+            question,
+            env=env,
+            mark=loading_probe.MARK,
+            timeout_s=_TIMEOUT,
         )
-    except subprocess.TimeoutExpired as error:
+    except child_process.NoAnswerInTime as error:
         raise ConfigError(
             f"the installed SGLang did not say what it loads within {_TIMEOUT:.0f} s; try again "
             "when this machine is less busy"
         ) from error
-    for line in done.stdout.splitlines():
-        if line.startswith(loading_probe.MARK):
-            return json.loads(line.removeprefix(loading_probe.MARK))
-    last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-    raise ConfigError(f"the installed SGLang could not be asked what it loads: {last}")
+    except child_process.NoAnswer as error:
+        raise ConfigError(
+            f"the installed SGLang could not be asked what it loads: {error}"
+        ) from error
 
 
 def _problem(here: dict[str, Any], there: dict[str, Any], env: Mapping[str, str]) -> str | None:
@@ -149,9 +146,9 @@ def _not_installed(copies: list[dict[str, str]]) -> str:
 
 
 def _another_copy(folder: str | None) -> str | None:
-    if folder is not None and Path(folder).resolve() == _OWN:
+    if folder is not None and Path(folder).resolve() == PACKAGE:
         return None
     return (
-        f"a server takes the plugin from {folder}, and this is the copy in {_OWN}; uninstall one "
-        "of the two"
+        f"a server takes the plugin from {folder}, and this is the copy in {PACKAGE}; uninstall "
+        "one of the two"
     )

@@ -29,7 +29,7 @@ class Part:
 
 def _parts() -> list[Part]:
     from sglang_scaling_fixes.ordering import early_send, loads, probe
-    from sglang_scaling_fixes.ordering.transfer import BACKENDS
+    from sglang_scaling_fixes.ordering.probe.transfer import BACKENDS
 
     fences = [
         Part(

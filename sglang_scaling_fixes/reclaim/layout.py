@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from sglang_scaling_fixes.errors import AttachError
-from sglang_scaling_fixes.reclaim.stock_wire import FAILED, SUCCESS
+from sglang_scaling_fixes.kv_poll import FAILED, SUCCESS
 
 PAGE_STATES = frozenset({"nsa", "dsa", "block_scale", "minimax_index_k", "minimax_dense_kv"})
 """State transfers addressed by the KV pages themselves (index-K, scales)."""

@@ -28,9 +28,10 @@ from sglang_scaling_fixes.reclaim.decode.side import DecodeGuard
 from sglang_scaling_fixes.reclaim.prefill.side import PrefillGuard
 from sglang_scaling_fixes.reclaim.prefill.taps import IN_HAND, EngineTap, ExecutorTap
 from sglang_scaling_fixes.reclaim.rules.attempt import Attempt
+from sglang_scaling_fixes.standin_objects import Lenient
 
 SENTINEL = "sglang.srt.disaggregation.mooncake.conn:MooncakeKVManager.transfer_worker"
-"""Wrapped first and last by `attach`: tells whether this process is attached already."""
+"""Wrapped by `attach`: tells whether this process is attached already."""
 
 _ROOM, _RANK = 7_000_000_007, "192.0.2.1:9"  # a documentation address (RFC 5737)
 
@@ -81,20 +82,11 @@ class _Socket:
         self.sent.append(list(frames))
 
 
-class _Lenient:
-    """Attributes a release may look at and that do not matter here read as None."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return None
-
-
 def _manager(**attributes: Any) -> Any:
     """A stock KV manager that was never started."""
     from sglang.srt.disaggregation.mooncake.conn import MooncakeKVManager
 
-    class ProbeManager(_Lenient, MooncakeKVManager):  # type: ignore[misc]
+    class ProbeManager(Lenient, MooncakeKVManager):  # type: ignore[misc]
         get_session_id = staticmethod(lambda: "probe:1")
 
     manager = object.__new__(ProbeManager)
@@ -145,7 +137,7 @@ def _prove_decode() -> None:
     guard.ledger.here(_RANK, "prefill")
     socket = _Socket()
 
-    class ProbeReceiver(_Lenient, MooncakeKVReceiver):  # type: ignore[misc]
+    class ProbeReceiver(Lenient, MooncakeKVReceiver):  # type: ignore[misc]
         @classmethod
         def _connect(cls, *_: Any, **__: Any) -> Any:
             return socket, threading.Lock()
@@ -228,7 +220,7 @@ class _StopWorker(BaseException):
     """Ends the stock worker's endless loop (it survives every Exception)."""
 
 
-class _Chunk(_Lenient):
+class _Chunk(Lenient):
     def __init__(self, room: int, *, stops: bool = False) -> None:
         self._room, self._stops = room, stops
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-FAILED, WAITING, TRANSFERRING, SUCCESS = 0, 2, 3, 4
-"""KVPoll values in every supported release (contract-tested)."""
+from sglang_scaling_fixes import kv_poll
 
-SUCCESS_FRAME, FAILED_FRAME = b"4", b"0"
-"""The same in a status message."""
+SUCCESS_FRAME, FAILED_FRAME = (str(state).encode() for state in (kv_poll.SUCCESS, kv_poll.FAILED))
+"""Stock's states as they stand in a status message."""
 
 AUX_DATA = b"AUX_DATA"
 """Opens stock's message with the content of a metadata slot (SGLANG_MOONCAKE_SEND_AUX_TCP)."""

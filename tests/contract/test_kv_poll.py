@@ -7,7 +7,15 @@ import ast
 import pytest
 from wheels import RELEASES, source
 
+from sglang_scaling_fixes import kv_poll
+
 EXPECTED = {"Failed": 0, "Bootstrapping": 1, "WaitingForInput": 2, "Transferring": 3, "Success": 4}
+OURS = {
+    "Failed": kv_poll.FAILED,
+    "WaitingForInput": kv_poll.WAITING,
+    "Transferring": kv_poll.TRANSFERRING,
+    "Success": kv_poll.SUCCESS,
+}
 
 
 @pytest.mark.parametrize("release", RELEASES)
@@ -22,3 +30,4 @@ def test_kv_poll_values(release: str) -> None:
         and isinstance(n.value, ast.Constant)
     }
     assert values == EXPECTED
+    assert OURS.items() <= values.items()

@@ -20,10 +20,11 @@ from pathlib import Path
 import pytest
 from wheels import source
 
+from sglang_scaling_fixes import racecheck
 from sglang_scaling_fixes.lab.runtime import STANDINS, cpu_env
 from sglang_scaling_fixes.lab.wheels import OLDER_RELEASES
-from sglang_scaling_fixes.ordering import racecheck
-from sglang_scaling_fixes.ordering.racecheck import patches
+from sglang_scaling_fixes.paths import ROOT
+from sglang_scaling_fixes.racecheck import patches
 from tests import child
 
 RIGHT = patches.APPLY
@@ -42,9 +43,9 @@ POOL_FILE = "sglang/srt/mem_cache/memory_pool.py"
 
 IMPORTS = """
 import importlib, json, os, sys
-from sglang_scaling_fixes.ordering.racecheck import face
+from sglang_scaling_fixes.racecheck import recording_cuda
 
-face.install()
+recording_cuda.install()
 found = {}
 for tree, modules in json.loads(sys.argv[1]).items():
     reader, writer = os.pipe()
@@ -111,7 +112,7 @@ def imports(trees: dict[Path, list[str]]) -> dict[Path, dict[str, str]]:
     """By tree: what importing each of these modules ended in."""
     env = cpu_env({"CUDA_VISIBLE_DEVICES": ""})
     env.pop(STANDINS)
-    env["PYTHONPATH"] = os.pathsep.join([str(racecheck._PACKAGE), env["PYTHONPATH"]])
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env["PYTHONPATH"]])
     asked = json.dumps({str(path): modules for path, modules in trees.items()})
     found = child.said(sys.executable, IMPORTS, asked, env=env, mark="found:", timeout_s=1200)
     for path in trees:

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 from wheels import between
 
+from sglang_scaling_fixes import racecheck
 from sglang_scaling_fixes.lab.runtime import STANDINS, cpu_env
-from sglang_scaling_fixes.ordering import racecheck
+from sglang_scaling_fixes.paths import ROOT
 from tests import child
 
 INDEX, KV = "load-before-index-read", "load-before-kv-read"
@@ -54,13 +55,14 @@ CONTROLS = """
 import contextlib, importlib, json
 from unittest import mock
 from sglang_scaling_fixes import ordering
-from sglang_scaling_fixes.ordering import early_send, loads, statements
-from sglang_scaling_fixes.ordering.racecheck import face, worker
+from sglang_scaling_fixes.ordering import early_send, loads
+from sglang_scaling_fixes.ordering.probe import statements
+from sglang_scaling_fixes.racecheck import recording_cuda, worker
 
-face.install()
+recording_cuda.install()
 for module in worker._MODULES:
     importlib.import_module(module)
-face.replace_kernels()
+recording_cuda.replace_kernels()
 worker._arm()
 from sglang.srt.disaggregation.mooncake.conn import MooncakeKVManager
 from sglang.srt.disaggregation.prefill import SchedulerDisaggregationPrefillMixin as Prefill
@@ -68,7 +70,7 @@ from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.mem_cache.dsa_cache_layer_split import LayerSplitIndexKeyCache
 from sglang.srt.mem_cache.index_key_cache import IndexKeyCache
 from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
-from sglang_scaling_fixes.ordering.racecheck.hazards import HAZARDS
+from sglang_scaling_fixes.racecheck.hazards import HAZARDS
 
 def without_counter(method, pool_of=lambda self: self):
     def unguarded(self, *args, **kwargs):
@@ -147,7 +149,7 @@ def test_one_wait_removed_turns_exactly_its_hazard() -> None:
     """On the newest release, armed: every other wait stays, ours or stock's."""
     env = cpu_env({"CUDA_VISIBLE_DEVICES": ""})
     env.pop(STANDINS)
-    env["PYTHONPATH"] = os.pathsep.join([str(racecheck._PACKAGE), env["PYTHONPATH"]])
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env["PYTHONPATH"]])
     found = child.said(sys.executable, CONTROLS, env=env, mark="found:", timeout_s=1200)
     for control, hazard in EXPECTED.items():
         calm = {name: v for name, v in found[control].items() if v in ("ordered", "n/a")}

@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from sglang_scaling_fixes.ordering import loads
-from sglang_scaling_fixes.ordering.racecheck import stack
-from sglang_scaling_fixes.ordering.racecheck.stack import LAYERS, PAGE, Lenient, Stack
+from sglang_scaling_fixes.racecheck import kv_stack
+from sglang_scaling_fixes.racecheck.kv_stack import LAYERS, PAGE, KvStack
+from sglang_scaling_fixes.standin_objects import Lenient
 
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
@@ -31,14 +32,14 @@ STEP = 20_000_000
 Seen = dict[str, list[torch.Tensor]]
 
 
-def make(**more: Any) -> Stack:
+def make(**more: Any) -> KvStack:
     """A stack on this GPU with poison on the device and the value on the host."""
-    stack.settings()
-    pool = stack.dsa_pool(device="cuda", **more)
-    world = stack.assemble(None, pool, torch.cuda.current_stream(), torch.cuda.Stream())
+    kv_stack.settings()
+    pool = kv_stack.dsa_pool(device="cuda", **more)
+    stack = kv_stack.assemble(None, pool, torch.cuda.current_stream(), torch.cuda.Stream())
     for buffer in [*pool.kv_buffer, *pool.index_k_with_scale_buffer]:
         buffer.fill_(POISON)
-    group = world.controller.mem_pool_host
+    group = stack.controller.mem_pool_host
     hosts = [entry.host_pool for entry in getattr(group, "entries", ())] or [group]
     for host in hosts:
         for name in ("kv_buffer", "index_k_with_scale_buffer"):
@@ -47,27 +48,27 @@ def make(**more: Any) -> Stack:
                 if buffer is not None:
                     buffer.fill_(VALUE)
     torch.cuda.synchronize()
-    return world
+    return stack
 
 
-def load_stream(world: Stack) -> torch.cuda.Stream:
-    engine = getattr(world.controller, "l2_transfer_engine", None)
+def load_stream(stack: KvStack) -> torch.cuda.Stream:
+    engine = getattr(stack.controller, "l2_transfer_engine", None)
     if engine is None:
-        return world.controller.load_stream
+        return stack.controller.load_stream
     return engine.host_to_device_stream
 
 
-def held_up(world: Stack) -> tuple[torch.Tensor, int]:
+def held_up(stack: KvStack) -> tuple[torch.Tensor, int]:
     """Start a load that takes its time."""
-    with torch.cuda.stream(load_stream(world)):
+    with torch.cuda.stream(load_stream(stack)):
         torch.cuda._sleep(HOLD)
-    return world.load()
+    return stack.load()
 
 
 @contextlib.contextmanager
-def forward(world: Stack, consumer: int) -> Iterator[None]:
+def forward(stack: KvStack, consumer: int) -> Iterator[None]:
     """On the forward stream, as the scheduler enters it."""
-    with torch.cuda.stream(world.forward_batch(consumer)):
+    with torch.cuda.stream(stack.forward_batch(consumer)):
         yield
     torch.cuda.synchronize()
 
@@ -78,17 +79,17 @@ def stale(seen: list[torch.Tensor]) -> int:
     return sum(bool((read != VALUE).any()) for read in seen)
 
 
-def index_reads(world: Stack, *, guarded: bool) -> list[torch.Tensor]:
-    slots, consumer = held_up(world)
+def index_reads(stack: KvStack, *, guarded: bool) -> list[torch.Tensor]:
+    slots, consumer = held_up(stack)
     pages = slots[::PAGE] // PAGE
     seen = []
-    with forward(world, consumer):
+    with forward(stack, consumer):
         for layer in range(LAYERS):
             # Unguarded is what the ragged readers of index-K were up to 0.5.10.post1.
             buffer = (
-                world.pool.get_index_k_with_scale_buffer(layer)
+                stack.pool.get_index_k_with_scale_buffer(layer)
                 if guarded
-                else world.pool.index_k_with_scale_buffer[layer]
+                else stack.pool.index_k_with_scale_buffer[layer]
             )
             seen.append(buffer[pages].clone())
     return seen
@@ -99,12 +100,12 @@ def test_index_k() -> None:
     assert stale(index_reads(make(), guarded=True)) == 0
 
 
-def kv_reads(world: Stack, *, guarded: bool) -> list[torch.Tensor]:
-    slots, consumer = held_up(world)
+def kv_reads(stack: KvStack, *, guarded: bool) -> list[torch.Tensor]:
+    slots, consumer = held_up(stack)
     seen = []
-    with forward(world, consumer if guarded else -1):
+    with forward(stack, consumer if guarded else -1):
         for layer in range(LAYERS):
-            seen.append(world.pool.get_key_buffer(layer)[slots].clone())
+            seen.append(stack.pool.get_key_buffer(layer)[slots].clone())
     return seen
 
 
@@ -132,19 +133,19 @@ def split_reads(*, fixed: bool) -> list[torch.Tensor]:
             stock = cls.prefetch_kv_buffer
             loads.attach_prefetch()
             undo.callback(setattr, cls, "prefetch_kv_buffer", stock)
-        with mock.patch.object(stack, "settings", _settings_with(group)):
-            world = make(cls=cls, layer_shard_rank=1, layer_shard_size=2)
-        world.pool.layer_broadcast_comm = communicator
-        slots, consumer = held_up(world)
+        with mock.patch.object(kv_stack, "settings", _settings_with(group)):
+            stack = make(cls=cls, layer_shard_rank=1, layer_shard_size=2)
+        stack.pool.layer_broadcast_comm = communicator
+        slots, consumer = held_up(stack)
         seen = []
-        with forward(world, consumer):
+        with forward(stack, consumer):
             for layer in range(LAYERS // 2, LAYERS):  # those that this rank owns
-                world.pool.prefetch_kv_buffer(layer)
-                seen.append(world.pool.get_key_buffer(layer)[slots].clone())
+                stack.pool.prefetch_kv_buffer(layer)
+                seen.append(stack.pool.get_key_buffer(layer)[slots].clone())
     return seen
 
 
-def _settings_with(group: Any, settings: Any = stack.settings) -> Any:
+def _settings_with(group: Any, settings: Any = kv_stack.settings) -> Any:
     return lambda **_more: settings(attn_cp_group=group)
 
 
@@ -153,15 +154,15 @@ def test_layersplit_prefetch() -> None:
     assert stale(split_reads(fixed=True)) == 0
 
 
-def milliseconds(world: Stack, *, loading: bool, computing: bool) -> float:
+def milliseconds(stack: KvStack, *, loading: bool, computing: bool) -> float:
     """One batch: each layer loaded for `STEP` cycles, read, and computed for `STEP` cycles."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     begin.record()
-    slots, consumer = world.load() if loading else (None, -1)
-    with torch.cuda.stream(world.forward_batch(consumer)):
+    slots, consumer = stack.load() if loading else (None, -1)
+    with torch.cuda.stream(stack.forward_batch(consumer)):
         for layer in range(LAYERS):
-            buffer = world.pool.get_key_buffer(layer)
+            buffer = stack.pool.get_key_buffer(layer)
             if slots is not None:
                 buffer[slots].clone()
             if computing:
@@ -174,17 +175,17 @@ def milliseconds(world: Stack, *, loading: bool, computing: bool) -> float:
 
 def test_overlap_survives(record_property: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """Measured, not asserted: with every wait in place, both at once against the longer one."""
-    world = make()
-    for events in world.counter.events:
+    stack = make()
+    for events in stack.counter.events:
         complete = events.complete
         events.complete = lambda layer, complete=complete: (
             torch.cuda._sleep(STEP),
             complete(layer),
         )
-    milliseconds(world, loading=False, computing=True)  # warm
-    compute = milliseconds(world, loading=False, computing=True)
-    load = milliseconds(world, loading=True, computing=False)
-    both = milliseconds(world, loading=True, computing=True)
+    milliseconds(stack, loading=False, computing=True)  # warm
+    compute = milliseconds(stack, loading=False, computing=True)
+    load = milliseconds(stack, loading=True, computing=False)
+    both = milliseconds(stack, loading=True, computing=True)
     ratio = both / max(load, compute)
     record_property("load_ms", load)
     record_property("compute_ms", compute)

@@ -11,11 +11,11 @@ from typing import Any
 
 from sglang_scaling_fixes.attach import replace_method, wrap_method
 from sglang_scaling_fixes.config import Config
+from sglang_scaling_fixes.kv_poll import SUCCESS
 from sglang_scaling_fixes.reclaim import layout
 from sglang_scaling_fixes.reclaim.decode import fence
 from sglang_scaling_fixes.reclaim.decode.peers import OutgoingSocket, rank_of
 from sglang_scaling_fixes.reclaim.decode.side import DecodeGuard
-from sglang_scaling_fixes.reclaim.stock_wire import SUCCESS
 
 _MOONCAKE = "sglang.srt.disaggregation.mooncake.conn"
 _DECODE = "sglang.srt.disaggregation.decode"

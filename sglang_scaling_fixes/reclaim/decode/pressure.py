@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
 
+from sglang_scaling_fixes.kv_poll import FAILED, SUCCESS
 from sglang_scaling_fixes.ranks import TpGroup
 from sglang_scaling_fixes.reclaim.decode import fence
 from sglang_scaling_fixes.reclaim.decode.gate import Gate
@@ -20,7 +21,6 @@ from sglang_scaling_fixes.reclaim.decode.records import Records
 from sglang_scaling_fixes.reclaim.retry_after import REFUSAL
 from sglang_scaling_fixes.reclaim.rules.exposure import Exposure
 from sglang_scaling_fixes.reclaim.rules.quarantine import GRACE, Hold, Pressure, Quarantine
-from sglang_scaling_fixes.reclaim.stock_wire import FAILED, SUCCESS
 
 logger = logging.getLogger(__name__)
 

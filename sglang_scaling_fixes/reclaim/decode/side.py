@@ -29,6 +29,7 @@ import numpy as np
 
 from sglang_scaling_fixes.alarm import end_server
 from sglang_scaling_fixes.config import Config
+from sglang_scaling_fixes.kv_poll import SUCCESS, WAITING
 from sglang_scaling_fixes.metrics import DECODE, of_process
 from sglang_scaling_fixes.ranks import TpGroup
 from sglang_scaling_fixes.reclaim import layout
@@ -43,7 +44,6 @@ from sglang_scaling_fixes.reclaim.rules.decode_ledger import DecodeLedger
 from sglang_scaling_fixes.reclaim.rules.exposure import Exposure
 from sglang_scaling_fixes.reclaim.rules.quarantine import Quarantine
 from sglang_scaling_fixes.reclaim.rules.stock_aborts import StockAborts
-from sglang_scaling_fixes.reclaim.stock_wire import SUCCESS, WAITING
 from sglang_scaling_fixes.reclaim.transport import new_incarnation
 
 logger = logging.getLogger(__name__)

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang_scaling_fixes.attach import replace_method, wrap_method
+from sglang_scaling_fixes.kv_poll import FAILED, TRANSFERRING
 from sglang_scaling_fixes.reclaim.prefill.side import PrefillGuard
 from sglang_scaling_fixes.reclaim.prefill.taps import StatusTap
-from sglang_scaling_fixes.reclaim.stock_wire import FAILED, TRANSFERRING
 
 _MOONCAKE = "sglang.srt.disaggregation.mooncake.conn"
 _MIXIN = "sglang.srt.disaggregation.prefill:SchedulerDisaggregationPrefillMixin"

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang_scaling_fixes import release
+from sglang_scaling_fixes.kv_poll import FAILED, SUCCESS
 from sglang_scaling_fixes.metrics import PREFILL, of_process
 from sglang_scaling_fixes.reclaim import layout, messages
 from sglang_scaling_fixes.reclaim.interposers import ReceiveTap
@@ -35,11 +36,9 @@ from sglang_scaling_fixes.reclaim.rules.prefill_ledger import (
     ends_room,
 )
 from sglang_scaling_fixes.reclaim.stock_wire import (
-    FAILED,
     PAGE_BYTES,
     PAGES_FRAME,
     SESSION_FRAME,
-    SUCCESS,
     is_metadata,
 )
 from sglang_scaling_fixes.reclaim.transport import ReplySockets, endpoint, new_incarnation

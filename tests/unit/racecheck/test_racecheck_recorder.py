@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from sglang_scaling_fixes.ordering.racecheck.recorder import (
+from sglang_scaling_fixes.racecheck.recorder import (
     Event,
     Recorder,
     Stream,

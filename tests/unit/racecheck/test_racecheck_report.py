@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
-from sglang_scaling_fixes import cli
+from sglang_scaling_fixes import cli, racecheck
 from sglang_scaling_fixes.errors import ConfigError
-from sglang_scaling_fixes.ordering import racecheck
-from sglang_scaling_fixes.ordering.racecheck import matrix, patches
+from sglang_scaling_fixes.racecheck import matrix, patches
 
 SIDE = {"access": "write", "operation": "copy", "stream": "load", "stack": ["a.py:1 f: copy()"]}
 RACE = {
@@ -77,6 +76,15 @@ def test_an_environment_without_sglang_says_so(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(racecheck, "sglang_version", lambda: None)
     with pytest.raises(ConfigError, match="not installed"):
         racecheck.check()
+
+
+def test_a_check_that_takes_too_long_is_one_line_and_no_race(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(racecheck, "_TIMEOUT", 0.0)
+    assert cli.main(["racecheck"]) == 2
+    line = capsys.readouterr().err
+    assert "not checked within 0 s; try again" in line and line.count("\n") == 1
 
 
 def test_matrix_shows_stock_and_fixed() -> None:

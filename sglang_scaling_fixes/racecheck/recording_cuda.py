@@ -17,7 +17,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from sglang_scaling_fixes.lab.standins import cuda, hidden, kernels
-from sglang_scaling_fixes.ordering.racecheck.recorder import Event, Stream, active
+from sglang_scaling_fixes.racecheck.recorder import Event, Stream, active
 
 
 def install() -> None:
@@ -33,7 +33,7 @@ def install() -> None:
     device.current_stream = device.default_stream = lambda *_a, **_k: active().current
     device.stream = lambda stream: stream if stream is not None else contextlib.nullcontext()
     device.synchronize = lambda *_a, **_k: active().synchronize()
-    device.set_stream = lambda stream: active().stack.__setitem__(-1, stream)
+    device.set_stream = lambda stream: active().entered.__setitem__(-1, stream)
     registered = SimpleNamespace(cudaHostRegister=_registers, cudaHostUnregister=_registers)
     device.cudart = lambda: registered
     torch.get_device_module = lambda *_a, **_k: device

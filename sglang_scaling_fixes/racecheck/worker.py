@@ -1,6 +1,6 @@
 """Runs the hazards in a process of its own and prints one JSON line.
 
-    python -m sglang_scaling_fixes.ordering.racecheck.worker {on|off} [HAZARD ...]
+    python -m sglang_scaling_fixes.racecheck.worker {on|off} [HAZARD ...]
 
 The release is whatever `import sglang` finds. Exit status 0 whatever the verdicts are: they
 are in the output.
@@ -16,10 +16,8 @@ import sys
 import traceback
 from typing import Any
 
-from sglang_scaling_fixes.ordering.racecheck import face, recorder, stack
-from sglang_scaling_fixes.ordering.racecheck.stack import Moved, NotThere
-
-MARK = "racecheck:"
+from sglang_scaling_fixes.racecheck import MARK, kv_stack, recorder, recording_cuda
+from sglang_scaling_fixes.racecheck.lookup import Moved, NotThere
 
 _MODULES = (
     "sglang.srt.mem_cache.memory_pool",
@@ -32,17 +30,17 @@ _MODULES = (
 
 
 def main(arguments: list[str]) -> int:
-    face.install()
+    recording_cuda.install()
     for module in _MODULES:
         # A hazard that needs what is missing says so itself.
         with contextlib.suppress(Exception):
             importlib.import_module(module)
-    face.replace_kernels()
+    recording_cuda.replace_kernels()
     try:
         fixes = _arm() if arguments[0] == "on" else "not asked for"
     except Exception as error:
         return _say({"error": f"the fixes cannot be attached: {error}"})
-    from sglang_scaling_fixes.ordering.racecheck.hazards import HAZARDS
+    from sglang_scaling_fixes.racecheck.hazards import HAZARDS
 
     named = arguments[1:]
     played = [play(hazard) for hazard in HAZARDS if not named or hazard.name in named]
@@ -56,7 +54,7 @@ def _arm() -> str:
 
     if importlib.util.find_spec("sglang.srt.plugins") is None:
         return "patch set"
-    stack.settings()
+    kv_stack.settings()
     return ordering.arm(Config())[0]
 
 
@@ -77,7 +75,7 @@ def play(hazard: Any) -> dict[str, Any]:
     try:
         for scenario in hazard.plays():
             with recorder.recording() as history:
-                stack.settings()
+                kv_stack.settings()
                 scenario(history)
             accesses += history.accesses
             for race in history.races:

@@ -1,27 +1,23 @@
 """A release's own device pool, host pool and HiCache controller, built as small as they go.
 
-Releases differ in names, in constructor arguments and in who assembles the host side. What
-is asked for is found by name among the few it ever had; arguments are offered by name and
-the constructor takes those it knows. What is not there raises `Moved`, naming what was
-expected where.
+Releases differ in names, in constructor arguments and in who assembles the host side
+(`lookup` knows the first two). What is not there raises `Moved`, naming what was expected where.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-import inspect
 import sys
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from sglang_scaling_fixes.errors import ScalingFixesError
-from sglang_scaling_fixes.ordering.racecheck import face
-from sglang_scaling_fixes.ordering.racecheck.recorder import Recorder, Stream
-from sglang_scaling_fixes.ordering.statements import Lenient
+from sglang_scaling_fixes.racecheck import recording_cuda
+from sglang_scaling_fixes.racecheck.lookup import call, find
+from sglang_scaling_fixes.racecheck.recorder import Recorder, Stream
+from sglang_scaling_fixes.standin_objects import Lenient
 
 LAYERS = 4
 PAGE = 64
@@ -30,54 +26,9 @@ _LORA, _ROPE, _INDEX_DIM = 512, 64, 128
 """Sizes of the latent KV and of index-K that the kernels' layouts assume."""
 
 
-class Moved(ScalingFixesError):
-    """A class or function of SGLang is not where this checker looks for it."""
-
-
-class NotThere(Exception):
-    """This release does not have the part that a hazard is about."""
-
-
-def find(*targets: str) -> Any:
-    """The first `module:name` that exists; `Moved` names the last known place."""
-    why = ""
-    for target in targets:
-        module, _, name = target.partition(":")
-        try:
-            return getattr(importlib.import_module(module), name)
-        except ModuleNotFoundError as error:
-            if not (error.name or "").startswith("sglang"):
-                why = f" ({error})"
-        except AttributeError:
-            continue
-        except Exception as error:
-            why = f" ({type(error).__name__}: {error})"
-    raise Moved(f"expected {' or '.join(targets)}{why}")
-
-
-_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-
-
-def call(function: Callable[..., Any], **offered: Any) -> Any:
-    """Call with those of the offered arguments that the function has."""
-    known = dict(inspect.signature(function).parameters)
-    if inspect.isclass(function) and any(p.kind is p.VAR_KEYWORD for p in known.values()):
-        for base in function.__mro__[1:-1]:  # what a subclass passes on
-            known = {**inspect.signature(vars(base).get("__init__", object)).parameters, **known}
-        known = {name: p for name, p in known.items() if name != "self"}
-    missing = [
-        name
-        for name, p in known.items()
-        if p.default is p.empty and p.kind in _NAMED and name not in offered
-    ]
-    if missing:
-        raise Moved(f"{getattr(function, '__qualname__', function)} now needs {missing}")
-    return function(**{name: value for name, value in offered.items() if name in known})
-
-
 @dataclass
-class Stack:
-    """One request's world: a device pool, its host pool and the controller between them."""
+class KvStack:
+    """What one scheduler keeps KV in: a device pool, its host pool, the controller between them."""
 
     recorder: Recorder
     pool: Any
@@ -112,7 +63,7 @@ class Stack:
     def kv_pages(self, slots: Any) -> set[int]:
         """The watched pages behind these slots, in every layer and every KV buffer."""
         buffers = [b for name in _KV for b in getattr(self.pool, name, None) or ()]
-        return set().union(*(face.touched(buffer, slots) for buffer in buffers))
+        return set().union(*(recording_cuda.touched(buffer, slots) for buffer in buffers))
 
     def _extra_pools(self) -> dict[str, Any]:
         return {"extra_pools": [make() for make in self.sidecars]} if self.sidecars else {}
@@ -210,17 +161,17 @@ _ALONE = (("size", 1), ("rank", 0))
 # -- the host side ------------------------------------------------------------------------
 
 
-def build(recorder: Recorder, pool: Any) -> Stack:
+def build(recorder: Recorder, pool: Any) -> KvStack:
     """Host pool and controller for `pool` on recording streams, every buffer watched."""
     stack = assemble(recorder, pool, Stream(name="schedule"), Stream(name="forward"))
-    face.replace_kernels()  # of what the assembly imported
-    recorder.stack[:] = [stack.schedule]
+    recording_cuda.replace_kernels()  # of what the assembly imported
+    recorder.entered[:] = [stack.schedule]
     _name_streams(recorder, stack.controller)
     _watch(recorder, stack)
     return stack
 
 
-def assemble(recorder: Any, pool: Any, schedule: Any, forward: Any) -> Stack:
+def assemble(recorder: Any, pool: Any, schedule: Any, forward: Any) -> KvStack:
     """Host pool and controller for `pool`, as this release's own code puts them together."""
     importlib.import_module("sglang.srt.managers.cache_controller")
     allocator = Allocator(pool)
@@ -243,7 +194,7 @@ def assemble(recorder: Any, pool: Any, schedule: Any, forward: Any) -> Stack:
         register_sidecar_pool=lambda spec: sidecars.append(lambda: _sidecar(spec)),
     )
     controller = _assemble(pool, tree, params, Lenient(**_SETTINGS))
-    return Stack(recorder, pool, controller, allocator, sidecars, schedule, forward)
+    return KvStack(recorder, pool, controller, allocator, sidecars, schedule, forward)
 
 
 class Allocator(SimpleNamespace):
@@ -342,7 +293,7 @@ def _name_streams(recorder: Recorder, controller: Any) -> None:
                 recorder.rename(value, name.removesuffix("_stream"))
 
 
-def _watch(recorder: Recorder, stack: Stack) -> None:
+def _watch(recorder: Recorder, stack: KvStack) -> None:
     """Watch every buffer of the pool; a page's bytes differ per buffer."""
     pool = stack.pool
     for name in _KV:

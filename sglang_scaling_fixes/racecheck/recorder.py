@@ -53,7 +53,8 @@ class Side:
     """`"read"` or `"write"`."""
     operation: str
     stream: str
-    stack: tuple[str, ...]
+    frames: tuple[str, ...]
+    """Where it was launched, `path:line function: source`, outermost first."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Race:
                     "access": side.access,
                     "operation": side.operation,
                     "stream": side.stream,
-                    "stack": list(side.stack),
+                    "stack": list(side.frames),
                 }
                 for when, side in (("earlier", self.earlier), ("later", self.later))
             },
@@ -99,8 +100,9 @@ class Recorder:
         self._bases: list[int] = []
         self._thread: Stream | None = None
         self._seen: set[tuple[str, str, str, str, str]] = set()
-        self.stack: list[Stream] = [Stream.__new__(Stream)]
-        self.stack[0].adopt(self, "default")
+        # The streams that are entered, the current one last.
+        self.entered: list[Stream] = [Stream.__new__(Stream)]
+        self.entered[0].adopt(self, "default")
 
     # -- buffers -------------------------------------------------------------------
 
@@ -151,7 +153,7 @@ class Recorder:
 
     @property
     def current(self) -> Stream:
-        return self.stack[-1]
+        return self.entered[-1]
 
     def new_stream(self, name: str) -> int:
         number = next(self._ids)
@@ -213,8 +215,8 @@ class Recorder:
 
     def _side(self, access: Any) -> Side:
         kind = "write" if access.type is AccessType.WRITE else "read"
-        stack = tuple(_own_frames(access.stack_trace))
-        return Side(kind, access.operator, self.stream_name(access.stream), stack)
+        frames = tuple(_own_frames(access.stack_trace))
+        return Side(kind, access.operator, self.stream_name(access.stream), frames)
 
     def raced_buffers(self) -> int:
         """On how many buffers a race was found."""
@@ -300,11 +302,11 @@ class Stream:
         return True
 
     def __enter__(self) -> Stream:
-        self._recorder.stack.append(self)
+        self._recorder.entered.append(self)
         return self
 
     def __exit__(self, *_args: Any) -> None:
-        self._recorder.stack.pop()
+        self._recorder.entered.pop()
 
 
 class Event:

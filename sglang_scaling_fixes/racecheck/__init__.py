@@ -10,30 +10,29 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sglang_scaling_fixes import child_process
 from sglang_scaling_fixes.attach import FIRST_RELEASE
 from sglang_scaling_fixes.errors import ConfigError
 from sglang_scaling_fixes.lab import wheels
 from sglang_scaling_fixes.lab.runtime import STANDINS, cpu_env
-from sglang_scaling_fixes.ordering.racecheck import patches
+from sglang_scaling_fixes.paths import ROOT
+from sglang_scaling_fixes.racecheck import patches
 from sglang_scaling_fixes.release import sglang_version, version_tuple
 
 RELEASES = (*wheels.OLDER_RELEASES, *wheels.RELEASES)
 INSTALLED = "installed"
+MARK = "racecheck:"
+"""What the worker's one line begins with."""
 
-_WORKER = "sglang_scaling_fixes.ordering.racecheck.worker"
-_MARK = "racecheck:"
+_WORKER = "sglang_scaling_fixes.racecheck.worker"
 _TIMEOUT = 600.0
 """Seconds for one release: a cold import of SGLang is slow on a busy machine."""
-_PACKAGE = Path(__file__).resolve().parents[3]
 
 
 def check(
@@ -89,21 +88,19 @@ def _run(folder: Path | None, fixes: str, hazards: tuple[str, ...]) -> dict[str,
     env = cpu_env({"CUDA_VISIBLE_DEVICES": ""})
     env.pop(STANDINS)
     first = [str(folder)] if folder is not None else []
-    env["PYTHONPATH"] = os.pathsep.join([*first, str(_PACKAGE), env["PYTHONPATH"]])
-    done = subprocess.run(
-        [sys.executable, "-m", _WORKER, fixes, *hazards],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=_TIMEOUT,
-        check=False,
-    )
-    for line in done.stdout.splitlines():
-        if line.startswith(_MARK):
-            report: dict[str, Any] = json.loads(line.removeprefix(_MARK))
-            return report
-    last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-    raise ConfigError(f"this SGLang cannot be checked: {last}")
+    env["PYTHONPATH"] = os.pathsep.join([*first, str(ROOT), env["PYTHONPATH"]])
+    try:
+        report: dict[str, Any] = child_process.ask(
+            "-m", _WORKER, fixes, *hazards, env=env, mark=MARK, timeout_s=_TIMEOUT
+        )
+    except child_process.NoAnswerInTime as error:
+        raise ConfigError(
+            f"this SGLang was not checked within {_TIMEOUT:.0f} s; try again when this machine is "
+            "less busy"
+        ) from error
+    except child_process.NoAnswer as error:
+        raise ConfigError(f"this SGLang cannot be checked: {error}") from error
+    return report
 
 
 def exit_status(report: dict[str, Any]) -> int:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from sglang_scaling_fixes import racecheck
 from sglang_scaling_fixes.errors import ScalingFixesError
-from sglang_scaling_fixes.ordering import racecheck
 
 Reports = dict[tuple[str, str], dict[str, Any]]
 

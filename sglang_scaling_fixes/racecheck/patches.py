@@ -11,8 +11,9 @@ import subprocess
 from pathlib import Path
 
 from sglang_scaling_fixes.errors import ConfigError
+from sglang_scaling_fixes.paths import ROOT
 
-FOLDER = Path(__file__).resolve().parents[3] / "patches"
+FOLDER = ROOT / "patches"
 """In a checkout; an installed package has no patches and says so."""
 
 APPLY = ("git", "apply", "--unidiff-zero")

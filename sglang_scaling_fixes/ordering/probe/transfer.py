@@ -14,14 +14,15 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang_scaling_fixes.errors import AttachError
-from sglang_scaling_fixes.ordering.statements import Lenient
+from sglang_scaling_fixes.kv_poll import TRANSFERRING
+from sglang_scaling_fixes.standin_objects import Anything, Empty, Lenient, No
 
 BACKENDS = {"nixl": "Nixl", "mooncake": "Mooncake"}
 """Transfer backends that send early: package and prefix of its classes."""
 
-_ROOM = 7_000_000_007
+_ROOM = 1
+"""Any number: this manager has one room."""
 _AGENT = "probe:1"
-_TRANSFERRING = 2
 
 
 class Transfer:
@@ -37,9 +38,9 @@ class Transfer:
         self._look = look
         chunk = _Indices(self)
 
-        class Manager(_Empty, getattr(module, f"{name}KVManager")):  # type: ignore[misc]
+        class Manager(Empty, getattr(module, f"{name}KVManager")):  # type: ignore[misc]
             def check_status(self, _room: int) -> int:
-                return _TRANSFERRING
+                return TRANSFERRING
 
             def update_status(self, *_args: Any) -> None: ...
 
@@ -54,12 +55,12 @@ class Transfer:
             agent_name=_AGENT,
             mooncake_session_id=_AGENT,
             dst_port=1,
-            is_dummy=_No(),
+            is_dummy=No(),
             dst_kv_indices=(0, 1),
         )
         self.manager = Manager(
             disaggregation_mode=DisaggregationMode.PREFILL,
-            request_status={_ROOM: _TRANSFERRING},
+            request_status={_ROOM: TRANSFERRING},
             transfer_infos={_ROOM: {_AGENT: peer}},
             transfer_queues=[self],
             decode_kv_args_table={_AGENT: Lenient(decode_tp_size=1, dst_attn_tp_size=1)},
@@ -80,7 +81,7 @@ class Transfer:
             kv_mgr=self.manager,
             bootstrap_room=_ROOM,
             chunk_id=0,
-            trace_ctx=_Silent(),
+            trace_ctx=Anything(),
             _transfer_start_time=1.0,
         )
 
@@ -129,28 +130,3 @@ class _Indices:
     def __len__(self) -> int:
         self._transfer.looked()
         return 2
-
-
-class _Empty(Lenient):
-    """A manager whose other tables are empty, and whose other switches are off."""
-
-    def __getattr__(self, name: str) -> Any:
-        super().__getattr__(name)
-        return {}
-
-
-class _Silent:
-    """A trace that keeps nothing."""
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *_args, **_kwargs: self
-
-
-class _No:
-    """False, as an attribute and as a method."""
-
-    def __bool__(self) -> bool:
-        return False
-
-    def __call__(self) -> bool:
-        return False

@@ -17,20 +17,9 @@ from types import CodeType, SimpleNamespace
 from typing import Any
 
 from sglang_scaling_fixes.errors import AttachError
+from sglang_scaling_fixes.standin_objects import Lenient
 
 _SCHEDULER = "sglang.srt.managers.scheduler"
-
-
-class Lenient:
-    """Attributes that a release may look at and that do not matter here read as None."""
-
-    def __init__(self, **attributes: Any) -> None:
-        vars(self).update(attributes)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return None
 
 
 def hand_over_streams(controller: Any, forward: Any) -> None:
