@@ -29,12 +29,13 @@ from msgspec import structs
 
 from sglang_scaling_fixes.alarm import end_server
 from sglang_scaling_fixes.config import Config
-from sglang_scaling_fixes.metrics import DECODE, of_process
+from sglang_scaling_fixes.metrics import of_process
 from sglang_scaling_fixes.reclaim import fence, layout, messages
 from sglang_scaling_fixes.reclaim.gate import Gate
 from sglang_scaling_fixes.reclaim.layout import FAILED, SUCCESS, WAITING
 from sglang_scaling_fixes.reclaim.ledger import REASONS, DecodeLedger, Exposure
 from sglang_scaling_fixes.reclaim.liveness import Liveness
+from sglang_scaling_fixes.reclaim.metrics import DECODE
 from sglang_scaling_fixes.reclaim.pace import Pace
 from sglang_scaling_fixes.reclaim.quarantine import GRACE, Hold, Quarantine, worth_a_fence
 from sglang_scaling_fixes.reclaim.retry_after import REFUSAL

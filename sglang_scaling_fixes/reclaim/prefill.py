@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang_scaling_fixes import release
-from sglang_scaling_fixes.metrics import PREFILL, of_process
+from sglang_scaling_fixes.metrics import of_process
 from sglang_scaling_fixes.reclaim import layout, messages
 from sglang_scaling_fixes.reclaim.coverage import Extent
 from sglang_scaling_fixes.reclaim.layout import FAILED, SUCCESS
@@ -32,6 +32,7 @@ from sglang_scaling_fixes.reclaim.ledger import (
     PrefillLedger,
     SendAnswer,
 )
+from sglang_scaling_fixes.reclaim.metrics import PREFILL
 from sglang_scaling_fixes.reclaim.taps import (
     EngineTap,
     ExecutorTap,

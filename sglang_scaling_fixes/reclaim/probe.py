@@ -29,9 +29,6 @@ from sglang_scaling_fixes.reclaim.ledger import Attempt
 from sglang_scaling_fixes.reclaim.prefill import PrefillGuard
 from sglang_scaling_fixes.reclaim.taps import IN_HAND, EngineTap, ExecutorTap
 
-SENTINEL = "sglang.srt.disaggregation.mooncake.conn:MooncakeKVManager.transfer_worker"
-"""Wrapped first and last by `attach`: tells whether this process is attached already."""
-
 _ROOM, _RANK = 7_000_000_007, "192.0.2.1:9"  # a documentation address (RFC 5737)
 
 

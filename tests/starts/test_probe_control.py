@@ -19,7 +19,7 @@ import json, sys
 from unittest import mock
 from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.errors import AttachError
-from sglang_scaling_fixes.reclaim import arm, decode, gate, ledger, messages, prefill, probe, taps
+from sglang_scaling_fixes.reclaim import FIX, decode, gate, ledger, messages, prefill, probe, taps
 
 def verdict():
     try:
@@ -34,7 +34,7 @@ def forgets(stock, guard, once):
 def deaf(self, write, name):
     return write
 
-arm(Config())
+FIX.arm(Config())
 found = {"nothing": verdict()}
 for name, owner, attribute, broken in (
     ("success", decode.DecodeGuard, "_complete", lambda *a: True),
@@ -62,7 +62,7 @@ import json
 from unittest import mock
 from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.errors import AttachError
-from sglang_scaling_fixes.specguard import arm, attach, detector, guard, probe, taint
+from sglang_scaling_fixes.specguard import FIX, attach, detector, guard, probe, taint
 
 def verdict():
     try:
@@ -77,7 +77,7 @@ def plain(self, req, anomaly):
 
 always = detector.Anomaly("low_accept_length", "life", 1.0, 1.6, None, 256, 256, 0, 768)
 
-arm(Config())
+FIX.arm(Config())
 found = {"nothing": verdict()}
 for name, owner, attribute, broken in (
     ("look", guard.SpecGuard, "look", lambda self, req: None),
