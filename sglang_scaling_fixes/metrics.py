@@ -40,6 +40,8 @@ class Family:
     """The metrics of one fix and role, and the beginning of all their names."""
 
     prefix: str
+    where: str
+    """Who counts them, in words."""
     metrics: tuple[Metric, ...]
 
 
@@ -49,7 +51,8 @@ SECONDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 
 FIX_STATE = Metric(
     "fix_state", "gauge", "1 for the state that a fix is in.", labels=("fix", "state")
 )
-"""The plugin's own; its only labels are these two."""
+"""Its only labels are these two."""
+PLUGIN = Family(PREFIX, "the scheduler", (FIX_STATE,))
 
 
 class Metrics:
@@ -162,7 +165,7 @@ def of_scheduler(family: Family, scheduler: Any, server_args: Any) -> Metrics:
 
 def export_states(states: Iterable[tuple[str, str]]) -> None:
     """One gauge with the state of every fix: `(name, state)`."""
-    gauge = exported(Family(PREFIX, (FIX_STATE,)))[FIX_STATE.name]
+    gauge = exported(PLUGIN)[FIX_STATE.name]
     for name, state in states:
         gauge.labels(fix=name, state=state).set(1)
 

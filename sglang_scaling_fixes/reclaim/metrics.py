@@ -8,6 +8,7 @@ _PREFIX = PREFIX + "reclaim_"
 
 DECODE = Family(
     _PREFIX,
+    "decode",
     (
         Metric("exposures", "counter", "Transfers whose destinations were sent."),
         Metric("landed", "counter", "Transfers that ended well."),
@@ -24,7 +25,7 @@ DECODE = Family(
             buckets=SECONDS,
         ),
         Metric("asks", "counter", "ABORTs sent to prefill ranks."),
-        Metric("asks_resent", "counter", "Of them, repetitions."),
+        Metric("asks_resent", "counter", "ABORTs sent again because no answer had come."),
         Metric("refusals", "counter", "Requests refused, by reason.", ("reason",)),
         Metric("fences", "counter", "Fences: receiving engines replaced."),
         Metric("stale", "counter", "Answers that came late, twice, or for nobody."),
@@ -34,12 +35,17 @@ DECODE = Family(
 
 PREFILL = Family(
     _PREFIX,
+    "prefill",
     (
         Metric("bound", "counter", "Destinations received with a generation."),
         Metric("asked", "counter", "ABORTs received."),
         Metric("answers", "counter", "Answers to ABORTs, by verdict.", ("verdict",)),
         Metric("poisoned_rooms", "counter", "Attempts with a write of unknown end."),
-        Metric("short_sends", "counter", "Successes that did not cover all that decode exposed."),
+        Metric(
+            "short_sends",
+            "counter",
+            "Successes that did not cover all that decode exposed, sent on as failures.",
+        ),
         Metric("failed_writes", "counter", "Writes that reported failure."),
         Metric("chunks_dropped", "counter", "Chunks of ended attempts, not written."),
         Metric("garbage", "counter", "Unreadable control messages, dropped."),

@@ -8,6 +8,7 @@ from sglang_scaling_fixes.metrics import PREFIX, SECONDS, Family, Metric, export
 
 RETRY_PROXY = Family(
     PREFIX + "retry_proxy_",
+    "the proxy",
     (
         Metric(
             "requests",

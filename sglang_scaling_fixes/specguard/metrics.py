@@ -8,6 +8,7 @@ _TOKENS = (128, 160, 192, 256, 384, 512, 1024, 2048, 4096, 8192, 16384, 32768, 6
 
 SPEC_GUARD = Family(
     PREFIX + "spec_guard_",
+    "the scheduler",
     (
         Metric("requests", "counter", "Requests watched: those that verified drafts."),
         Metric(

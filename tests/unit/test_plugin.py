@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from sglang_scaling_fixes import fixes, flags, plugin, points, refusals
+from sglang_scaling_fixes import fixes, flags, ordering, plugin, points, refusals
 from sglang_scaling_fixes.attach import AttachPoint
 from sglang_scaling_fixes.config import ENV_PREFIX, PLUGIN_ENV, Config
+from sglang_scaling_fixes.errors import ConfigError
 from sglang_scaling_fixes.fixes import SETTINGS, FixState, Status
 from sglang_scaling_fixes.specguard.flags import ACTION
 
@@ -214,3 +215,24 @@ def test_a_child_hooks_its_scheduler_and_no_launch(process: Process) -> None:
     process.scheduler()
     assert LAUNCH not in process.hooks
     assert process.armed[0].guard == "abort"
+
+
+def moved(*_: Any) -> None:
+    raise ConfigError("it moved")
+
+
+def out_of_order(*_: Any) -> None:
+    ordering.check(SimpleNamespace(enable_pdmux=True, enable_hierarchical_cache=True))
+
+
+@pytest.mark.parametrize(
+    ("stock", "said"), [(out_of_order, "hicache-ordering: --enable-pdmux"), (moved, "it moved")]
+)
+def test_an_error_while_stock_builds_its_scheduler_names_the_fix_that_raised_it_or_none(
+    process: Process, stock: Callable[..., Any], said: str
+) -> None:
+    process.env.setenv(PLUGIN_ENV, DEFAULT)
+    plugin.activate()
+    args = SimpleNamespace(enable_metrics=False)
+    text = line(lambda: process.hooks[SCHEDULER](stock, object(), args))
+    assert text.startswith(f"sglang-scaling-fixes: {said}")
