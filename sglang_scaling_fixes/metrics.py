@@ -126,7 +126,7 @@ DECIDING_GROUPS = ("attn_tp_cpu_group", "attn_cp_cpu_group")
 """Of a stock scheduler: the ranks that see the same requests and must decide alike."""
 
 
-def speaks(scheduler: Any) -> bool:
+def is_reporting_rank(scheduler: Any) -> bool:
     """Whether this rank logs and counts for its group: the first of attention TP (and CP)."""
     return all(_rank(getattr(scheduler, name, None)) == 0 for name in DECIDING_GROUPS)
 

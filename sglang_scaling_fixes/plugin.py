@@ -47,7 +47,7 @@ _process = _Process()
 
 
 def activate() -> None:
-    """Called by SGLang's plugin loader. Stops the process rather than fail open."""
+    """Called by `entry.activate`. Stops the process rather than fail open."""
     with _stopping():
         if not _process.activated:
             _wrap_command_line()  # first: what cannot be read now is read again with the flags

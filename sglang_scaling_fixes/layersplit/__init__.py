@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 
 class LayerSplit(Fix):
+    """A record only: `missing` keeps it from being armed."""
+
     name = "layer-split"
     default = False
     breaks = (

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from sglang_scaling_fixes.attach import AttachPoint
 from sglang_scaling_fixes.errors import AttachError, ConfigError
 from sglang_scaling_fixes.fix import Armed, Fix, Native
 from sglang_scaling_fixes.ordering import points
@@ -33,20 +34,20 @@ def _parts() -> list[Part]:
     from sglang_scaling_fixes.ordering import early_send, loads, probe
     from sglang_scaling_fixes.ordering.transfer import BACKENDS
 
-    fences = [
-        Part(
-            f"{name} ({owner.rpartition(':')[2]})",
-            there=partial(probe.own_method, owner, method),
-            holds=partial(probe.fenced, owner, method),
+    def fence(name: str, point: AttachPoint) -> Part:
+        controller, _, method = point.target.rpartition(".")
+        return Part(
+            f"{name} ({controller.rpartition(':')[2]})",
+            there=partial(probe.own_method, controller, method),
+            holds=partial(probe.fenced, controller, method),
             attach=partial(loads.attach_fence, point),
         )
-        for name, point in (
-            ("load fence", points.START_LOADING),
-            ("load fence", points.HYBRID_START_LOADING),
-            ("write-back fence", points.START_WRITING),
-            ("write-back fence", points.HYBRID_START_WRITING),
-        )
-        for owner, _, method in [point.target.rpartition(".")]
+
+    fences = [
+        fence("load fence", points.START_LOADING),
+        fence("load fence", points.HYBRID_START_LOADING),
+        fence("write-back fence", points.START_WRITING),
+        fence("write-back fence", points.HYBRID_START_WRITING),
     ]
     split = Part(
         "LayerSplit prefetch",
@@ -83,7 +84,7 @@ _native: list[str] = []
 
 
 def armed() -> bool:
-    """Whether `arm` has been here."""
+    """Whether `HiCacheOrdering.arm` has been here."""
     return bool(_attached or _native)
 
 
@@ -122,6 +123,8 @@ def check(server_args: Any) -> None:
 
 
 class HiCacheOrdering(Fix):
+    """The waits of `_parts`, as one fix: native where the release has all of them."""
+
     name = points.NAME
     default = False
     breaks = (

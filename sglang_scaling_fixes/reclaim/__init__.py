@@ -25,6 +25,8 @@ write ends with a status that means something. A value set by the operator stays
 
 
 class SafeReclaim(Fix):
+    """Slots return with proof only, on decode; prefill accounts for its writes and gives it."""
+
     name = points.NAME
     default = True
     breaks = (

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 
 class AnomalyGuard(Fix):
+    """Watches in every scheduler; sets the type of its 503s where HTTP is spoken."""
+
     name = points.NAME
     default = True
     breaks = "A corrupted KV cache produces garbled or repeating text that nobody stops."

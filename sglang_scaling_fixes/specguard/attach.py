@@ -178,7 +178,7 @@ def bind(scheduler: Any, server_args: Any, config: Config) -> None:
             "namespaces; unset it, or use --spec-guard observe"
         )
     counted = metrics.of_scheduler(SPEC_GUARD, scheduler, server_args)
-    speaks = metrics.speaks(scheduler)
+    speaks = metrics.is_reporting_rank(scheduler)
 
     def count(outcome: str) -> None:
         counted.inc("tellings", outcome)
