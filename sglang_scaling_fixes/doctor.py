@@ -12,8 +12,9 @@ import os
 from dataclasses import asdict
 from typing import Any
 
-from sglang_scaling_fixes import fixes, loading, release
-from sglang_scaling_fixes.config import DEFAULT_FIXES, PLUGIN_ENV, PLUGIN_FLAG, Config, parse_fixes
+from sglang_scaling_fixes import fixes, flags, loading, release
+from sglang_scaling_fixes.config import PLUGIN_ENV, PLUGIN_FLAG, Config
+from sglang_scaling_fixes.fixes import FixState
 
 Statuses = list[dict[str, str]]
 
@@ -24,12 +25,12 @@ def report(asked: str | None) -> dict[str, Any]:
     `asked`: fix names as `--plugin` takes them; None means the environment's, or
     else what a bare `--plugin` asks for. Raises `ConfigError` for unknown names.
     """
-    config = Config.from_env()
-    wanted = config.fixes if asked is None else parse_fixes(asked, PLUGIN_FLAG)
-    names = DEFAULT_FIXES if wanted is None else wanted
+    config = flags.from_env()
+    wanted = config.fixes if asked is None else flags.parse_fixes(asked, PLUGIN_FLAG)
+    names = fixes.DEFAULT_FIXES if wanted is None else wanted
     env = {PLUGIN_ENV: ",".join(names) or "none"}
     # A variable of the environment may ask for more than the names do.
-    names = Config.from_env({**os.environ, **env}).fixes or ()
+    names = flags.from_env({**os.environ, **env}).fixes or ()
     version = release.sglang_version()
     mooncake = release.mooncake()
     result: dict[str, Any] = {
@@ -50,7 +51,7 @@ def report(asked: str | None) -> dict[str, Any]:
     # Where nothing was asked for, nothing was attached.
     statuses = found.statuses or [s.as_dict() for s in fixes.arm_all(Config(fixes=()))]
     _refused(statuses, names, found.refused)
-    _without_mooncake(statuses, mooncake)
+    _obstacles(statuses)
     result["fixes"] = statuses
     return result
 
@@ -58,11 +59,11 @@ def report(asked: str | None) -> dict[str, Any]:
 def in_force(result: dict[str, Any]) -> bool:
     """True when everything asked for is armed or native."""
     states = {fix["name"]: fix["state"] for fix in result["fixes"]}
-    return all(states[name] in ("armed", "native") for name in result["asked"])
+    return all(states[name] in (FixState.ARMED, FixState.NATIVE) for name in result["asked"])
 
 
 def _all(reason: str) -> Statuses:
-    state = fixes.State.UNSUPPORTED
+    state = FixState.UNSUPPORTED
     return [fixes.Status(fix.name, state, reason).as_dict() for fix in fixes.FIXES]
 
 
@@ -81,23 +82,20 @@ def _refused(statuses: Statuses, names: tuple[str, ...], line: str | None) -> No
 
     Where it is a fix that could not be armed, that fix's own reason says it.
     """
-    if line is None or any(s["name"] in names and s["state"] == "unsupported" for s in statuses):
+    if line is None or any(
+        s["name"] in names and s["state"] == FixState.UNSUPPORTED for s in statuses
+    ):
         return
     for status in statuses:
         if status["name"] in names:
-            status.update(state="unsupported", reason=f"no server starts: {line}")
+            status.update(state=FixState.UNSUPPORTED.value, reason=f"no server starts: {line}")
 
 
-def _without_mooncake(statuses: Statuses, mooncake: release.Mooncake | None) -> None:
-    """What a prefill or decode server asks before it starts, and the probe cannot: it has no role.
-
-    A server without disaggregation hands no slot to a remote writer, and starts.
-    """
-    problem = release.mooncake_problem(mooncake)
-    for status in statuses:
-        if problem and status["name"] == "safe-reclaim" and status["state"] == "armed":
-            reason = f"no prefill or decode server over Mooncake starts: {problem}"
-            status.update(state="unsupported", reason=reason)
+def _obstacles(statuses: Statuses) -> None:
+    """What a fix will refuse when a server starts, and its probe cannot know: it has no role."""
+    for status, fix in zip(statuses, fixes.FIXES, strict=True):
+        if status["state"] == FixState.ARMED and (obstacle := fix.obstacle()) is not None:
+            status.update(state=FixState.UNSUPPORTED.value, reason=obstacle)
 
 
 def has_gpu() -> bool:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 
-# `config.PLUGIN_ENV` and `GUARD_ENV`; config may be what fails to import.
+# `config.PLUGIN_ENV`, and the settings that arm their fix; those modules may be what cannot be
+# imported.
 _PLUGIN, _GUARD = "SGLANG_SCALING_FIXES_PLUGIN", "SGLANG_SCALING_FIXES_SPEC_GUARD"
 
 

@@ -16,8 +16,9 @@ from typing import Any
 
 from sglang_scaling_fixes import child_process, loading_probe
 from sglang_scaling_fixes.attach import FIRST_RELEASE, LAST_RELEASE
-from sglang_scaling_fixes.config import PLUGIN_ENV, left_out
+from sglang_scaling_fixes.config import PLUGIN_ENV
 from sglang_scaling_fixes.errors import ConfigError
+from sglang_scaling_fixes.flags import left_out
 from sglang_scaling_fixes.lab.wheels import OLDER_RELEASES
 from sglang_scaling_fixes.paths import PACKAGE
 from sglang_scaling_fixes.release import version_tuple

@@ -1,4 +1,4 @@
-"""Every Prometheus metric of this package, in one place.
+"""How a metric is declared, counted and exported. The metrics themselves are in `*/metrics.py`.
 
 Each is also in `/server_info`. With stock's `--enable-metrics` they appear at stock's
 own `/metrics`, which collects all processes of a server; names follow Prometheus'
@@ -17,9 +17,6 @@ from typing import Any, Literal
 Kind = Literal["counter", "gauge", "histogram"]
 
 PREFIX = "sglang_scaling_fixes_"
-_RECLAIM = PREFIX + "reclaim_"
-_SPEC_GUARD = PREFIX + "spec_guard_"
-_RETRY_PROXY = PREFIX + "retry_proxy_"
 
 
 @dataclass(frozen=True)
@@ -38,105 +35,24 @@ class Metric:
     series: tuple[tuple[str, ...], ...] = ()
 
 
-_SECONDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+@dataclass(frozen=True)
+class Family:
+    """The metrics of one fix and role, and the beginning of all their names."""
 
-DECODE = (
-    Metric("exposures", "counter", "Transfers whose destinations were sent."),
-    Metric("landed", "counter", "Transfers that ended well."),
-    Metric("gave_up", "counter", "Transfers whose owner gave up: slots withheld."),
-    Metric("returned", "counter", "Holds that ended with proof."),
-    Metric("frees", "counter", "Writers proven harmless, by kind of proof.", ("proof",)),
-    Metric("held_tokens", "gauge", "KV token slots withheld now."),
-    Metric("holds", "gauge", "Holds now, by what they wait for.", ("reason",)),
-    Metric("hold_seconds", "histogram", "From giving up to the return.", buckets=_SECONDS),
-    Metric(
-        "ack_seconds",
-        "histogram",
-        "From giving up to a prefill rank's proof.",
-        buckets=_SECONDS,
-    ),
-    Metric("asks", "counter", "ABORTs sent to prefill ranks."),
-    Metric("asks_resent", "counter", "Of them, repetitions."),
-    Metric("refusals", "counter", "Requests refused, by reason.", ("reason",)),
-    Metric("fences", "counter", "Fences: receiving engines replaced."),
-    Metric("stale", "counter", "Answers that came late, twice, or for nobody."),
-    Metric("garbage", "counter", "Unreadable control messages, dropped."),
+    prefix: str
+    where: str
+    """Who counts them, in words."""
+    metrics: tuple[Metric, ...]
+
+
+SECONDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+"""Buckets of a histogram of waits."""
+
+FIX_STATE = Metric(
+    "fix_state", "gauge", "1 for the state that a fix is in.", labels=("fix", "state")
 )
-
-PREFILL = (
-    Metric("bound", "counter", "Destinations received with a generation."),
-    Metric("asked", "counter", "ABORTs received."),
-    Metric("answers", "counter", "Answers to ABORTs, by verdict.", ("verdict",)),
-    Metric("poisoned_rooms", "counter", "Attempts with a write of unknown end."),
-    Metric("short_sends", "counter", "Successes that did not cover all that decode exposed."),
-    Metric("failed_writes", "counter", "Writes that reported failure."),
-    Metric("chunks_dropped", "counter", "Chunks of ended attempts, not written."),
-    Metric("garbage", "counter", "Unreadable control messages, dropped."),
-)
-
-_TOKENS = (128, 160, 192, 256, 384, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
-
-SPEC_GUARD = (
-    Metric("requests", "counter", "Requests watched: those that verified drafts."),
-    Metric(
-        "anomalies",
-        "counter",
-        "Requests whose acceptance betrays a corrupted KV cache.",
-        ("kind", "action"),
-        series=tuple(
-            (kind, action)
-            for kind in ("low_accept_length", "high_accept_rate")
-            for action in ("observed", "aborted")
-        ),
-    ),
-    Metric("detection_tokens", "histogram", "Tokens generated until an anomaly.", buckets=_TOKENS),
-    Metric("moved_requests", "counter", "Requests kept from reading suspect cached KV."),
-    Metric("told", "counter", "Anomalies a prefill server was told of by decode servers."),
-    Metric(
-        "tellings",
-        "counter",
-        "Anomalies decode told a prefill server of.",
-        ("outcome",),
-        series=(("told",), ("failed",), ("lost",)),
-    ),
-)
-
-RETRY_PROXY = (
-    Metric(
-        "requests",
-        "counter",
-        "Requests, by what became of them.",
-        ("outcome",),
-        series=(
-            ("ok",),
-            ("recovered",),
-            ("failed",),
-            ("broken",),
-            ("disconnected",),
-            ("refused",),
-        ),
-    ),
-    Metric("retries", "counter", "Attempts that failed, and what followed.", ("reason", "outcome")),
-    Metric("anomalies", "counter", "Generations a worker's guard aborted.", ("worker",)),
-    Metric("worker_up", "gauge", "1 unless the worker is down.", ("worker",)),
-    Metric("inflight", "gauge", "Requests in flight now."),
-    Metric("held_bytes", "gauge", "Bytes of requests and responses held now."),
-    Metric("stream_restarts", "counter", "Streams begun anew before their client had a byte."),
-    Metric(
-        "first_byte_seconds",
-        "histogram",
-        "From a request's last byte to the first of its answer, all attempts included.",
-        buckets=_SECONDS,
-    ),
-)
-
-FAMILIES = (
-    (_RECLAIM, DECODE),
-    (_RECLAIM, PREFILL),
-    (_SPEC_GUARD, SPEC_GUARD),
-    (_RETRY_PROXY, RETRY_PROXY),
-)
-"""Everything there is, with the beginning of its names."""
+"""Its only labels are these two."""
+PLUGIN = Family(PREFIX, "the scheduler", (FIX_STATE,))
 
 
 class Metrics:
@@ -146,17 +62,11 @@ class Metrics:
     `/server_info` only, and prometheus_client is not imported.
     """
 
-    def __init__(
-        self,
-        known: tuple[Metric, ...],
-        labels: Mapping[str, str] | None,
-        prefix: str = _RECLAIM,
-    ) -> None:
+    def __init__(self, family: Family, labels: Mapping[str, str] | None) -> None:
+        known = family.metrics
         self._known = {metric.name: metric for metric in known}
         self._labels = dict(labels or {})
-        self._exported = (
-            {} if labels is None else {m.name: _make(m, self._labels, prefix) for m in known}
-        )
+        self._exported = {} if labels is None else exported(family, self._labels)
         self._children: dict[tuple[str, ...], Any] = {}
         """By the metric's name and its own labels' values: the client looks a series up slowly."""
         self._counts = {m.name: 0 for m in known if m.kind == "counter" and not m.labels}
@@ -197,13 +107,13 @@ class Metrics:
         return series
 
 
-def of_process(known: tuple[Metric, ...], manager: Any) -> Metrics:
+def of_process(family: Family, manager: Any) -> Metrics:
     """The metrics of the role whose stock KV manager this is."""
     server_args = getattr(manager, "server_args", None)
     if not getattr(server_args, "enable_metrics", False):
-        return Metrics(known, None)
+        return Metrics(family, None)
     return Metrics(
-        known,
+        family,
         {
             "role": manager.disaggregation_mode.value,
             "rank": str(manager.kv_args.engine_rank),
@@ -216,7 +126,7 @@ DECIDING_GROUPS = ("attn_tp_cpu_group", "attn_cp_cpu_group")
 """Of a stock scheduler: the ranks that see the same requests and must decide alike."""
 
 
-def speaks(scheduler: Any) -> bool:
+def is_reporting_rank(scheduler: Any) -> bool:
     """Whether this rank logs and counts for its group: the first of attention TP (and CP)."""
     return all(_rank(getattr(scheduler, name, None)) == 0 for name in DECIDING_GROUPS)
 
@@ -241,38 +151,36 @@ def _dp_rank(scheduler: Any) -> int:
     return 0
 
 
-def of_scheduler(scheduler: Any, server_args: Any) -> Metrics:
-    """The guard's metrics of this scheduler process."""
+def of_scheduler(family: Family, scheduler: Any, server_args: Any) -> Metrics:
+    """The metrics of this scheduler process."""
     if not getattr(server_args, "enable_metrics", False):
-        return Metrics(SPEC_GUARD, None)
+        return Metrics(family, None)
     labels = {
         "role": str(getattr(server_args, "disaggregation_mode", "null")),
         "rank": str(_rank(getattr(scheduler, "tp_cpu_group", None))),
         "dp_rank": str(_dp_rank(scheduler)),
     }
-    return Metrics(SPEC_GUARD, labels, _SPEC_GUARD)
+    return Metrics(family, labels)
 
 
 def export_states(states: Iterable[tuple[str, str]]) -> None:
     """One gauge with the state of every fix: `(name, state)`."""
-    import prometheus_client
-
-    gauge = prometheus_client.Gauge(
-        PREFIX + "fix_state",
-        "1 for the state a fix is in.",
-        ("fix", "state"),
-        multiprocess_mode="mostrecent",
-    )
+    gauge = exported(PLUGIN)[FIX_STATE.name]
     for name, state in states:
         gauge.labels(fix=name, state=state).set(1)
 
 
-def retry_proxy(registry: Any) -> dict[str, Any]:
-    """The proxy's own, by name, in a registry of its own: it is a process without SGLang."""
-    return {metric.name: _make(metric, {}, _RETRY_PROXY, registry) for metric in RETRY_PROXY}
+def exported(
+    family: Family, common: Mapping[str, str] | None = None, registry: Any = None
+) -> dict[str, Any]:
+    """The client's own objects by name, with their first series; `common`: labels on all of them.
+
+    `registry` is that of the process unless one is given.
+    """
+    return {m.name: _make(m, common or {}, family.prefix, registry) for m in family.metrics}
 
 
-def _make(metric: Metric, common: Mapping[str, str], prefix: str, registry: Any = None) -> Any:
+def _make(metric: Metric, common: Mapping[str, str], prefix: str, registry: Any) -> Any:
     # Stock sets PROMETHEUS_MULTIPROC_DIR first; the client looks at it once, on import.
     import prometheus_client
 
@@ -281,7 +189,9 @@ def _make(metric: Metric, common: Mapping[str, str], prefix: str, registry: Any 
     registry = registry or prometheus_client.REGISTRY
     if metric.kind == "counter":
         counter = prometheus_client.Counter(name, metric.help, labels, registry=registry)
-        for values in metric.series or ((),) * (not metric.labels and bool(common)):
+        # Without labels of its own it has one series; without any, the client makes that itself.
+        only_common: tuple[tuple[str, ...], ...] = ((),) if common and not metric.labels else ()
+        for values in metric.series or only_common:
             counter.labels(**common, **dict(zip(metric.labels, values, strict=True)))
         return counter
     if metric.kind == "gauge":

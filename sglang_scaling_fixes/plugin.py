@@ -1,4 +1,4 @@
-"""The entry point stock SGLang calls in every process (group `sglang.srt.plugins`).
+"""What the plugin does in each process of a server, once `entry.py` has handed over to it.
 
     launch_server    activate -> flags added; flags parsed -> checked, into the environment
     scheduler child  activate -> environment read, fixes attached and proven
@@ -18,21 +18,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
-from sglang_scaling_fixes import config as configuration
-from sglang_scaling_fixes import fixes, metrics, refusals
-from sglang_scaling_fixes.attach import require_in_place, wrap_method
-from sglang_scaling_fixes.config import Config
+from sglang_scaling_fixes import fixes, flags, metrics, points, refusals
+from sglang_scaling_fixes.attach import require_in_place, wrap
+from sglang_scaling_fixes.config import ENV_PREFIX, PLUGIN_ENV, PLUGIN_FLAG, Config
 from sglang_scaling_fixes.errors import ScalingFixesError
-from sglang_scaling_fixes.reclaim import retry_after
-from sglang_scaling_fixes.specguard import error_type
 
 logger = logging.getLogger(__name__)
 
 REPORT_KEY = "sglang_scaling_fixes"
 """Our key in `/server_info` and in what schedulers report to the main process."""
-
-_SCHEDULER = "sglang.srt.managers.scheduler"
-_ENGINE = "sglang.srt.entrypoints.engine"
 
 
 @dataclass
@@ -53,12 +47,12 @@ _process = _Process()
 
 
 def activate() -> None:
-    """Called by SGLang's plugin loader. Stops the process rather than fail open."""
+    """Called by `entry.activate`. Stops the process rather than fail open."""
     with _stopping():
         if not _process.activated:
             _wrap_command_line()  # first: what cannot be read now is read again with the flags
             _process.activated = True
-        _arm_process(Config.from_env())
+        _arm_process(flags.from_env())
 
 
 @contextlib.contextmanager
@@ -94,13 +88,13 @@ def statuses() -> list[dict[str, str]]:
 def _wrap_command_line() -> None:
     def add_cli_args(stock: Callable[..., Any], parser: Any) -> Any:
         result = stock(parser)
-        configuration.add_flags(parser)
+        flags.add_flags(parser)
         return result
 
     def from_cli_args(stock: Callable[..., Any], cls: Any, args: Any) -> Any:
-        configuration.flags_to_env(args)
+        flags.flags_to_env(args)
         with _stopping():
-            config = Config.from_env()
+            config = flags.from_env()
         if config.fixes is None:
             logger.info("sglang-scaling-fixes is installed and not armed; add --plugin to arm it")
         server_args = stock(cls, args)
@@ -108,29 +102,18 @@ def _wrap_command_line() -> None:
             _arm_process(config)
             if config.armed:
                 _check_server_args(server_args, config)
-                require_in_place("spec-guard", "server")
+                for fix in fixes.asked(config):
+                    require_in_place(fix.name, "server")
         return server_args
 
-    wrap_method("sglang.srt.server_args:ServerArgs.add_cli_args", add_cli_args)
-    wrap_method("sglang.srt.server_args:ServerArgs.from_cli_args", from_cli_args)
+    wrap(points.ADD_FLAGS, add_cli_args)
+    wrap(points.READ_FLAGS, from_cli_args)
 
 
 def _check_server_args(server_args: Any, config: Config) -> None:
-    if "safe-reclaim" in (config.fixes or ()):
-        from sglang_scaling_fixes.reclaim.server_args import check
-
-        with _stopping("safe-reclaim: "):
-            check(server_args, fence_asked=config.fence)
-    if "hicache-ordering" in (config.fixes or ()):
-        from sglang_scaling_fixes import ordering
-
-        with _stopping("hicache-ordering: "):
-            ordering.check(server_args)
-    if "spec-guard" in (config.fixes or ()):
-        from sglang_scaling_fixes.specguard import settings
-
-        with _stopping("spec-guard: "):
-            settings.check(server_args, config)
+    for fix in fixes.asked(config):
+        with _stopping(f"{fix.name}: "):
+            fix.check(server_args, config)
 
 
 # -- every process: fixes -------------------------------------------------------------
@@ -151,7 +134,7 @@ def _arm_process(config: Config) -> None:
         stop(
             f"this process was armed for {', '.join(before.fixes or ())} before it was asked for "
             f"{', '.join(config.fixes or ()) or 'none'}, and what is attached stays; ask for the "
-            f"same in {configuration.PLUGIN_ENV} and {configuration.PLUGIN_FLAG}, or start a new "
+            f"same in {PLUGIN_ENV} and {PLUGIN_FLAG}, or start a new "
             "process"
         )
     try:
@@ -175,7 +158,7 @@ def _attach(config: Config, *, again: bool) -> None:
     if (line := fixes.refusal(_process.statuses, config)) is not None:
         stop(line)
     if launches and not again:
-        refusals.attach([retry_after.edit, error_type.edit])
+        refusals.attach([edit for fix in fixes.FIXES for edit in fix.error_edits()])
 
 
 def _hook_scheduler() -> None:
@@ -186,12 +169,15 @@ def _hook_scheduler() -> None:
         _check_server_args(server_args, config)
         try:
             result = stock(scheduler, server_args, *args, **kwargs)
-        except ScalingFixesError as error:  # a guard refused what stock was building
-            stop(f"safe-reclaim: {error}")
+        except ScalingFixesError as error:  # a fix refused what stock was building
+            fix = fixes.raised_by(error)
+            stop(str(error) if fix is None else f"{fix.name}: {error}")
         _check_scheduler(scheduler, server_args, config)
         for status in _process.statuses:
-            if status.state is not fixes.State.OFF:
-                logger.info("sglang-scaling-fixes: %s %s (%s)", *status.as_dict().values())
+            if status.state is not fixes.FixState.OFF:
+                logger.info(
+                    "sglang-scaling-fixes: %s %s (%s)", status.name, status.state, status.reason
+                )
         if server_args.enable_metrics:
             metrics.export_states((s.name, s.state.value) for s in _process.statuses)
         return result
@@ -204,9 +190,9 @@ def _hook_scheduler() -> None:
         output.internal_state[REPORT_KEY] = _live_report()
         return output
 
-    wrap_method(f"{_SCHEDULER}:Scheduler.__init__", scheduler_init)
-    wrap_method(f"{_SCHEDULER}:Scheduler.get_init_info", get_init_info)
-    wrap_method(f"{_SCHEDULER}:Scheduler.get_internal_state", get_internal_state)
+    wrap(points.SCHEDULER_INIT, scheduler_init)
+    wrap(points.INIT_INFO, get_init_info)
+    wrap(points.INTERNAL_STATE, get_internal_state)
 
 
 def _config_of_a_scheduler() -> Config:
@@ -223,7 +209,7 @@ def _config_of_a_scheduler() -> Config:
     if replace(first, fixes=last.fixes, named=last.named) != last:
         stop(
             "a scheduler in the process that was armed by the environment first and then with "
-            f"other settings by flags; give them as {configuration.ENV_PREFIX}... variables only"
+            f"other settings by flags; give them as {ENV_PREFIX}... variables only"
         )
     return last
 
@@ -231,33 +217,21 @@ def _config_of_a_scheduler() -> Config:
 def _hook_launch() -> None:
     def launch_subprocesses(stock: Callable[..., Any], cls: Any, *args: Any, **kwargs: Any) -> Any:
         with _stopping():  # the children read the environment of now
-            _arm_process(Config.from_env())
-        if (problem := configuration.left_out()) is not None:
+            _arm_process(flags.from_env())
+        if (problem := flags.left_out()) is not None:
             stop(f"no scheduler process would load this plugin: {problem}")
         result = stock(cls, *args, **kwargs)
         _check_children(kwargs.get("server_args", args[0] if args else None), result)
         return result
 
-    wrap_method(f"{_ENGINE}:Engine._launch_subprocesses", launch_subprocesses)
+    wrap(points.LAUNCH, launch_subprocesses)
 
 
 def _check_scheduler(scheduler: Any, server_args: Any, config: Config) -> None:
     """After stock built its scheduler: what the fixes need of it is there."""
-    if "safe-reclaim" in (config.fixes or ()):
-        from sglang_scaling_fixes.reclaim.server_args import check_in_force
-
-        with _stopping("safe-reclaim: "):
-            check_in_force(scheduler)
-    if "hicache-ordering" in (config.fixes or ()):
-        from sglang_scaling_fixes import ordering
-
-        with _stopping("hicache-ordering: "):
-            ordering.bind(scheduler)
-    if "spec-guard" in (config.fixes or ()):
-        from sglang_scaling_fixes.specguard import attach as spec_guard
-
-        with _stopping("spec-guard: "):
-            spec_guard.bind(scheduler, server_args, config)
+    for fix in fixes.asked(config):
+        with _stopping(f"{fix.name}: "):
+            fix.bind(scheduler, server_args, config)
 
 
 def _check_children(server_args: Any, launched: Any) -> None:
@@ -275,15 +249,7 @@ def _check_children(server_args: Any, launched: Any) -> None:
 
 
 def _live_report() -> dict[str, Any]:
-    from sglang_scaling_fixes.reclaim.decode.side import DecodeGuard
-    from sglang_scaling_fixes.reclaim.prefill.side import PrefillGuard
-    from sglang_scaling_fixes.specguard.guard import SpecGuard
-
     report: dict[str, Any] = {"fixes": statuses()}
-    if SpecGuard.current is not None:
-        report["spec_guard"] = SpecGuard.current.report()
-    if DecodeGuard.current is not None:
-        report["safe_reclaim_decode"] = DecodeGuard.current.report()
-    if PrefillGuard.current is not None:
-        report["safe_reclaim_prefill"] = PrefillGuard.current.report()
+    for fix in fixes.asked(_process.config or Config()):
+        report |= fix.report() or {}
     return report

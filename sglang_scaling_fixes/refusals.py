@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+from sglang_scaling_fixes import points
+from sglang_scaling_fixes.attach import wrap
+
 Scope = dict[str, Any]
 Message = dict[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -68,7 +71,6 @@ class Refusals:
 
 def attach(edits: Sequence[Edit]) -> None:
     """Add the middleware to stock's HTTP application right before it is run."""
-    from sglang_scaling_fixes.attach import wrap_method
 
     def run(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         from sglang.srt.entrypoints.http_server import app
@@ -76,4 +78,4 @@ def attach(edits: Sequence[Edit]) -> None:
         app.add_middleware(Refusals, edits=edits)
         return stock(*args, **kwargs)
 
-    wrap_method("sglang.srt.entrypoints.http_server:_setup_and_run_http_server", run)
+    wrap(points.RUN_HTTP, run)

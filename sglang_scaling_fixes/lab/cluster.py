@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-from sglang_scaling_fixes.config import Config, left_out
+from sglang_scaling_fixes import flags
 from sglang_scaling_fixes.lab.client import Answer, Call, call
 from sglang_scaling_fixes.lab.errors import LabError
 from sglang_scaling_fixes.lab.install import Environment
@@ -154,7 +154,7 @@ def refuse_unprotected(env: Mapping[str, str]) -> None:
     Such a server would start as stock does. Asked by flag it refuses by itself: `--plugin` is
     unknown to it.
     """
-    if Config.from_env(env).armed and (problem := left_out(env)) is not None:
+    if flags.from_env(env).armed and (problem := flags.left_out(env)) is not None:
         raise LabError(f"the server would start without the fixes it is asked for: {problem}")
 
 

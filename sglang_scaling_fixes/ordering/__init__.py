@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from sglang_scaling_fixes.attach import AttachPoint
 from sglang_scaling_fixes.errors import AttachError, ConfigError
+from sglang_scaling_fixes.fix import Armed, Fix, Native
+from sglang_scaling_fixes.ordering import points
 
 if TYPE_CHECKING:
     from sglang_scaling_fixes.config import Config
@@ -31,15 +34,20 @@ def _parts() -> list[Part]:
     from sglang_scaling_fixes.ordering import early_send, loads, probe
     from sglang_scaling_fixes.ordering.probe.transfer import BACKENDS
 
-    fences = [
-        Part(
-            f"{name} ({target.rpartition(':')[2]})",
-            there=partial(probe.own_method, target, method),
-            holds=partial(probe.fenced, target, method),
-            attach=partial(loads.attach_fence, target, method),
+    def fence(name: str, point: AttachPoint) -> Part:
+        controller, _, method = point.target.rpartition(".")
+        return Part(
+            f"{name} ({controller.rpartition(':')[2]})",
+            there=partial(probe.own_method, controller, method),
+            holds=partial(probe.fenced, controller, method),
+            attach=partial(loads.attach_fence, point),
         )
-        for name, method in (("load fence", "start_loading"), ("write-back fence", "start_writing"))
-        for target in (loads.CONTROLLER, loads.HYBRID)
+
+    fences = [
+        fence("load fence", points.START_LOADING),
+        fence("load fence", points.HYBRID_START_LOADING),
+        fence("write-back fence", points.START_WRITING),
+        fence("write-back fence", points.HYBRID_START_WRITING),
     ]
     split = Part(
         "LayerSplit prefetch",
@@ -75,36 +83,8 @@ _attached: list[str] = []
 _native: list[str] = []
 
 
-def arm(config: Config) -> tuple[str, bool]:
-    """Attach what is missing, once per process; return the proof, and whether all is native.
-
-    Raises `AttachError` naming the first wait that does not hold after attaching.
-    """
-    del config
-    from sglang_scaling_fixes.ordering import loads, probe
-
-    if not probe.exists(loads.CONTROLLER.partition(":")[0]):
-        raise AttachError(f"expected {loads.CONTROLLER}")
-    if not armed():
-        for part in _parts():
-            if not part.there():
-                continue
-            if part.holds():
-                _native.append(part.name)
-                continue
-            part.attach()
-            _attached.append(part.name)
-    for part in _parts():
-        if part.there() and not part.holds():
-            raise AttachError(f"probe: {part.name} does not hold")
-    if not _attached:
-        return f"this release does all of it: {', '.join(_native)}", True
-    native = f"; native: {', '.join(_native)}" if _native else ""
-    return f"attached and proven: {', '.join(_attached)}{native}", False
-
-
 def armed() -> bool:
-    """Whether `arm` has been here."""
+    """Whether `HiCacheOrdering.arm` has been here."""
     return bool(_attached or _native)
 
 
@@ -140,3 +120,64 @@ def check(server_args: Any) -> None:
             "their loads and run on streams of their own; drop one of the two, or start "
             "without hicache-ordering"
         )
+
+
+class HiCacheOrdering(Fix):
+    """The waits of `_parts`, as one fix: native where the release has all of them."""
+
+    name = points.NAME
+    default = False
+    breaks = (
+        "HiCache: KV is read, sent or broadcast before it is loaded, or copied while a forward "
+        "still writes it."
+    )
+    how = "Waits on the streams, per layer or per copy, where a probe finds them missing."
+    stock = (
+        (
+            "0.5.11",
+            "no fences (and from 0.5.15 unordered early sends, from 0.5.16 unordered LayerSplit "
+            "prefetch)",
+        ),
+        ("0.5.19", "load fence only"),
+        (
+            "0.5.21",
+            "LayerSplit prefetch and NIXL's early send unordered, write-back fence from 0.5.23",
+        ),
+    )
+    upstream = (
+        "sgl-project/sglang #22811 (accessors, in 0.5.11), #36738 (load fence, in 0.5.19), #39417"
+    )
+    remove_when = "upstream's LayerSplit prefetch and NIXL early send wait for the load"
+    attach_points = points.ATTACH_POINTS
+
+    def check(self, server_args: Any, config: Config) -> None:
+        check(server_args)
+
+    def arm(self, config: Config) -> Armed | Native:
+        """Attach what is missing. `AttachError` names the first wait that does not hold then."""
+        from sglang_scaling_fixes.ordering import probe
+
+        if not probe.exists(points.CONTROLLER.partition(":")[0]):
+            raise AttachError(f"expected {points.CONTROLLER}")
+        if not armed():
+            for part in _parts():
+                if not part.there():
+                    continue
+                if part.holds():
+                    _native.append(part.name)
+                    continue
+                part.attach()
+                _attached.append(part.name)
+        for part in _parts():
+            if part.there() and not part.holds():
+                raise AttachError(f"probe: {part.name} does not hold")
+        if not _attached:
+            return Native(f"this release does all of it: {', '.join(_native)}")
+        native = f"; native: {', '.join(_native)}" if _native else ""
+        return Armed(f"attached and proven: {', '.join(_attached)}{native}")
+
+    def bind(self, scheduler: Any, server_args: Any, config: Config) -> None:
+        bind(scheduler)
+
+
+FIX = HiCacheOrdering()

@@ -14,13 +14,13 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from sglang_scaling_fixes.attach import wrap_method
+from sglang_scaling_fixes.attach import wrap
+from sglang_scaling_fixes.ordering import points
 
-MIXIN = "sglang.srt.disaggregation.prefill:SchedulerDisaggregationPrefillMixin"
-EARLY_SEND = f"{MIXIN}.maybe_send_cached_prefix_chunk"
-RUN_BATCH = "sglang.srt.managers.scheduler:Scheduler.run_batch"
+MIXIN = points.MIXIN
+EARLY_SEND = points.EARLY_SEND.target
+RUN_BATCH = points.RUN_BATCH.target
 PACKAGE = "sglang.srt.disaggregation"
-NIXL = "sglang.srt.disaggregation.nixl.conn"
 
 _LOADING = "sglang_scaling_fixes_loading"
 """Attribute of a scheduler: the batch that it runs has a load under way."""
@@ -64,9 +64,9 @@ def attach_hold_back(*, loading: bool, deaf: Iterable[str]) -> None:
             return None
         return stock(scheduler, req, *args, **kwargs)
 
-    wrap_method(EARLY_SEND, maybe_send)
+    wrap(points.EARLY_SEND, maybe_send)
     if loading:
-        wrap_method(RUN_BATCH, run_batch)
+        wrap(points.RUN_BATCH, run_batch)
 
 
 def attach_nixl() -> None:
@@ -99,9 +99,9 @@ def attach_nixl() -> None:
     ) -> Any:
         return stock(manager, _Waiting(queue), *args, **kwargs)
 
-    wrap_method(f"{NIXL}:NixlKVSender.send", send)
-    wrap_method(f"{NIXL}:NixlKVManager.add_transfer_request", add_transfer_request)
-    wrap_method(f"{NIXL}:NixlKVManager.transfer_worker", transfer_worker)
+    wrap(points.NIXL_SEND, send)
+    wrap(points.NIXL_ADD_REQUEST, add_transfer_request)
+    wrap(points.NIXL_WORKER, transfer_worker)
 
 
 class _Queue:

@@ -13,13 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sglang_scaling_fixes.attach import wrap_method
+from sglang_scaling_fixes.attach import AttachPoint, wrap
+from sglang_scaling_fixes.ordering import points
 
-CONTROLLER = "sglang.srt.managers.cache_controller:HiCacheController"
-HYBRID = "sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller:HybridCacheController"
-PREFETCH = (
-    "sglang.srt.mem_cache.dsa_cache_layer_split:LayerSplitDSATokenToKVPool.prefetch_kv_buffer"
-)
+PREFETCH = points.PREFETCH.target
 
 _FORWARD = "sglang_scaling_fixes_forward_stream"
 """Attribute of a controller that holds the forward stream its copies must follow."""
@@ -40,9 +37,9 @@ def bound(controller: Any) -> bool:
     return getattr(controller, _FORWARD, None) is not None
 
 
-def attach_fence(target: str, method: str) -> None:
-    """Fence `method` of the class at `target` (`"start_loading"` or `"start_writing"`)."""
-    queue, old, new = _STREAMS[method]
+def attach_fence(point: AttachPoint) -> None:
+    """Fence a controller's `start_loading` or `start_writing`."""
+    queue, old, new = _STREAMS[point.target.rpartition(".")[2]]
 
     def start(stock: Callable[..., Any], controller: Any, *args: Any, **kwargs: Any) -> Any:
         forward = getattr(controller, _FORWARD, None)
@@ -52,7 +49,7 @@ def attach_fence(target: str, method: str) -> None:
             stream.wait_stream(forward)
         return stock(controller, *args, **kwargs)
 
-    wrap_method(f"{target}.{method}", start)
+    wrap(point, start)
 
 
 def attach_prefetch() -> None:
@@ -75,7 +72,7 @@ def attach_prefetch() -> None:
             layer_transfer_counter.wait_until(layer_transfer_idx)
         return stock(pool, layer_id, layer_transfer_counter, layer_transfer_idx)
 
-    wrap_method(PREFETCH, prefetch_kv_buffer)
+    wrap(points.PREFETCH, prefetch_kv_buffer)
 
 
 def waits_per_layer(counter: Any) -> bool:

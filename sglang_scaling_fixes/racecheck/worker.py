@@ -55,7 +55,7 @@ def _arm() -> str:
     if importlib.util.find_spec("sglang.srt.plugins") is None:
         return "patch set"
     kv_stack.settings()
-    return ordering.arm(Config())[0]
+    return ordering.FIX.arm(Config()).proof
 
 
 def _origin() -> str:

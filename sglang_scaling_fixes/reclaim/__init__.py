@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from sglang_scaling_fixes.fix import Armed, Fix
+from sglang_scaling_fixes.reclaim import points
+from sglang_scaling_fixes.reclaim.flags import SETTINGS
+from sglang_scaling_fixes.reclaim.metrics import DECODE, PREFILL
 
 if TYPE_CHECKING:
     from sglang_scaling_fixes.config import Config
+    from sglang_scaling_fixes.refusals import Edit
 
 TRANSFER_TIMEOUT = "600"
 """Seconds a Mooncake write may take before it is given up (MC_TRANSFER_TIMEOUT).
@@ -17,20 +24,73 @@ write ends with a status that means something. A value set by the operator stays
 """
 
 
-def arm(config: Config) -> str:
-    """Attach both roles, once per process, and prove them; return the proof in words.
+class SafeReclaim(Fix):
+    """Slots return with proof only, on decode; prefill accounts for its writes and gives it."""
 
-    Raises `ScalingFixesError` when a stock part is missing or behaves differently.
-    """
-    os.environ.setdefault("MC_TRANSFER_TIMEOUT", TRANSFER_TIMEOUT)
-    from sglang_scaling_fixes.attach import is_wrapped, require_wrapped
-    from sglang_scaling_fixes.reclaim import probe
-    from sglang_scaling_fixes.reclaim.decode import attach as attach_decode
-    from sglang_scaling_fixes.reclaim.prefill import attach as attach_prefill
+    name = points.NAME
+    default = True
+    breaks = (
+        "Prefill/decode disaggregation: KV slots of an aborted or timed-out request are reused "
+        "while prefill may still write into them."
+    )
+    how = "Gate at the decode allocators; slots return only with proof that no writer is left."
+    stock = (
+        ("0.5.11", "freed at once"),
+        ("0.5.19", "30 s hold behind an environment variable, off"),
+        ("0.5.21", "freed without proof after 30 s"),
+    )
+    upstream = "sgl-project/sglang #35049 (frees without proof after 30 s), #38961"
+    remove_when = "upstream frees only on proof, retries its abort and survives room reuse"
+    settings = SETTINGS
+    attach_points = points.ATTACH_POINTS
+    metrics = (DECODE, PREFILL)
 
-    if not is_wrapped(probe.SENTINEL):
-        attach_decode.attach(config)
-        attach_prefill.attach()
-    require_wrapped("safe-reclaim")
-    probe.run()
-    return "attached and proven on this release's own classes"
+    def check(self, server_args: Any, config: Config) -> None:
+        from sglang_scaling_fixes.reclaim.server_args import check
+
+        check(server_args, fence_asked=config.fence)
+
+    def arm(self, config: Config) -> Armed:
+        """Attach both roles: which one this process will have is not known yet."""
+        os.environ.setdefault("MC_TRANSFER_TIMEOUT", TRANSFER_TIMEOUT)
+        from sglang_scaling_fixes.attach import is_wrapped, require_wrapped
+        from sglang_scaling_fixes.reclaim import probe
+        from sglang_scaling_fixes.reclaim.decode import attach as attach_decode
+        from sglang_scaling_fixes.reclaim.prefill import attach as attach_prefill
+
+        if not is_wrapped(points.TRANSFER_WORKER.target):
+            attach_decode.attach(config)
+            attach_prefill.attach()
+        require_wrapped(points.ATTACH_POINTS)
+        probe.run()
+        return Armed("attached and proven on this release's own classes")
+
+    def bind(self, scheduler: Any, server_args: Any, config: Config) -> None:
+        from sglang_scaling_fixes.reclaim.server_args import check_in_force
+
+        check_in_force(scheduler)
+
+    def report(self) -> dict[str, Any] | None:
+        from sglang_scaling_fixes.reclaim.decode.side import DecodeGuard
+        from sglang_scaling_fixes.reclaim.prefill.side import PrefillGuard
+
+        sides = {
+            "safe_reclaim_decode": DecodeGuard.current,
+            "safe_reclaim_prefill": PrefillGuard.current,
+        }
+        return {part: side.report() for part, side in sides.items() if side is not None} or None
+
+    def obstacle(self) -> str | None:
+        """A server without disaggregation hands no slot to a remote writer, and starts."""
+        from sglang_scaling_fixes import release
+
+        problem = release.mooncake_problem(release.mooncake())
+        return problem and f"no prefill or decode server over Mooncake starts: {problem}"
+
+    def error_edits(self) -> Sequence[Edit]:
+        from sglang_scaling_fixes.reclaim import retry_after
+
+        return (retry_after.edit,)
+
+
+FIX = SafeReclaim()

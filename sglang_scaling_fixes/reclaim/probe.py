@@ -30,9 +30,6 @@ from sglang_scaling_fixes.reclaim.prefill.taps import IN_HAND, EngineTap, Execut
 from sglang_scaling_fixes.reclaim.rules.attempt import Attempt
 from sglang_scaling_fixes.standin_objects import Lenient
 
-SENTINEL = "sglang.srt.disaggregation.mooncake.conn:MooncakeKVManager.transfer_worker"
-"""Wrapped by `attach`: tells whether this process is attached already."""
-
 _ROOM, _RANK = 7_000_000_007, "192.0.2.1:9"  # a documentation address (RFC 5737)
 
 

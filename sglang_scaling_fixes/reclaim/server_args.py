@@ -11,7 +11,7 @@ import msgspec
 from sglang_scaling_fixes import machine, release
 from sglang_scaling_fixes.attach import require_in_place, unwrap_other_roles
 from sglang_scaling_fixes.errors import ConfigError
-from sglang_scaling_fixes.reclaim import layout
+from sglang_scaling_fixes.reclaim import layout, points
 from sglang_scaling_fixes.reclaim.decode import fence
 from sglang_scaling_fixes.reclaim.decode.side import DecodeGuard
 from sglang_scaling_fixes.reclaim.prefill.side import PrefillGuard
@@ -113,8 +113,8 @@ def check_in_force(scheduler: Any) -> None:
                 raise ConfigError("the transfer queues of this scheduler are not accounted for")
             time.sleep(0.01)
         _check_transport(manager)
-    require_in_place("safe-reclaim", mode, "both")
-    unwrap_other_roles("safe-reclaim", mode)
+    require_in_place(points.NAME, mode, "both")
+    unwrap_other_roles(points.NAME, mode)
 
 
 def _check_transport(manager: Any) -> None:

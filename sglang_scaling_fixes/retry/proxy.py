@@ -16,7 +16,7 @@ from typing import Any
 import aiohttp
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
-from sglang_scaling_fixes import metrics
+from sglang_scaling_fixes.retry import metrics
 from sglang_scaling_fixes.retry.attempt import Attempts, Reply, Request, headers_to_send
 from sglang_scaling_fixes.retry.budget import Budget, Lease
 from sglang_scaling_fixes.retry.failure import Failure, Reason, error_body, error_event

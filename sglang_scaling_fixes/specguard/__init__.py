@@ -2,22 +2,66 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from sglang_scaling_fixes.fix import Armed, Fix
+from sglang_scaling_fixes.specguard import points
+from sglang_scaling_fixes.specguard.flags import SETTINGS
+from sglang_scaling_fixes.specguard.metrics import SPEC_GUARD
 
 if TYPE_CHECKING:
     from sglang_scaling_fixes.config import Config
+    from sglang_scaling_fixes.refusals import Edit
 
 
-def arm(config: Config) -> str:
-    """Attach, once per process, and prove it on this release's own classes.
+class AnomalyGuard(Fix):
+    """Watches in every scheduler; sets the type of its 503s where HTTP is spoken."""
 
-    Raises `ScalingFixesError` when a stock part is missing or behaves differently.
-    """
-    from sglang_scaling_fixes.attach import require_wrapped
-    from sglang_scaling_fixes.specguard import attach, probe
+    name = points.NAME
+    default = True
+    breaks = "A corrupted KV cache produces garbled or repeating text that nobody stops."
+    how = (
+        "Watches every request's speculative acceptance; aborts with 503 and quarantines its "
+        "cached prefix, for a retry elsewhere."
+    )
+    stock = (("0.5.11", "nothing"),)
+    upstream = "none"
+    remove_when = "upstream watches acceptance per request"
+    settings = SETTINGS
+    attach_points = points.ATTACH_POINTS
+    metrics = (SPEC_GUARD,)
 
-    attach.attach()
-    (other,) = (target for target in attach.FINISH if target != attach.finish_target())
-    require_wrapped("spec-guard", absent=other)
-    probe.run()
-    return f"{config.guard}: attached and proven on this release's own classes"
+    def check(self, server_args: Any, config: Config) -> None:
+        from sglang_scaling_fixes.specguard import settings
+
+        settings.check(server_args, config)
+
+    def arm(self, config: Config) -> Armed:
+        from sglang_scaling_fixes.attach import require_wrapped
+        from sglang_scaling_fixes.specguard import attach, probe
+
+        attach.attach()
+        (absent,) = (point for point in attach.FINISH if point != attach.finish_point())
+        require_wrapped(point for point in points.ATTACH_POINTS if point != absent)
+        probe.run()
+        return Armed(f"{config.guard}: attached and proven on this release's own classes")
+
+    def bind(self, scheduler: Any, server_args: Any, config: Config) -> None:
+        from sglang_scaling_fixes.specguard import attach
+
+        attach.bind(scheduler, server_args, config)
+
+    def report(self) -> dict[str, Any] | None:
+        from sglang_scaling_fixes.specguard.guard import SpecGuard
+
+        guard = SpecGuard.current
+        return None if guard is None else {"spec_guard": guard.report()}
+
+    def error_edits(self) -> Sequence[Edit]:
+        from sglang_scaling_fixes.specguard import error_type
+
+        return (error_type.edit,)
+
+
+FIX = AnomalyGuard()

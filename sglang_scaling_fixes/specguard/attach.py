@@ -9,42 +9,45 @@ from typing import Any
 
 from sglang_scaling_fixes import metrics
 from sglang_scaling_fixes.attach import (
+    AttachPoint,
     is_wrapped,
-    replace_method,
+    replace,
     require_in_place,
     resolve,
     unwrap,
-    wrap_method,
+    wrap,
 )
 from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.errors import AttachError, ConfigError
-from sglang_scaling_fixes.specguard import settings, tell
+from sglang_scaling_fixes.specguard import points, settings, tell
 from sglang_scaling_fixes.specguard.guard import ERROR_TYPE, SpecGuard, depth_of, tainted
+from sglang_scaling_fixes.specguard.metrics import SPEC_GUARD
 from sglang_scaling_fixes.specguard.taint import Taint
 
-_BATCH = "sglang.srt.managers.schedule_batch"
-_SCHEDULER = "sglang.srt.managers.scheduler:Scheduler"
-_OFFLOAD = "sglang.srt.disaggregation.decode_kvcache_offload_manager:DecodeKVCacheOffloadManager"
-_OPENAI = "sglang.srt.entrypoints.openai.serving_base:OpenAIServingBase"
-_RESPONSES = "sglang.srt.entrypoints.openai.serving_responses:OpenAIServingResponses"
-
-FINISH = (f"{_BATCH}:Req.update_finish_state", f"{_BATCH}:Req.check_finished")
+FINISH = (points.FINISH, points.FINISH_BEFORE)
 """Where a request's end is decided: the first since 0.5.13, the second before."""
-PLACES = (f"{_BATCH}:Req.__init__", f"{_BATCH}:Req.init_next_round_input")
+PLACES = (points.REQUEST_INIT, points.NEXT_ROUND)
 """Where every request is placed: in a namespace without suspect KV."""
 ACCEPTED = ("spec_num_correct_drafts", "spec_accepted_drafts")
 """The request's count of accepted drafts: the first since 0.5.12, the second before."""
 
 
-def finish_target() -> str:
-    """The one this release has."""
-    for target in FINISH:
+def finish_point() -> AttachPoint:
+    """The one of `FINISH` that this release has."""
+    for point in FINISH:
         try:
-            resolve(target)
+            resolve(point.target)
         except AttachError:
             continue
-        return target
-    raise AttachError(f"{_BATCH} has neither of {' and '.join(FINISH)}")
+        return point
+    raise AttachError(
+        f"this release has neither of {' and '.join(point.target for point in FINISH)}"
+    )
+
+
+def finish_target() -> str:
+    """The target of `finish_point`."""
+    return finish_point().target
 
 
 def attach() -> None:
@@ -54,10 +57,8 @@ def attach() -> None:
     _wrap_requests()
     _wrap_stores()
     _wrap_errors()
-    wrap_method(f"{_SCHEDULER}.set_internal_state", _set_internal_state)
-    wrap_method(
-        "sglang.srt.disaggregation.common.conn:CommonKVBootstrapServer._setup_routes", _setup_routes
-    )
+    wrap(points.SET_STATE, _set_internal_state)
+    wrap(points.BOOTSTRAP_ROUTES, _setup_routes)
 
 
 def _wrap_requests() -> None:
@@ -77,7 +78,7 @@ def _wrap_requests() -> None:
     def next_round(
         stock: Callable[..., Any], req: Any, tree_cache: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
-        # Without a tree a chunk goes on: nothing is looked up. A request waits here.
+        # `tree_cache` is None for a continued prefill chunk; then there is no cache lookup.
         if SpecGuard.current is not None and tree_cache is not None:
             SpecGuard.current.place(req)
         return stock(req, tree_cache, *args, **kwargs)
@@ -87,12 +88,10 @@ def _wrap_requests() -> None:
             SpecGuard.current.place(req)
         return stock(queue, req)
 
-    replace_method(finish_target(), finish)
-    for target, place in zip(PLACES, (init, next_round), strict=True):
-        wrap_method(target, place)
-    wrap_method(
-        "sglang.srt.disaggregation.decode:DecodePreallocQueue._match_prefix_and_lock", match
-    )
+    replace(finish_point(), finish)
+    wrap(points.REQUEST_INIT, init)
+    wrap(points.NEXT_ROUND, next_round)
+    wrap(points.MATCH_PREFIX, match)
 
 
 def _wrap_stores() -> None:
@@ -118,9 +117,9 @@ def _wrap_stores() -> None:
             manager.offload_kv_cache(req)
         return stock(manager, req)
 
-    wrap_method(f"{_SCHEDULER}._prefetch_kvcache", prefetch)
-    wrap_method(f"{_OFFLOAD}.offload_kv_cache", offload)
-    wrap_method(f"{_OFFLOAD}.finalize_release_on_finish", finalize)
+    wrap(points.PREFETCH, prefetch)
+    wrap(points.OFFLOAD, offload)
+    wrap(points.FINALIZE_OFFLOAD, finalize)
 
 
 def _wrap_errors() -> None:
@@ -133,9 +132,8 @@ def _wrap_errors() -> None:
             return stock(serving, ours, ERROR_TYPE, 503)
         return stock(serving, message, *args, **kwargs)
 
-    for serving in (_OPENAI, _RESPONSES):
-        wrap_method(f"{serving}.create_error_response", typed)
-        wrap_method(f"{serving}.create_streaming_error_response", typed)
+    for point in points.ERROR_RESPONSES:
+        wrap(point, typed)
 
 
 def _set_internal_state(stock: Callable[..., Any], scheduler: Any, request: Any) -> Any:
@@ -168,19 +166,19 @@ def bind(scheduler: Any, server_args: Any, config: Config) -> None:
     role = str(getattr(server_args, "disaggregation_mode", "null"))
     judges = settings.algorithm(server_args) is not None
     if not judges:
-        unwrap([finish_target()])
+        unwrap([finish_point()])
     if config.guard != "abort" or not (judges or role == "prefill"):
         unwrap(PLACES)  # nothing becomes suspect here
     if not judges and role != "prefill":
         return  # a bare --plugin on a server without speculation: nothing to judge
-    require_in_place("spec-guard", role, "both")
+    require_in_place(points.NAME, role, "both")
     if config.guard == "abort" and type(scheduler.tree_cache).__name__ == "RadixCacheCpp":
         raise ConfigError(
             "--spec-guard abort with SGLANG_EXPERIMENTAL_CPP_RADIX_TREE: that tree knows no "
             "namespaces; unset it, or use --spec-guard observe"
         )
-    counted = metrics.of_scheduler(scheduler, server_args)
-    speaks = metrics.speaks(scheduler)
+    counted = metrics.of_scheduler(SPEC_GUARD, scheduler, server_args)
+    speaks = metrics.is_reporting_rank(scheduler)
 
     def count(outcome: str) -> None:
         counted.inc("tellings", outcome)
@@ -231,7 +229,7 @@ def _teller(count: Callable[[str], None]) -> Callable[[Any, Sequence[int]], None
 
 def accepted_field() -> str:
     """The name of the counter on this release's requests, found in their constructor's code."""
-    _, _, init = resolve(f"{_BATCH}:Req.__init__")
+    _, _, init = resolve(points.REQUEST_INIT.target)
     names = getattr(init, "__wrapped__", init).__code__.co_names
     for name in ACCEPTED:
         if name in names:

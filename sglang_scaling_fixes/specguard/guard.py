@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 from sglang_scaling_fixes import metrics
 from sglang_scaling_fixes.specguard import settings
 from sglang_scaling_fixes.specguard.detector import Anomaly, Rules, Watch
+from sglang_scaling_fixes.specguard.metrics import SPEC_GUARD
 from sglang_scaling_fixes.specguard.taint import PAGES, Taint
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ class SpecGuard:
         self.rules = rules
         self.action = action
         self.taint = taint
-        self.metrics = counted or metrics.Metrics(metrics.SPEC_GUARD, None)
+        self.metrics = counted or metrics.Metrics(SPEC_GUARD, None)
         self._depth = depth
         self._counter = counter
         self._worker = worker

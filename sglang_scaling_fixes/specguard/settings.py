@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 from sglang_scaling_fixes import machine
 from sglang_scaling_fixes.errors import ConfigError
 from sglang_scaling_fixes.specguard.detector import Rules
+from sglang_scaling_fixes.specguard.points import NAME
 
 if TYPE_CHECKING:
     from sglang_scaling_fixes.config import Config
 
 FLAG = "--spec-guard-overrides"
-NAME = "spec-guard"
 
 
 def rules(config: Config, server_args: Any) -> Rules:

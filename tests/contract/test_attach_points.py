@@ -6,12 +6,8 @@ import pytest
 from wheel_ast import Wheel
 from wheels import RELEASES, between
 
-from sglang_scaling_fixes.attach import (
-    ATTACH_POINTS,
-    FIRST_RELEASE,
-    LAST_RELEASE,
-    AttachPoint,
-)
+from sglang_scaling_fixes.attach import FIRST_RELEASE, LAST_RELEASE, AttachPoint
+from sglang_scaling_fixes.fixes import ATTACH_POINTS
 
 
 def test_the_releases_read_here_are_those_supported() -> None:

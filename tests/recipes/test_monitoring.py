@@ -12,6 +12,9 @@ import pytest
 import yaml
 
 from sglang_scaling_fixes import metrics
+from sglang_scaling_fixes.fixes import FIXES
+from sglang_scaling_fixes.retry.metrics import RETRY_PROXY
+from sglang_scaling_fixes.specguard.metrics import SPEC_GUARD
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "glm-5.1"
@@ -43,15 +46,15 @@ def expressions() -> list[str]:
 
 def exported() -> set[str]:
     """The series names of every metric of ours, as Prometheus sees them."""
-    names = {metrics.PREFIX + "fix_state"}
-    for prefix, known in metrics.FAMILIES:
-        for metric in known:
+    names = {metrics.PREFIX + metrics.FIX_STATE.name}
+    for family in (*(f for fix in FIXES for f in fix.metrics), RETRY_PROXY):
+        for metric in family.metrics:
             ends = {
                 "counter": ("_total",),
                 "gauge": ("",),
                 "histogram": ("_bucket", "_sum", "_count"),
             }
-            names |= {prefix + metric.name + end for end in ends[metric.kind]}
+            names |= {family.prefix + metric.name + end for end in ends[metric.kind]}
     return names
 
 
@@ -117,7 +120,7 @@ def test_every_metric_that_is_shown_or_alerted_on_exists() -> None:
 
 def test_every_anomaly_metric_is_shown() -> None:
     shown = used(" ".join(expressions()))
-    for metric in metrics.SPEC_GUARD:
+    for metric in SPEC_GUARD.metrics:
         name = f"{metrics.PREFIX}spec_guard_{metric.name}"
         assert any(series.startswith(name) for series in shown) or metric.name == "told"
 

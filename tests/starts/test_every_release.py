@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
-from sglang_scaling_fixes.attach import ATTACH_POINTS
-from sglang_scaling_fixes.config import GUARD_ENV, PLUGIN_ENV
+from sglang_scaling_fixes.config import PLUGIN_ENV
+from sglang_scaling_fixes.fixes import ATTACH_POINTS
 from sglang_scaling_fixes.lab.install import Environment
 from sglang_scaling_fixes.lab.runtime import cpu_env
+from sglang_scaling_fixes.specguard.flags import ACTION
 from tests import child
 from tests.contract import wheels
 from tests.machines import CLAIM, MACHINES
@@ -31,14 +32,13 @@ PROBE = (
     CLAIM
     + """
 import json, sys, sglang
-from sglang_scaling_fixes import fixes
-from sglang_scaling_fixes.config import Config
-config = Config.from_env()
+from sglang_scaling_fixes import fixes, flags
+config = flags.from_env()
 states = [state.as_dict() for state in fixes.arm_all(config)]
 
 # The same start on other machines, with other Mooncakes.
 from sglang_scaling_fixes import release
-only, here, on = Config.from_env({"SGLANG_SCALING_FIXES_PLUGIN": "safe-reclaim"}), machine.here, []
+only, here, on = flags.from_env({"SGLANG_SCALING_FIXES_PLUGIN": "safe-reclaim"}), machine.here, []
 for root, env, wheel in json.loads(sys.argv[1]):
     claim(root, env, {wheel: "0.3.13.post1"})
     state = fixes.arm_all(only)[0]
@@ -64,24 +64,22 @@ tree = SimpleNamespace(page_size=64)
 attach.bind(SimpleNamespace(page_size=64, tree_cache=tree), args, config)
 
 # What stays on a server's hot paths, by what it does.
-from sglang_scaling_fixes.attach import (
-    ATTACH_POINTS, is_wrapped, require_in_place, unwrap_other_roles,
-)
+from sglang_scaling_fixes.attach import is_wrapped, require_in_place, unwrap_other_roles
 from sglang_scaling_fixes.reclaim import layout
-ours = [p.target for p in ATTACH_POINTS if p.fix == "safe-reclaim" and p.wrapped]
+ours = [p.target for p in fixes.ATTACH_POINTS if p.fix == "safe-reclaim" and p.wrapped]
 require_in_place("safe-reclaim", "decode", "prefill", "both")
 kept = {}
 for role in ("decode", "null"):
     unwrap_other_roles("safe-reclaim", role)
     kept[role] = [target for target in ours if is_wrapped(target)]
-hot = [attach.finish_target(), *attach.PLACES]
+hot = [point.target for point in (attach.finish_point(), *attach.PLACES)]
 watched = [is_wrapped(target) for target in hot]
 args.speculative_algorithm = None
 args.disaggregation_mode = "prefill"
 attach.bind(SimpleNamespace(page_size=64, tree_cache=tree), args, config)
 watched += [is_wrapped(target) for target in hot]
 args.disaggregation_mode = "decode"
-attach.bind(SimpleNamespace(page_size=64, tree_cache=tree), args, Config.from_env({}))
+attach.bind(SimpleNamespace(page_size=64, tree_cache=tree), args, flags.from_env({}))
 watched += [is_wrapped(target) for target in hot]
 print("probe:" + json.dumps({
     "file": sglang.__file__,
@@ -98,7 +96,7 @@ print("probe:" + json.dumps({
 
 
 def probe(environment: Environment, source: Path, claims: list[tuple[str, Any, str]]) -> Any:
-    env = cpu_env({**environment.env, PLUGIN_ENV: ",".join(FIXES), GUARD_ENV: "abort"})
+    env = cpu_env({**environment.env, PLUGIN_ENV: ",".join(FIXES), ACTION.env: "abort"})
     env["PYTHONPATH"] = f"{source}:{env['PYTHONPATH']}"
     argv = json.dumps(claims)
     return child.said(environment.python, PROBE, argv, env=env, mark="probe:", timeout_s=1200)

@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 
 import sglang_scaling_fixes
-from sglang_scaling_fixes.config import FILTER_ENV, PLUGIN_ENV
+from sglang_scaling_fixes.config import PLUGIN_ENV
+from sglang_scaling_fixes.flags import FILTER_ENV
 from sglang_scaling_fixes.lab import wheels
 from sglang_scaling_fixes.lab.install import Environment
 from sglang_scaling_fixes.lab.runtime import cpu_env

@@ -19,8 +19,10 @@ import json, sys
 from unittest import mock
 from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.errors import AttachError
-from sglang_scaling_fixes.reclaim import arm, coverage, decode, gate, ledger
-from sglang_scaling_fixes.reclaim import messages, prefill, probe, taps
+from sglang_scaling_fixes.reclaim import FIX, probe
+from sglang_scaling_fixes.reclaim.decode import gate, peers, side as decode
+from sglang_scaling_fixes.reclaim.prefill import side as prefill, taps
+from sglang_scaling_fixes.reclaim.rules import coverage, prefill_ledger
 
 def verdict():
     try:
@@ -35,14 +37,14 @@ def forgets(stock, guard, once):
 def deaf(self, write, name):
     return write
 
-arm(Config())
+FIX.arm(Config())
 found = {"nothing": verdict()}
 for name, owner, attribute, broken in (
     ("success", decode.DecodeGuard, "_complete", lambda *a: True),
     ("gate", gate.Gate, "_kept", lambda *a: False),
-    ("trailer", decode.DecodeGuard, "outgoing", lambda self, rank, route, frames, *_: frames),
-    ("drop", ledger.PrefillLedger, "take", lambda self, a, *_: setattr(a, "active", 1) or True),
-    ("poison", ledger.PrefillLedger, "failed", lambda *a: []),
+    ("trailer", peers.Peers, "outgoing", lambda self, rank, route, frames, *_: frames),
+    ("drop", prefill_ledger.PrefillLedger, "take", lambda self, a, *_: a.begin() or True),
+    ("poison", prefill_ledger.PrefillLedger, "failed", lambda *a: []),
     ("deaf", taps.EngineTap, "_watched", deaf),
     ("once", taps.EngineTap, "_once", lambda self, session, *write: 0),
     ("retried", taps.EngineTap, "_once", lambda self, *w: self._stock.batch_transfer_sync(*w)),
@@ -66,7 +68,7 @@ import json
 from unittest import mock
 from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.errors import AttachError
-from sglang_scaling_fixes.specguard import arm, attach, detector, guard, probe, taint
+from sglang_scaling_fixes.specguard import FIX, attach, detector, guard, probe, taint
 
 def verdict():
     try:
@@ -81,7 +83,7 @@ def plain(self, req, anomaly):
 
 always = detector.Anomaly("low_accept_length", "life", 1.0, 1.6, None, 256, 256, 0, 768)
 
-arm(Config())
+FIX.arm(Config())
 found = {"nothing": verdict()}
 for name, owner, attribute, broken in (
     ("look", guard.SpecGuard, "look", lambda self, req: None),

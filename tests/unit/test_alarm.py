@@ -10,9 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 
+import sglang_scaling_fixes
 from sglang_scaling_fixes import entry
 from sglang_scaling_fixes.alarm import end_server
-from sglang_scaling_fixes.config import GUARD_ENV, PLUGIN_ENV
+from sglang_scaling_fixes.config import PLUGIN_ENV
+from sglang_scaling_fixes.fixes import SETTINGS
+from sglang_scaling_fixes.specguard.flags import ACTION
 
 
 def swallows() -> None:
@@ -41,9 +44,12 @@ def test_a_plugin_that_cannot_be_imported_stops_a_start_that_asked_for_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Stock logs an ImportError and starts without it; nothing of ours is there to say no."""
-    assert (entry._PLUGIN, entry._GUARD) == (PLUGIN_ENV, GUARD_ENV)
+    arming = [setting.env for setting in SETTINGS if setting.arms]
+    assert [PLUGIN_ENV, *arming] == [entry._PLUGIN, entry._GUARD]
     monkeypatch.setitem(sys.modules, "sglang_scaling_fixes.plugin", None)
-    for name, value in ((PLUGIN_ENV, "safe-reclaim"), (GUARD_ENV, "abort")):
+    # Another test may have imported it: then it is there as a name of its package too.
+    monkeypatch.delattr(sglang_scaling_fixes, "plugin", raising=False)
+    for name, value in ((PLUGIN_ENV, "safe-reclaim"), (ACTION.env, "abort")):
         with monkeypatch.context() as patch:
             patch.setenv(name, value)
             with pytest.raises(SystemExit, match=f"{name}={value}.*cannot be imported"):

@@ -11,15 +11,15 @@ import pytest
 
 from sglang_scaling_fixes import attach
 from sglang_scaling_fixes.attach import (
-    ATTACH_POINTS,
     AttachPoint,
     is_wrapped,
     require_in_place,
     resolve,
     unwrap,
-    wrap_method,
+    wrap,
 )
 from sglang_scaling_fixes.errors import AttachError
+from sglang_scaling_fixes.fixes import ATTACH_POINTS
 
 SOURCE = """
 class Base:
@@ -38,7 +38,12 @@ def stock(monkeypatch: pytest.MonkeyPatch) -> Any:
     module = ModuleType("stock_module")
     exec(SOURCE, module.__dict__)
     monkeypatch.setitem(sys.modules, "stock_module", module)
+    monkeypatch.setattr(attach, "_replaced", {})
     return module
+
+
+def at(place: str) -> AttachPoint:
+    return AttachPoint("fix", "both", f"stock_module:{place}")
 
 
 def loudly(original: Any, *args: Any) -> Any:
@@ -47,15 +52,15 @@ def loudly(original: Any, *args: Any) -> Any:
 
 def test_kinds_of_methods_are_kept(stock: Any) -> None:
     for name in ("method", "build", "plain"):
-        wrap_method(f"stock_module:Base.{name}", loudly)
+        wrap(at(f"Base.{name}"), loudly)
     assert stock.Base().method(1) == ("ours", ("method", 1))
     assert stock.Child.build(2) == ("ours", ("Child", 2))
     assert stock.Base.plain(3) == ("ours", ("plain", 3))
 
 
 def test_an_inherited_method_is_wrapped_on_the_named_class_only(stock: Any) -> None:
-    wrap_method("stock_module:Child.method", loudly)
-    wrap_method("stock_module:Child.build", loudly)
+    wrap(at("Child.method"), loudly)
+    wrap(at("Child.build"), loudly)
     assert stock.Child().method(1) == ("ours", ("method", 1))
     assert stock.Child.build(1) == ("ours", ("Child", 1))
     assert stock.Sibling().method(1) == ("method", 1)
@@ -64,27 +69,28 @@ def test_an_inherited_method_is_wrapped_on_the_named_class_only(stock: Any) -> N
 
 def test_wrapping_twice_is_refused(stock: Any) -> None:
     assert not is_wrapped("stock_module:Base.method")
-    wrap_method("stock_module:Base.method", loudly)
+    wrap(at("Base.method"), loudly)
     assert is_wrapped("stock_module:Base.method")
     with pytest.raises(AttachError, match="already"):
-        wrap_method("stock_module:Base.method", loudly)
+        wrap(at("Base.method"), loudly)
 
 
 def test_what_is_unwrapped_is_what_it_was(stock: Any) -> None:
     before = dict(vars(stock.Base))
-    targets = ["stock_module:Child.method", "stock_module:Child.build"]
-    targets += [f"stock_module:Base.{name}" for name in ("method", "build", "plain")]
-    for target in targets:
-        wrap_method(target, loudly)
-    unwrap([*targets, "stock_module:Base.never_wrapped", "no_such_module:A.b"])
+    points = [at("Child.method"), at("Child.build")]
+    points += [at(f"Base.{name}") for name in ("method", "build", "plain")]
+    for point in points:
+        wrap(point, loudly)
+    elsewhere = AttachPoint("fix", "both", "no_such_module:A.b")
+    unwrap([*points, at("Base.never_wrapped"), elsewhere])
     assert dict(vars(stock.Base)) == before
     assert not {"method", "build"} & set(vars(stock.Child))
-    wrap_method("stock_module:Base.method", loudly)  # and it can be wrapped anew
+    wrap(at("Base.method"), loudly)  # and it can be wrapped anew
     assert stock.Base().method(1) == ("ours", ("method", 1))
 
 
 def test_a_wrapper_that_somebody_wrapped_stays(stock: Any) -> None:
-    wrap_method("stock_module:Base.method", loudly)
+    wrap(at("Base.method"), loudly)
     inner = stock.Base.method
 
     @functools.wraps(inner)
@@ -92,17 +98,14 @@ def test_a_wrapper_that_somebody_wrapped_stays(stock: Any) -> None:
         return ("theirs", inner(self, x))
 
     stock.Base.method = theirs
-    unwrap(["stock_module:Base.method"])
+    unwrap([at("Base.method")])
     assert stock.Base().method(1) == ("theirs", ("ours", ("method", 1)))
 
 
-def test_a_place_that_another_plugin_hooked_later_is_named(
-    stock: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_place_that_another_plugin_hooked_later_is_named(stock: Any) -> None:
     """Stock applies hooks once all plugins are loaded, and their wrapper passes for ours."""
     target = "stock_module:Base.method"
-    monkeypatch.setattr(attach, "ATTACH_POINTS", (AttachPoint("fix", "both", target),))
-    wrap_method(target, loudly)
+    wrap(at("Base.method"), loudly)
     require_in_place("fix", "both")
     inner = stock.Base.method
     stock.Base.method = functools.wraps(inner)(lambda self, x: ("theirs", x))

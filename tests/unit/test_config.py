@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import tomllib
 from pathlib import Path
 
 import pytest
 
-from sglang_scaling_fixes import config
+from sglang_scaling_fixes import config, fixes, flags
 from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.errors import ConfigError
 
@@ -16,10 +17,10 @@ from sglang_scaling_fixes.errors import ConfigError
 def parse(*argv: str) -> Config:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model-path")
-    config.add_flags(parser)
+    flags.add_flags(parser)
     env: dict[str, str] = {}
-    config.flags_to_env(parser.parse_args(argv), env)
-    return Config.from_env(env)
+    flags.flags_to_env(parser.parse_args(argv), env)
+    return flags.from_env(env)
 
 
 def test_nothing_asked_is_not_the_same_as_none_asked() -> None:
@@ -30,8 +31,8 @@ def test_nothing_asked_is_not_the_same_as_none_asked() -> None:
 
 
 def test_bare_plugin_arms_the_safe_defaults_and_leaves_the_next_flag_alone() -> None:
-    assert parse("--plugin", "--model-path", "x").fixes == config.DEFAULT_FIXES
-    assert parse("--plugin").fixes == config.DEFAULT_FIXES
+    assert parse("--plugin", "--model-path", "x").fixes == fixes.DEFAULT_FIXES
+    assert parse("--plugin").fixes == fixes.DEFAULT_FIXES
 
 
 def test_named_fixes_keep_their_order_once() -> None:
@@ -41,7 +42,7 @@ def test_named_fixes_keep_their_order_once() -> None:
     )
 
 
-@pytest.mark.parametrize("setting", config.SETTINGS, ids=lambda s: s.flag)
+@pytest.mark.parametrize("setting", fixes.SETTINGS, ids=lambda s: s.flag)
 def test_every_setting_has_both_spellings(setting: config.Setting) -> None:
     other = {
         bool: "1",
@@ -52,13 +53,13 @@ def test_every_setting_has_both_spellings(setting: config.Setting) -> None:
     value = other[setting.kind]
     argv = [setting.flag] if setting.kind is bool else [setting.flag, value]
     assert setting.env.startswith(config.ENV_PREFIX)
-    assert parse(*argv) == Config.from_env({setting.env: value}) != Config()
+    assert parse(*argv) == flags.from_env({setting.env: value}) != Config()
 
 
 def test_an_action_of_the_guard_arms_it() -> None:
     assert parse("--spec-guard", "abort").fixes == ("spec-guard",)
     both = parse("--plugin", "--spec-guard", "abort")
-    assert both.fixes == config.DEFAULT_FIXES
+    assert both.fixes == fixes.DEFAULT_FIXES
     assert both.named == ("spec-guard",)
     assert parse("--plugin", "hicache-ordering", "--spec-guard", "observe").fixes == (
         "hicache-ordering",
@@ -75,10 +76,10 @@ def test_a_bare_plugin_asks_for_nothing_by_name() -> None:
 
 def test_a_flag_wins_over_a_variable() -> None:
     parser = argparse.ArgumentParser()
-    config.add_flags(parser)
+    flags.add_flags(parser)
     env = {config.PLUGIN_ENV: "none"}
-    config.flags_to_env(parser.parse_args(["--plugin", "safe-reclaim"]), env)
-    assert Config.from_env(env).fixes == ("safe-reclaim",)
+    flags.flags_to_env(parser.parse_args(["--plugin", "safe-reclaim"]), env)
+    assert flags.from_env(env).fixes == ("safe-reclaim",)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +100,7 @@ def test_a_flag_wins_over_a_variable() -> None:
 )
 def test_bad_values_name_flag_value_and_remedy(env: dict[str, str], names: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
-        Config.from_env(env)
+        flags.from_env(env)
     assert "\n" not in str(caught.value)
     for name in names:
         assert name in str(caught.value)
@@ -107,4 +108,9 @@ def test_bad_values_name_flag_value_and_remedy(env: dict[str, str], names: list[
 
 def test_the_name_in_the_filter_is_that_of_the_entry_point() -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
-    assert list(project["entry-points"]["sglang.srt.plugins"]) == [config.ENTRY]
+    assert list(project["entry-points"]["sglang.srt.plugins"]) == [flags.ENTRY]
+
+
+def test_every_field_is_the_value_of_one_setting() -> None:
+    values = {field.name for field in dataclasses.fields(Config)} - {"fixes", "named"}
+    assert sorted(setting.field for setting in fixes.SETTINGS) == sorted(values)

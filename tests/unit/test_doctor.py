@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from sglang_scaling_fixes import doctor, loading, release
-from sglang_scaling_fixes.config import GUARD_ENV, PLUGIN_ENV
+from sglang_scaling_fixes.config import PLUGIN_ENV
 from sglang_scaling_fixes.errors import ConfigError
 from sglang_scaling_fixes.loading import Loading
+from sglang_scaling_fixes.specguard.flags import ACTION
 
 ARMED = [
     {"name": "safe-reclaim", "state": "armed", "reason": "proven"},
@@ -27,7 +28,7 @@ def report(
     mooncake: release.Mooncake | None = MOONCAKE,
     **env: str,
 ) -> dict[str, Any]:
-    for name in (PLUGIN_ENV, GUARD_ENV):
+    for name in (PLUGIN_ENV, ACTION.env):
         monkeypatch.delenv(name, raising=False)
     for name, value in env.items():
         monkeypatch.setenv(name, value)
@@ -81,10 +82,10 @@ def test_a_fix_that_could_not_be_armed_keeps_its_own_reason(
 
 
 def test_a_variable_that_asks_for_one_more_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    result = report(monkeypatch, loaded(), "safe-reclaim", **{GUARD_ENV: "abort"})
+    result = report(monkeypatch, loaded(), "safe-reclaim", **{ACTION.env: "abort"})
     assert result["asked"] == ["safe-reclaim", "spec-guard"]
     with pytest.raises(ConfigError, match="drop one of the two"):
-        report(monkeypatch, loaded(), "none", **{GUARD_ENV: "abort"})
+        report(monkeypatch, loaded(), "none", **{ACTION.env: "abort"})
 
 
 def test_nothing_asked_for_is_nothing_armed(monkeypatch: pytest.MonkeyPatch) -> None:

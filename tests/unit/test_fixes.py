@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
+import subprocess
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 
-from sglang_scaling_fixes import fixes
-from sglang_scaling_fixes.config import FIX_NAMES, Config
-from sglang_scaling_fixes.errors import AttachError
-from sglang_scaling_fixes.fixes import State
+from sglang_scaling_fixes import fixes, flags, ordering
+from sglang_scaling_fixes.config import Config
+from sglang_scaling_fixes.errors import AttachError, ConfigError
+from sglang_scaling_fixes.fix import Armed, Native
+from sglang_scaling_fixes.fixes import FIX_NAMES, FixState
+
+Arm = Callable[[Config], Armed | Native]
 
 
-def arm_with(monkeypatch: pytest.MonkeyPatch, arm: object) -> list[fixes.Status]:
-    first = dataclasses.replace(fixes.FIXES[0], arm=arm)
-    monkeypatch.setattr(fixes, "FIXES", (first, *fixes.FIXES[1:]))
+def arm_with(monkeypatch: pytest.MonkeyPatch, arm: Arm) -> list[fixes.Status]:
+    monkeypatch.setattr(fixes.FIXES[0], "arm", arm)
     return fixes.arm_all(Config(fixes=("safe-reclaim",)))
 
 
@@ -24,12 +29,12 @@ def test_every_fix_is_reported_in_order() -> None:
 
 def test_not_asked_for_is_off_and_nothing_is_touched() -> None:
     states = {s.name: s.state for s in fixes.arm_all(Config(fixes=()))}
-    assert states["safe-reclaim"] is State.OFF
+    assert states["safe-reclaim"] is FixState.OFF
 
 
 def test_proven_is_armed(monkeypatch: pytest.MonkeyPatch) -> None:
-    statuses = arm_with(monkeypatch, lambda config: "proven")
-    assert (statuses[0].state, statuses[0].reason) == (State.ARMED, "proven")
+    statuses = arm_with(monkeypatch, lambda config: Armed("proven"))
+    assert (statuses[0].state, statuses[0].reason) == (FixState.ARMED, "proven")
     assert fixes.refusal(statuses, Config(fixes=("safe-reclaim",))) is None
 
 
@@ -37,11 +42,11 @@ def test_proven_is_armed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_whatever_goes_wrong_while_arming_refuses_the_start(
     monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    def broken(config: Config) -> str:
+    def broken(config: Config) -> Armed:
         raise error
 
     statuses = arm_with(monkeypatch, broken)
-    assert statuses[0].state is State.UNSUPPORTED
+    assert statuses[0].state is FixState.UNSUPPORTED
     line = fixes.refusal(statuses, Config(fixes=("safe-reclaim",)))
     assert line is not None and "safe-reclaim" in line and "\n" not in line
 
@@ -50,3 +55,29 @@ def test_a_fix_that_does_not_exist_yet_refuses_the_start() -> None:
     config = Config(fixes=("layer-split",))
     line = fixes.refusal(fixes.arm_all(config), config)
     assert line is not None and "layer-split" in line
+
+
+def test_native_is_reported_as_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    statuses = arm_with(monkeypatch, lambda config: Native("it waits"))
+    assert (statuses[0].state, statuses[0].reason) == (FixState.NATIVE, "it waits")
+    assert fixes.refusal(statuses, Config(fixes=("safe-reclaim",))) is None
+
+
+def test_an_error_is_of_the_fix_whose_code_raised_it() -> None:
+    pdmux = SimpleNamespace(enable_pdmux=True, enable_hierarchical_cache=True)
+    with pytest.raises(ConfigError) as caught:
+        ordering.check(pdmux)
+    assert fixes.raised_by(caught.value) is ordering.FIX
+    with pytest.raises(ConfigError) as caught:
+        flags.parse_fixes("no-such-fix", "--plugin")
+    assert fixes.raised_by(caught.value) is None
+
+
+def test_the_manifest_imports_neither_torch_nor_sglang() -> None:
+    """It is read wherever the plugin is installed, whether or not a fix is asked for."""
+    heavy = ("torch", "numpy", "sglang", "msgspec", "zmq", "prometheus_client")
+    code = "import sys, sglang_scaling_fixes.plugin, sglang_scaling_fixes.cli; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert {"sglang_scaling_fixes.reclaim", "sglang_scaling_fixes.doctor"} <= loaded
+    assert not loaded & set(heavy)

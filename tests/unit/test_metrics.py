@@ -8,13 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from sglang_scaling_fixes import metrics
-from sglang_scaling_fixes.metrics import DECODE, Metrics, of_process
+from sglang_scaling_fixes.fixes import FIXES
+from sglang_scaling_fixes.metrics import Family, Metrics, of_process
+from sglang_scaling_fixes.reclaim.metrics import DECODE
+from sglang_scaling_fixes.retry.metrics import RETRY_PROXY
 
 EXPORT = """
 from types import SimpleNamespace
 from prometheus_client import generate_latest
-from sglang_scaling_fixes.metrics import DECODE, export_states, of_process
+from sglang_scaling_fixes.metrics import export_states, of_process
+from sglang_scaling_fixes.reclaim.metrics import DECODE
 
 manager = SimpleNamespace(
     server_args=SimpleNamespace(enable_metrics=True),
@@ -54,9 +57,10 @@ GUARD = """
 from types import SimpleNamespace
 from prometheus_client import generate_latest
 from sglang_scaling_fixes.metrics import of_scheduler
+from sglang_scaling_fixes.specguard.metrics import SPEC_GUARD
 
 args = SimpleNamespace(enable_metrics=True, disaggregation_mode="decode")
-of_scheduler(SimpleNamespace(), args)
+of_scheduler(SPEC_GUARD, SimpleNamespace(), args)
 print(generate_latest().decode())
 """
 
@@ -84,8 +88,9 @@ def test_without_stocks_metrics_counts_go_to_server_info_only() -> None:
     assert report["asks"] == 1 and report["frees"] == {"P4": 1} and report["fences"] == 0
 
 
-@pytest.mark.parametrize("known", [known for _, known in metrics.FAMILIES])
-def test_names_follow_the_conventions(known: tuple[metrics.Metric, ...]) -> None:
+@pytest.mark.parametrize("family", [*(f for fix in FIXES for f in fix.metrics), RETRY_PROXY])
+def test_names_follow_the_conventions(family: Family) -> None:
+    known = family.metrics
     assert len({metric.name for metric in known}) == len(known)
     for metric in known:
         assert metric.help.endswith(".")

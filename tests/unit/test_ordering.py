@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from sglang_scaling_fixes import ordering
+from sglang_scaling_fixes.attach import AttachPoint
 from sglang_scaling_fixes.errors import ConfigError
 from sglang_scaling_fixes.ordering import early_send, loads
 
@@ -48,7 +49,7 @@ def test_copies_wait_for_the_forward_stream(
     stock: Any, method: str, names: tuple[str, str, str], engine: bool
 ) -> None:
     queue, old, new = names
-    loads.attach_fence("stock_controller:Controller", method)
+    loads.attach_fence(AttachPoint("fix", "both", f"stock_controller:Controller.{method}"))
     controller, copies, forward = stock.Controller(), Stream(), object()
     setattr(controller, queue, [1])
     if engine:

@@ -10,14 +10,16 @@ from typing import Any
 
 import pytest
 
-from sglang_scaling_fixes import config as configuration
-from sglang_scaling_fixes import fixes, plugin, refusals
-from sglang_scaling_fixes.config import ENV_PREFIX, GUARD_ENV, PLUGIN_ENV, Config
-from sglang_scaling_fixes.fixes import State, Status
+from sglang_scaling_fixes import fixes, flags, ordering, plugin, points, refusals
+from sglang_scaling_fixes.attach import AttachPoint
+from sglang_scaling_fixes.config import ENV_PREFIX, PLUGIN_ENV, Config
+from sglang_scaling_fixes.errors import ConfigError
+from sglang_scaling_fixes.fixes import SETTINGS, FixState, Status
+from sglang_scaling_fixes.specguard.flags import ACTION
 
-LAUNCH = "sglang.srt.entrypoints.engine:Engine._launch_subprocesses"
-FLAGS = "sglang.srt.server_args:ServerArgs.from_cli_args"
-SCHEDULER = "sglang.srt.managers.scheduler:Scheduler.__init__"
+LAUNCH = points.LAUNCH.target
+FLAGS = points.READ_FLAGS.target
+SCHEDULER = points.SCHEDULER_INIT.target
 DEFAULT, BOTH = "safe-reclaim", "safe-reclaim,spec-guard"
 
 
@@ -31,32 +33,33 @@ class Process:
         self.broken: set[str] = set()
         self.env = monkeypatch
         monkeypatch.setattr(plugin, "_process", plugin._Process())
-        monkeypatch.setattr(plugin, "wrap_method", self._wrap)
+        monkeypatch.setattr(plugin, "wrap", self._wrap)
         monkeypatch.setattr(plugin, "require_in_place", lambda *_: None)
         monkeypatch.setattr(plugin, "_check_server_args", lambda *_: None)
         monkeypatch.setattr(plugin, "_check_scheduler", lambda *_: None)
         monkeypatch.setattr(refusals, "attach", lambda edits: None)
         monkeypatch.setattr(fixes, "arm_all", self._arm_all)
-        for name in (PLUGIN_ENV, *(s.env for s in configuration.SETTINGS)):
+        for name in (PLUGIN_ENV, *(s.env for s in SETTINGS)):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv("SGLANG_PLUGINS", raising=False)
 
-    def _wrap(self, target: str, around: Callable[..., Any]) -> None:
+    def _wrap(self, point: AttachPoint, around: Callable[..., Any]) -> None:
+        target = point.target
         assert target not in self.hooks, f"{target} is wrapped twice"
         self.hooks[target] = around
 
     def _arm_all(self, config: Config) -> list[Status]:
         self.armed.append(config)
-        states = dict.fromkeys(config.fixes or (), State.ARMED)
-        states |= dict.fromkeys(self.broken & states.keys(), State.UNSUPPORTED)
+        states = dict.fromkeys(config.fixes or (), FixState.ARMED)
+        states |= dict.fromkeys(self.broken & states.keys(), FixState.UNSUPPORTED)
         return [Status(name, state, "because") for name, state in states.items()]
 
     def flags(self, *argv: str) -> Any:
         """`launch_server` with these flags, up to stock's own arguments."""
         parser = argparse.ArgumentParser()
-        configuration.add_flags(parser)
+        flags.add_flags(parser)
         args = parser.parse_args(argv)
-        for name in (PLUGIN_ENV, *(s.env for s in configuration.SETTINGS)):
+        for name in (PLUGIN_ENV, *(s.env for s in SETTINGS)):
             if getattr(args, name.lower(), None) is not None:
                 self.env.setenv(name, "")  # the plugin writes it; this takes it back at the end
         return self.hooks[FLAGS](self._stock("arguments"), object, args)
@@ -207,8 +210,29 @@ def test_an_untouched_process_stays_untouched(process: Process) -> None:
 
 def test_a_child_hooks_its_scheduler_and_no_launch(process: Process) -> None:
     process.env.setattr(multiprocessing, "parent_process", lambda: SimpleNamespace(pid=1))
-    process.env.setenv(GUARD_ENV, "abort")
+    process.env.setenv(ACTION.env, "abort")
     plugin.activate()
     process.scheduler()
     assert LAUNCH not in process.hooks
     assert process.armed[0].guard == "abort"
+
+
+def moved(*_: Any) -> None:
+    raise ConfigError("it moved")
+
+
+def out_of_order(*_: Any) -> None:
+    ordering.check(SimpleNamespace(enable_pdmux=True, enable_hierarchical_cache=True))
+
+
+@pytest.mark.parametrize(
+    ("stock", "said"), [(out_of_order, "hicache-ordering: --enable-pdmux"), (moved, "it moved")]
+)
+def test_an_error_while_stock_builds_its_scheduler_names_the_fix_that_raised_it_or_none(
+    process: Process, stock: Callable[..., Any], said: str
+) -> None:
+    process.env.setenv(PLUGIN_ENV, DEFAULT)
+    plugin.activate()
+    args = SimpleNamespace(enable_metrics=False)
+    text = line(lambda: process.hooks[SCHEDULER](stock, object(), args))
+    assert text.startswith(f"sglang-scaling-fixes: {said}")

@@ -9,19 +9,13 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from sglang_scaling_fixes.attach import replace_method, wrap_method
+from sglang_scaling_fixes.attach import replace, wrap
 from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.kv_poll import SUCCESS
-from sglang_scaling_fixes.reclaim import layout
+from sglang_scaling_fixes.reclaim import layout, points
 from sglang_scaling_fixes.reclaim.decode import fence
 from sglang_scaling_fixes.reclaim.decode.peers import OutgoingSocket, rank_of
 from sglang_scaling_fixes.reclaim.decode.side import DecodeGuard
-
-_MOONCAKE = "sglang.srt.disaggregation.mooncake.conn"
-_DECODE = "sglang.srt.disaggregation.decode"
-_QUEUE = f"{_DECODE}:DecodePreallocQueue"
-_ENGINE = "sglang.srt.distributed.device_communicators.mooncake_transfer_engine"
-_SCHEDULER = "sglang.srt.managers.scheduler"
 
 
 def attach(config: Config) -> None:
@@ -61,10 +55,10 @@ def _attach_manager(config: Config) -> None:
         )
         return made
 
-    wrap_method(f"{_QUEUE}._create_receiver_and_enqueue", receiver_made)
-    wrap_method(f"{_ENGINE}:MooncakeTransferEngine.__init__", engine_init)
-    wrap_method(f"{_MOONCAKE}:MooncakeKVManager.start_decode_thread", start_decode_thread)
-    wrap_method(f"{_QUEUE}.__init__", queue_init)
+    wrap(points.CREATE_RECEIVER, receiver_made)
+    wrap(points.ENGINE_INIT, engine_init)
+    wrap(points.DECODE_THREAD, start_decode_thread)
+    wrap(points.QUEUE_INIT, queue_init)
 
 
 def _attach_receiver() -> None:
@@ -114,11 +108,11 @@ def _attach_receiver() -> None:
 
         return committed
 
-    replace_method(f"{_MOONCAKE}:MooncakeKVReceiver._connect_to_bootstrap_server", connect)
-    replace_method(f"{_MOONCAKE}:MooncakeKVReceiver.send_metadata", send_metadata)
-    replace_method(f"{_MOONCAKE}:MooncakeKVReceiver.poll", poll)
-    replace_method(f"{_MOONCAKE}:MooncakeKVReceiver.clear", clear)
-    replace_method(f"{_DECODE}:DecodeTransferQueue._commit_transfer_to_req", commit)
+    replace(points.RECEIVER_CONNECT, connect)
+    replace(points.SEND_METADATA, send_metadata)
+    replace(points.RECEIVER_POLL, poll)
+    replace(points.RECEIVER_CLEAR, clear)
+    replace(points.COMMIT, commit)
 
 
 def _attach_scheduler() -> None:
@@ -156,6 +150,6 @@ def _attach_scheduler() -> None:
 
         return idle
 
-    wrap_method(f"{_QUEUE}.add", add)
-    replace_method(f"{_SCHEDULER}:Scheduler.process_input_requests", process_input_requests)
-    replace_method(f"{_SCHEDULER}:Scheduler.is_fully_idle", is_fully_idle)
+    wrap(points.QUEUE_ADD, add)
+    replace(points.PROCESS_REQUESTS, process_input_requests)
+    replace(points.FULLY_IDLE, is_fully_idle)

@@ -30,7 +30,7 @@ import numpy as np
 from sglang_scaling_fixes.alarm import end_server
 from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.kv_poll import SUCCESS, WAITING
-from sglang_scaling_fixes.metrics import DECODE, of_process
+from sglang_scaling_fixes.metrics import of_process
 from sglang_scaling_fixes.ranks import TpGroup
 from sglang_scaling_fixes.reclaim import layout
 from sglang_scaling_fixes.reclaim.decode.gate import Gate
@@ -40,6 +40,7 @@ from sglang_scaling_fixes.reclaim.decode.peers import Peers, rank_of
 from sglang_scaling_fixes.reclaim.decode.pressure import Relief
 from sglang_scaling_fixes.reclaim.decode.records import Records
 from sglang_scaling_fixes.reclaim.interposers import ReceiveTap
+from sglang_scaling_fixes.reclaim.metrics import DECODE
 from sglang_scaling_fixes.reclaim.rules.decode_ledger import DecodeLedger
 from sglang_scaling_fixes.reclaim.rules.exposure import Exposure
 from sglang_scaling_fixes.reclaim.rules.quarantine import Quarantine

@@ -8,13 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sglang_scaling_fixes.attach import replace_method, wrap_method
+from sglang_scaling_fixes.attach import replace, wrap
 from sglang_scaling_fixes.kv_poll import FAILED, TRANSFERRING
+from sglang_scaling_fixes.reclaim import points
 from sglang_scaling_fixes.reclaim.prefill.side import PrefillGuard
 from sglang_scaling_fixes.reclaim.prefill.taps import StatusTap
-
-_MOONCAKE = "sglang.srt.disaggregation.mooncake.conn"
-_MIXIN = "sglang.srt.disaggregation.prefill:SchedulerDisaggregationPrefillMixin"
 
 
 def attach() -> None:
@@ -96,12 +94,12 @@ def attach() -> None:
 
         return cleared
 
-    wrap_method(f"{_MOONCAKE}:MooncakeKVManager.init_engine", init_engine)
-    wrap_method(f"{_MOONCAKE}:MooncakeKVManager.start_prefill_thread", start_prefill_thread)
-    wrap_method(f"{_MOONCAKE}:MooncakeKVManager.transfer_worker", transfer_worker)
-    replace_method(f"{_MOONCAKE}:MooncakeKVManager._connect", connect)
-    replace_method(f"{_MOONCAKE}:MooncakeKVSender.__init__", sender_init)
-    replace_method(f"{_MIXIN}.send_kv_chunk", send_kv_chunk)
-    replace_method(f"{_MOONCAKE}:MooncakeKVSender.send", send)
-    replace_method(f"{_MOONCAKE}:MooncakeKVSender.poll", poll)
-    replace_method(f"{_MOONCAKE}:MooncakeKVSender.clear", clear)
+    wrap(points.INIT_ENGINE, init_engine)
+    wrap(points.PREFILL_THREAD, start_prefill_thread)
+    wrap(points.TRANSFER_WORKER, transfer_worker)
+    replace(points.MANAGER_CONNECT, connect)
+    replace(points.SENDER_INIT, sender_init)
+    replace(points.SEND_CHUNK, send_kv_chunk)
+    replace(points.SENDER_SEND, send)
+    replace(points.SENDER_POLL, poll)
+    replace(points.SENDER_CLEAR, clear)

@@ -20,9 +20,10 @@ from typing import Any
 
 from sglang_scaling_fixes import release
 from sglang_scaling_fixes.kv_poll import FAILED, SUCCESS
-from sglang_scaling_fixes.metrics import PREFILL, of_process
+from sglang_scaling_fixes.metrics import of_process
 from sglang_scaling_fixes.reclaim import layout, messages
 from sglang_scaling_fixes.reclaim.interposers import ReceiveTap
+from sglang_scaling_fixes.reclaim.metrics import PREFILL
 from sglang_scaling_fixes.reclaim.prefill.taps import EngineTap, ExecutorTap, QueueTap
 from sglang_scaling_fixes.reclaim.rules.attempt import Attempt
 from sglang_scaling_fixes.reclaim.rules.coverage import Extent

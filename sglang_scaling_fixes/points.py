@@ -1,0 +1,27 @@
+"""The plugin's own attach points: where flags come in, servers start, and states go out."""
+
+from __future__ import annotations
+
+from sglang_scaling_fixes.attach import AttachPoint, catalogue
+
+NAME = "plugin"
+
+_SCHEDULER = "sglang.srt.managers.scheduler:Scheduler"
+
+ADD_FLAGS = AttachPoint(
+    NAME, "server", "sglang.srt.server_args:ServerArgs.add_cli_args", ("parser",)
+)
+READ_FLAGS = AttachPoint(
+    NAME, "server", "sglang.srt.server_args:ServerArgs.from_cli_args", ("args",)
+)
+LAUNCH = AttachPoint(NAME, "server", "sglang.srt.entrypoints.engine:Engine._launch_subprocesses")
+RUN_HTTP = AttachPoint(
+    NAME, "server", "sglang.srt.entrypoints.http_server:_setup_and_run_http_server"
+)
+SCHEDULER_INIT = AttachPoint(
+    NAME, "both", f"{_SCHEDULER}.__init__", ("server_args",), uses=("tree_cache", "tp_worker")
+)
+INIT_INFO = AttachPoint(NAME, "both", f"{_SCHEDULER}.get_init_info")
+INTERNAL_STATE = AttachPoint(NAME, "both", f"{_SCHEDULER}.get_internal_state", ("recv_req",))
+
+ATTACH_POINTS = catalogue(vars())

@@ -1,0 +1,53 @@
+"""What safe reclaim counts, on decode and on prefill."""
+
+from __future__ import annotations
+
+from sglang_scaling_fixes.metrics import PREFIX, SECONDS, Family, Metric
+
+_PREFIX = PREFIX + "reclaim_"
+
+DECODE = Family(
+    _PREFIX,
+    "decode",
+    (
+        Metric("exposures", "counter", "Transfers whose destinations were sent."),
+        Metric("landed", "counter", "Transfers that ended well."),
+        Metric("gave_up", "counter", "Transfers whose owner gave up: slots withheld."),
+        Metric("returned", "counter", "Holds that ended with proof."),
+        Metric("frees", "counter", "Writers proven harmless, by kind of proof.", ("proof",)),
+        Metric("held_tokens", "gauge", "KV token slots withheld now."),
+        Metric("holds", "gauge", "Holds now, by what they wait for.", ("reason",)),
+        Metric("hold_seconds", "histogram", "From giving up to the return.", buckets=SECONDS),
+        Metric(
+            "ack_seconds",
+            "histogram",
+            "From giving up to a prefill rank's proof.",
+            buckets=SECONDS,
+        ),
+        Metric("asks", "counter", "ABORTs sent to prefill ranks."),
+        Metric("asks_resent", "counter", "ABORTs sent again because no answer had come."),
+        Metric("refusals", "counter", "Requests refused, by reason.", ("reason",)),
+        Metric("fences", "counter", "Fences: receiving engines replaced."),
+        Metric("stale", "counter", "Answers that came late, twice, or for nobody."),
+        Metric("garbage", "counter", "Unreadable control messages, dropped."),
+    ),
+)
+
+PREFILL = Family(
+    _PREFIX,
+    "prefill",
+    (
+        Metric("bound", "counter", "Destinations received with a generation."),
+        Metric("asked", "counter", "ABORTs received."),
+        Metric("answers", "counter", "Answers to ABORTs, by verdict.", ("verdict",)),
+        Metric("poisoned_rooms", "counter", "Attempts with a write of unknown end."),
+        Metric(
+            "short_sends",
+            "counter",
+            "Successes that did not cover all that decode exposed, sent on as failures.",
+        ),
+        Metric("failed_writes", "counter", "Writes that reported failure."),
+        Metric("chunks_dropped", "counter", "Chunks of ended attempts, not written."),
+        Metric("garbage", "counter", "Unreadable control messages, dropped."),
+    ),
+)
