@@ -1,7 +1,7 @@
 """What runs in a server imports nothing of what proves it, measures it or commands it.
 
     server                                     command line
-    entry > plugin > fixes                     cli > {racecheck, benchmarks} > lab
+    entry > plugin > flags > fixes             cli > {racecheck, benchmarks} > lab
       > {reclaim, ordering, specguard, ...}    retry: the proxy, a process of its own
       > ground: every other module
 
@@ -23,7 +23,7 @@ from sglang_scaling_fixes.paths import PACKAGE, ROOT
 COMMAND_LINE = {"lab", "racecheck", "benchmarks", "retry", "cli", "doctor", "child_process"}
 COMMAND_LINE |= {"loading", "loading_probe"}
 FIXES = {"reclaim", "ordering", "specguard", "layersplit"}
-FLOORS = [{"entry"}, {"plugin"}, {"fixes"}, FIXES]
+FLOORS = [{"entry"}, {"plugin"}, {"flags"}, {"fixes"}, FIXES]
 """Of the server, from the top: a floor imports only what is below it. Ground is below them all."""
 PARTS = {path.stem for path in PACKAGE.iterdir()}
 

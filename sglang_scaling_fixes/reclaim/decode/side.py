@@ -143,10 +143,12 @@ class DecodeGuard:
                 "decode's session since it fenced its memory: retry the request",
             )
             return None
-        bind = self.peers.bind(exposure)
-        if not getattr(receiver, "sglang_scaling_fixes_rejected", bool)():
+        tokens = getattr(receiver, "sglang_scaling_fixes_tokens", None)
+        rejected = getattr(receiver, "sglang_scaling_fixes_rejected", None)
+        if rejected is not None and rejected():
             # Nothing is read for a request that is rejected: it keeps stock's own answer.
-            tokens = getattr(receiver, "sglang_scaling_fixes_tokens", None)
+            bind = self.peers.bind(exposure)
+        else:
             bind = self.peers.bind(
                 exposure,
                 len(kv_indices),
