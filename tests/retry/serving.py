@@ -15,7 +15,7 @@ import uvicorn
 from yarl import URL
 
 from sglang_scaling_fixes.retry.proxy import RetryProxy
-from sglang_scaling_fixes.retry.settings import settings
+from sglang_scaling_fixes.retry.settings import checked_settings
 from tests.retry.fake_worker import FakeWorker
 
 PATHS = (
@@ -72,7 +72,7 @@ async def proxying(
     workers: Sequence[FakeWorker | str] = (), pairs: Sequence[str] = (), **options: Any
 ) -> AsyncIterator[Proxy]:
     urls = [worker if isinstance(worker, str) else worker.url for worker in workers]
-    app = RetryProxy(settings(urls, pairs, **options))
+    app = RetryProxy(checked_settings(urls, pairs, **options))
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
         app, lifespan="on", ws="none", log_config=None, access_log=False,
