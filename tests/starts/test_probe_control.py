@@ -80,11 +80,11 @@ always = detector.Anomaly("low_accept_length", "life", 1.0, 1.6, None, 256, 256,
 arm(Config())
 found = {"nothing": verdict()}
 for name, owner, attribute, broken in (
-    ("look", guard.SpecGuard, "look", lambda self, req: None),
+    ("look", guard.SpecGuard, "inspect", lambda self, req: None),
     ("judge", detector.Watch, "_judge", lambda *a: always),
     ("status", guard.SpecGuard, "_abort", plain),
-    ("keep", guard.SpecGuard, "_quarantine", lambda self, req: None),
-    ("place", guard.SpecGuard, "place", lambda self, req: None),
+    ("keep", guard.SpecGuard, "_taint_request", lambda self, req: None),
+    ("place", guard.SpecGuard, "choose_namespace", lambda self, req: None),
     ("everybody", taint.Taint, "namespace", lambda self, *prompts: "kv-anomaly"),
 ):
     with mock.patch.object(owner, attribute, broken):

@@ -24,7 +24,9 @@ from sglang_scaling_fixes.specguard.taint import Taint
 action = sys.argv[1]
 attach.attach()
 if action != "off":
-    guard.SpecGuard.current = guard.SpecGuard(Rules(), action, Taint(4), 3, "accepted")
+    guard.SpecGuard.current = guard.SpecGuard(
+        Rules(), action, Taint(4), guard.DraftCounters(3, "accepted")
+    )
 
 written = []
 
