@@ -96,9 +96,7 @@ print("found:" + json.dumps(found))
 def verdicts(environment: Environment, script: str, *argv: str) -> dict[str, str]:
     """What the probe says, by what was taken out of force."""
     env = cpu_env(environment.env)
-    found: dict[str, str] = child.said(
-        environment.python, script, *argv, env=env, mark="found:", timeout_s=1200
-    )
+    found: dict[str, str] = child.said(environment.python, script, *argv, env=env, mark="found:")
     assert found.pop("nothing") == "armed"
     return found
 
