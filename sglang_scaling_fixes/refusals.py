@@ -8,15 +8,14 @@ text, so that stock's own 503s stay as they are. Streams, whose status is 200, p
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from starlette.types import Message, Receive, Scope, Send
 
 from sglang_scaling_fixes import points
 from sglang_scaling_fixes.attach import wrap
 
-Scope = dict[str, Any]
-Message = dict[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 Edit = Callable[[Headers, bytes], tuple[Headers, bytes]]
 """Headers and body of a 503, to what they shall be."""

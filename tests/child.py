@@ -1,26 +1,84 @@
-"""A script in a Python process of its own, and the JSON it prints behind a mark."""
+"""Commands in processes of their own, however slow a busy machine makes them."""
 
 from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 
-def said(
-    python: str | Path, script: str, *argv: str, env: Mapping[str, str], mark: str, timeout_s: float
-) -> Any:
+LOOK_S = 300.0
+LEAST_CPU_S = 10.0
+"""A command that uses less CPU time than this from one look to the next hangs. It would get more
+beside fifty others on two cores."""
+MOST_CPU_S = 2400.0
+"""A command that has used so much CPU time will not end."""
+
+
+class Hangs(AssertionError):
+    """A command that does nothing any more, or does not end."""
+
+
+def finished(
+    command: Sequence[str | Path], env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Runs it to its end, and returns its status and output. Raises Hangs, and then kills it.
+
+    The limit is on the CPU time that its processes use: too little of it, or too much. How long
+    they take for that depends on what else the machine does.
+    """
+    words = [str(word) for word in command]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, env=env, stdout=pipe, stderr=pipe, text=True) as process:
+        before = 0.0
+        while True:
+            try:
+                out, err = process.communicate(timeout=LOOK_S)
+                return subprocess.CompletedProcess(words, process.returncode, out, err)
+            except subprocess.TimeoutExpired:
+                used = _cpu_s(process.pid)
+            if used - before < LEAST_CPU_S or used > MOST_CPU_S:
+                _kill(process.pid)
+                _, err = process.communicate()
+                what = f"{words[:3]} used {used:.1f} s of CPU time, {before:.1f} s of it"
+                raise Hangs(f"{what} before the last {LOOK_S:.0f} s\n{err[-2000:]}")
+            before = used
+
+
+def said(python: str | Path, script: str, *argv: str, env: Mapping[str, str], mark: str) -> Any:
     """What the first line that opens with `mark` says; without one the test fails with stderr."""
-    done = subprocess.run(
-        [str(python), "-c", script, *argv],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        check=False,
-    )
+    done = finished([python, "-c", script, *argv], env)
     lines = [line for line in done.stdout.splitlines() if line.startswith(mark)]
     assert lines, done.stderr[-2000:]
     return json.loads(lines[0].removeprefix(mark))
+
+
+def _tree(pid: int) -> list[psutil.Process]:
+    try:
+        parent = psutil.Process(pid)
+        return [parent, *parent.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _cpu_s(pid: int) -> float:
+    """CPU time of the process and its descendants so far."""
+    total = 0.0
+    for process in _tree(pid):
+        try:
+            times = process.cpu_times()
+        except psutil.NoSuchProcess:
+            continue
+        total += times.user + times.system + times.children_user + times.children_system
+    return total
+
+
+def _kill(pid: int) -> None:
+    for process in reversed(_tree(pid)):
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue

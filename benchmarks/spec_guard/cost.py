@@ -19,7 +19,8 @@ from benchmarks.spec_guard.report import table
 from sglang_scaling_fixes.attach import resolve
 from sglang_scaling_fixes.specguard import attach, detector, probe
 from sglang_scaling_fixes.specguard.detector import Rules
-from sglang_scaling_fixes.specguard.guard import SpecGuard
+from sglang_scaling_fixes.specguard.guard import DraftCounters, SpecGuard
+from sglang_scaling_fixes.specguard.reporting import Reporting
 from sglang_scaling_fixes.specguard.taint import Taint
 
 STEPS = 1000
@@ -70,7 +71,8 @@ def measure(load: Load) -> dict[str, float]:
     """µs per step: stock without the wrapper, with it, with a guard bound; its look alone."""
     field = attach.accepted_field()
     finish = _finish()
-    guard = SpecGuard(NEVER, "abort", Taint(PAGE), load.depth, field, speaks=False)
+    drafts, silent = DraftCounters(load.depth, field), Reporting(is_reporting_rank=False)
+    guard = SpecGuard(NEVER, "abort", Taint(PAGE), drafts, silent)
     bare = finish.__wrapped__  # type: ignore[attr-defined]
     # What is called, and whether a guard is bound then; all in turn, in every round.
     turns = {
@@ -140,7 +142,7 @@ def _look(guard: SpecGuard) -> Callable[[Any, int], object]:
 
     def look(req: Any, _tokens: int) -> None:
         if req.spec_verify_ct:
-            guard.look(req)
+            guard.inspect(req)
 
     return look
 

@@ -1,10 +1,10 @@
-"""How much all requests together may keep in memory."""
+"""How many bytes all requests together may keep in memory."""
 
 from __future__ import annotations
 
 
 class Budget:
-    """Bytes. It never waits: whoever finds it spent gives way, so that none waits for another."""
+    """A limit in bytes. It never waits for memory: requests that wait could wait for each other."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -21,14 +21,14 @@ class Budget:
 
 
 class Lease:
-    """One holder's share; `resize(0)` gives it back."""
+    """One holder's bytes; `resize(0)` returns them."""
 
     def __init__(self, budget: Budget) -> None:
         self._budget = budget
         self.size = 0
 
     def resize(self, size: int) -> bool:
-        """False, and nothing changed, if the budget has no room for it."""
+        """False if the budget has no room; the lease then keeps its size."""
         if size == self.size:
             return True
         if not self._budget._change(size - self.size):

@@ -1,7 +1,7 @@
-"""Why an attempt failed, and the words and bytes that tell a client.
+"""Why an attempt failed, and the error that the client gets.
 
-Every error of the proxy has the same fields, in the envelope of the API it was asked
-through: `type` (below), `code` 503, a message, and `retryable`.
+Every error of the proxy has the same fields: `type` (see TYPES), `code`, `message` and
+`retryable`. They stand in the envelope of the API that the client used.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ class Reason(enum.StrEnum):
     """The label in logs and metrics."""
 
     ANOMALY = "anomaly"
-    """The worker's guard aborted the generation."""
+    """The worker's spec-guard aborted the generation."""
     UNAVAILABLE = "unavailable"
-    """It said so: 502, 503 or 504, as a status or within a stream."""
+    """The worker answered 502, 503 or 504, as a status or within a stream."""
     REFUSED = "refused"
-    """No connection."""
+    """The worker could not be connected to."""
     LOST = "lost"
     """The connection ended before the answer did."""
     TIMEOUT = "timeout"
-    """Not a byte for too long."""
+    """The worker sent no byte for too long."""
     UNREADABLE = "unreadable"
-    """Not HTTP, or encoded so that its verdict cannot be read."""
+    """The answer is not HTTP, or is encoded so that the proxy cannot read it."""
     TOO_LARGE = "too_large"
-    """More had to be held back than may be of one response."""
+    """More had to be held back than the limit of one response."""
     NO_MEMORY = "no_memory"
-    """More had to be held back than may be of all."""
+    """More had to be held back than the limit of all requests together."""
 
 
 TYPES = {
@@ -53,8 +53,8 @@ TYPES = {
 class Failure(Exception):
     """An attempt that failed.
 
-    `message` is for the client, `detail` (addresses, for instance) for the log alone.
-    `retry_after`: seconds the worker asked for, if it did.
+    `message` is for the client. `detail` is for the log only: it may name addresses.
+    `retry_after`: seconds, if the worker sent `Retry-After`.
     """
 
     reason: Reason
@@ -68,29 +68,29 @@ class Failure(Exception):
 
     @property
     def elsewhere(self) -> bool:
-        """Whether another worker may do better."""
+        """Whether another worker may succeed."""
         return self.reason not in (Reason.TOO_LARGE, Reason.NO_MEMORY)
 
     @property
     def retryable(self) -> bool:
-        """Whether the client may do better later."""
+        """Whether the client may succeed later."""
         return self.reason is not Reason.TOO_LARGE
 
     @property
     def broke(self) -> bool:
-        """Whether the worker itself is in doubt, not just this answer of it."""
+        """Whether the worker itself is in doubt, not only this answer."""
         return self.reason in (Reason.REFUSED, Reason.LOST, Reason.TIMEOUT, Reason.UNREADABLE)
 
 
 def error_body(family: Family, kind: str, message: str, code: int, retryable: bool) -> bytes:
-    """The JSON body of an answer with status `code`."""
+    """The JSON body of an answer with status `code`. `kind`: the error's `type`."""
     return json.dumps(_envelope(family, kind, message, code, retryable)).encode()
 
 
 def error_event(family: Family, failure: Failure, sequence: int) -> bytes:
-    """The end of a stream whose client has bytes already: one error, then the terminator.
+    """The end of a stream whose client already has bytes: one error, then the terminator.
 
-    `sequence`: the number this event would have, for the API that numbers them.
+    `sequence`: this event's number, for the API that numbers its events.
     """
     if family is Family.RESPONSES:
         event: dict[str, Any] = {

@@ -1,33 +1,80 @@
-"""What is read from a request's body, and what a prefill/decode pair needs added to it."""
+"""A client's request: its bytes as they arrived, and the facts its JSON body states."""
 
 from __future__ import annotations
 
-import random
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import orjson
+from multidict import CIMultiDict
 
-from sglang_scaling_fixes.retry.settings import Pair
-
-_ROOMS = random.SystemRandom()
-LAST_ROOM = 2**63 - 2**16
-"""SGLang adds a sample's number to a room, and rooms are signed 64-bit."""
+from sglang_scaling_fixes.retry.routes import Route
 
 
-def parse(body: bytes) -> dict[str, Any] | None:
-    """The body as a JSON object, None if it is anything else."""
+@dataclass(frozen=True)
+class BodyFacts:
+    """What the proxy has to know of a JSON body.
+
+    The parsed body itself is not kept: it takes many times the memory of its bytes, and the
+    memory budget counts the bytes alone.
+    """
+
+    empty: bool
+    """The body is `{}`."""
+    batch_size: int | None
+    """How many prompts the body lists; None if it has a single prompt and no list."""
+    generations: int
+    """Prompts times samples of each: how many generations a stream of the answer interleaves."""
+    rid: str | None
+    """The client's own name for the request, the first one of a list."""
+
+
+@dataclass(frozen=True)
+class ClientRequest:
+    """What the client sent. `target` is path and query, byte for byte."""
+
+    method: str
+    path: str
+    target: str
+    headers: CIMultiDict[str]
+    body: bytes
+    route: Route
+
+    @cached_property
+    def facts(self) -> BodyFacts | None:
+        """Parsed on first use and never again. None if the body is not a JSON object."""
+        return body_facts(self.path, self.body)
+
+    @property
+    def generations(self) -> int:
+        return self.facts.generations if self.facts else 1
+
+    @property
+    def name(self) -> str | None:
+        """How the client knows the request: the `X-Request-Id` header, or else the body's `rid`."""
+        if header := self.headers.get("x-request-id"):
+            return header
+        return self.facts.rid if self.facts else None
+
+
+def body_facts(path: str, body: bytes) -> BodyFacts | None:
+    """None if `body` is not a JSON object."""
     try:
-        said = orjson.loads(body)
+        parsed = orjson.loads(body)
     except orjson.JSONDecodeError:
         return None
-    return said if isinstance(said, dict) else None
+    if not isinstance(parsed, dict):
+        return None
+    return BodyFacts(
+        not parsed, _batch_size(path, parsed), _generations(path, parsed), _rid(parsed)
+    )
 
 
-def batch_size(path: str, said: dict[str, Any]) -> int | None:
-    """How many prompts the request has; None if it is a single one and not a list."""
+def _batch_size(path: str, parsed: dict[str, Any]) -> int | None:
     names = ("text", "input_ids", "input_embeds") if path == "/generate" else ("prompt",)
     for name in names:
-        value = said.get(name)
+        value = parsed.get(name)
         if value is None:
             continue
         if not isinstance(value, list) or not value:
@@ -39,53 +86,23 @@ def batch_size(path: str, said: dict[str, Any]) -> int | None:
     return None
 
 
-def generations(path: str, said: dict[str, Any] | None) -> int:
-    """Prompts times samples of each: how many generations a stream of it interleaves."""
-    if said is None:
-        return 1
+def _generations(path: str, parsed: dict[str, Any]) -> int:
     if path == "/vertex_generate":
-        prompts, params = said.get("instances"), said.get("parameters")
+        prompts, params = parsed.get("instances"), parsed.get("parameters")
         inner = params if isinstance(params, dict) else {}
-        return generations("/generate", {**inner, "text": prompts})
-    samples = said.get("n")
+        return _generations("/generate", {**inner, "text": prompts})
+    samples = parsed.get("n")
     if path == "/generate":
-        params = said.get("sampling_params")
+        params = parsed.get("sampling_params")
         lists = params if isinstance(params, list) else [params]
         counts = [p.get("n") for p in lists if isinstance(p, dict)]
         samples = max((n for n in counts if isinstance(n, int)), default=1)
     samples = samples if isinstance(samples, int) and samples > 0 else 1
-    return (batch_size(path, said) or 1) * samples
+    return (_batch_size(path, parsed) or 1) * samples
 
 
-def rendezvous(path: str, body: bytes, said: dict[str, Any], pair: Pair) -> bytes:
-    """`body` with where, and under which fresh room, the halves of a pair meet.
-
-    The fields come last, after the client's own bytes, which stay as they are; of a name
-    that is there twice, JSON readers take the last.
-    """
-    count = batch_size(path, said)
-    fields: dict[str, Any] = {
-        "bootstrap_host": pair.host,
-        "bootstrap_port": pair.port,
-        "bootstrap_room": _room(),
-    }
-    if count is not None:
-        fields = {
-            "bootstrap_host": [pair.host] * count,
-            "bootstrap_port": [pair.port] * count,
-            "bootstrap_room": [_room() for _ in range(count)],
-        }
-    head = body.rstrip()[:-1]
-    return head + (b"," if said else b"") + orjson.dumps(fields)[1:]
-
-
-def request_id(header: str | None, body: bytes) -> str | None:
-    """How the client knows the request: `X-Request-Id`, or else the body's `rid`."""
-    if header:
-        return header
-    rid = (parse(body) or {}).get("rid")
-    return str(rid[0] if isinstance(rid, list) and rid else rid) if rid else None
-
-
-def _room() -> int:
-    return _ROOMS.randrange(LAST_ROOM)
+def _rid(parsed: dict[str, Any]) -> str | None:
+    rid = parsed.get("rid")
+    if isinstance(rid, list) and rid:
+        return str(rid[0])
+    return str(rid) if rid else None

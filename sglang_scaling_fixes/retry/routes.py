@@ -1,4 +1,4 @@
-"""The paths that are sent on, and what is known of each one's answers."""
+"""The paths that are proxied, and what the answers of each look like."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 class Family(enum.Enum):
-    """How a stream of this path says what it says, how it ends, and how it reports an error."""
+    """The format of a stream's events, of its end, and of its errors."""
 
     GENERATE = "generate"
     """SGLang's own: `meta_info` in each event, then `data: [DONE]`."""
@@ -23,10 +23,11 @@ class Pairs(enum.Enum):
     """What a prefill/decode pair does with a path."""
 
     BOTH = "both"
-    """Sent to both halves, with where and under which room they meet."""
+    """Sent to both halves, with the bootstrap address and room."""
     DECODE = "decode"
-    """Needs no model, or not one's KV: decode answers it alone."""
+    """Needs no KV: decode answers alone."""
     NONE = "none"
+    """A pair cannot serve it."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,13 @@ INFERENCE: dict[str, Route] = {
     "/parse_function_call": _TEXT,
     "/separate_reasoning": _TEXT,
 }
-"""POST (and PUT, where SGLang takes it). Asking twice does no harm on any of them.
+"""POST, and PUT where SGLang takes it. All of them may be repeated without harm.
 
-Not here: Ollama's, whose streams have no way to say that a generation was aborted.
+Ollama's paths are left out: their streams cannot say that a generation was aborted.
 """
 
 READ = Route(pairs=Pairs.DECODE)
-"""A GET of anything that is not below."""
+"""A GET of any path that is not in CHANGING_GETS."""
 
 CHANGING_GETS = frozenset(
     {
@@ -91,11 +92,11 @@ CHANGING_GETS = frozenset(
         "/configure_logging",
     }
 )
-"""SGLang takes these as GET too, and they change the one worker that gets them."""
+"""SGLang accepts these as GET too, and they change the worker that gets them."""
 
 
 def route(method: str, path: str) -> Route | None:
-    """None: one worker's affair, which the proxy does not spread over many."""
+    """None: the call concerns one worker, and the proxy does not send it to all of them."""
     if method in ("GET", "HEAD", "OPTIONS"):
         return None if path in CHANGING_GETS else READ
     return INFERENCE.get(path) if method in ("POST", "PUT") else None

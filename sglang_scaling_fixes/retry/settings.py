@@ -1,4 +1,4 @@
-"""What `retry-proxy` was asked to do, checked before anything listens."""
+"""The settings of `retry-proxy`, checked before it listens."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from urllib.parse import urlsplit
 from sglang_scaling_fixes.errors import ConfigError
 
 BOOTSTRAP_PORT = 8998
-"""Where a stock prefill listens for its decodes, unless it was told otherwise."""
+"""The port where a stock prefill server listens for decode servers by default."""
 
 _PAIR_KEYS = ("prefill", "decode", "bootstrap-port")
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A prefill beside the decode that answers. `host` as decode is to dial it."""
+    """The prefill server of a pair. Decode reaches its bootstrap server at `host` and `port`."""
 
     prefill: str
     host: str
@@ -26,14 +26,14 @@ class Pair:
 
 @dataclass(frozen=True)
 class Target:
-    """Where one attempt goes: `url` answers the client; with `pair`, a prefill works first."""
+    """Where one attempt goes. `url` answers the client; `pair` is the prefill server, if any."""
 
     url: str
     pair: Pair | None = None
 
     @property
     def name(self) -> str:
-        """As logs and metrics name it."""
+        """The name in logs and metrics."""
         return f"{self.pair.prefill}+{self.url}" if self.pair else self.url
 
     @property
@@ -42,8 +42,8 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Times are in seconds. What each one is for: the flag of its name (`command.py`)."""
+class ProxySettings:
+    """One field per flag; `command.py` says what each is for. Times are in seconds."""
 
     targets: tuple[Target, ...]
     host: str = "127.0.0.1"
@@ -75,10 +75,11 @@ _BOUNDS: dict[str, tuple[float, float]] = {
 }
 
 
-def settings(
+def checked_settings(
     workers: Iterable[str], pairs: Iterable[str], **numbers: str | int | float
-) -> Settings:
-    """`numbers` are fields of `Settings`, a number still as text if it comes from a flag.
+) -> ProxySettings:
+    """`workers` and `pairs` as the flags give them. `numbers`: other fields of `ProxySettings`,
+    as numbers or as a flag's text.
 
     Raises ConfigError, which names the flag, its value and the remedy.
     """
@@ -87,19 +88,21 @@ def settings(
         *(_pair(text) for text in pairs),
     )
     if not targets:
-        raise ConfigError("no worker: name at least one with --worker URL or --pd prefill=,decode=")
+        raise ConfigError("no worker is given: add --worker URL or --pd prefill=URL,decode=URL")
     seen: set[str] = set()
     for url in (url for target in targets for url in target.urls):
         if url in seen:
-            raise ConfigError(f"{url} was given twice: a retry must reach another worker")
+            raise ConfigError(
+                f"{url} is given twice; give each worker once, so that a retry reaches another one"
+            )
         seen.add(url)
     checked = {name: _number(name, value) for name, value in numbers.items() if name != "host"}
     host = {"host": str(numbers["host"])} if "host" in numbers else {}
-    return Settings(targets, **host, **checked)  # type: ignore[arg-type]
+    return ProxySettings(targets, **host, **checked)  # type: ignore[arg-type]
 
 
 def _number(name: str, value: str | int | float) -> int | float:
-    kind = type(getattr(Settings, name))
+    kind = type(getattr(ProxySettings, name))
     low, high = _BOUNDS[name]
     try:
         number = kind(value)
@@ -118,8 +121,8 @@ def _pair(text: str) -> Target:
         key, equals, value = part.partition("=")
         if key not in _PAIR_KEYS or not equals:
             raise ConfigError(
-                f"--pd {text!r}: {part!r} is not known; write "
-                "prefill=URL,decode=URL and, if prefill has another, bootstrap-port=N"
+                f"--pd {text!r}: {part!r} is not known; write prefill=URL,decode=URL, and "
+                f"bootstrap-port=N if prefill's is not {BOOTSTRAP_PORT}"
             )
         if key in found:
             raise ConfigError(f"--pd {text!r}: {key} is given twice; give it once")
@@ -136,20 +139,20 @@ def _pair(text: str) -> Target:
 
 
 def _origin(flag: str, url: str, given: str) -> str:
-    """`scheme://host:port`, in one spelling, so that duplicates are found."""
+    """`scheme://host:port` in one spelling, so that duplicates are found. Raises ConfigError."""
     remedy = "write http://HOST:PORT"
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
     except ValueError as error:
-        raise ConfigError(f"{flag} {given!r}: {url!r} is no URL ({error}); {remedy}") from None
+        raise ConfigError(f"{flag} {given!r}: {url!r} is not a URL ({error}); {remedy}") from None
     if parts.scheme not in ("http", "https") or not host or any(c.isspace() for c in url):
-        raise ConfigError(f"{flag} {given!r}: {url!r} is no http or https URL; {remedy}")
+        raise ConfigError(f"{flag} {given!r}: {url!r} is not an http or https URL; {remedy}")
     if parts.username is not None or parts.password is not None:
-        raise ConfigError(f"{flag} {given!r}: {url!r} has a user in it; {remedy}")
+        raise ConfigError(f"{flag} {given!r}: {url!r} contains a user name; {remedy}")
     if parts.path not in ("", "/") or parts.query or parts.fragment:
         raise ConfigError(
-            f"{flag} {given!r}: {url!r} has a path or query; the client's own is used, {remedy}"
+            f"{flag} {given!r}: {url!r} has a path or query, but the client's is used; {remedy}"
         )
     port = port if port is not None else {"http": 80, "https": 443}[parts.scheme]
     return f"{parts.scheme}://{_bracketed(host)}:{port}"

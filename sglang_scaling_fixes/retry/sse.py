@@ -1,8 +1,8 @@
-"""Server-sent events, cut out of whatever chunks arrive.
+"""Server-sent events, cut out of the chunks in which they arrive.
 
-An event ends with an empty line; lines end with LF or CRLF. (A lone CR, which the
-format also allows, ends no line here: no server of these APIs sends one, and a stream
-that did would be held until it is too large, never passed on unread.)
+An event ends with an empty line. Lines end with LF or CRLF. The format also allows a lone CR;
+here it ends no line, because no server of these APIs sends one. A stream with lone CRs would be
+held until it is too large, and never passed on unread.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _BLANK = re.compile(rb"\n\r?\n")
 
 
 class TooLong(Exception):
-    """More bytes than may be held, and no event in them is complete."""
+    """An event is not complete within the limit."""
 
 
 class Cutter:
@@ -47,7 +47,7 @@ class Cutter:
 
 
 def events(block: bytes) -> list[bytes]:
-    """`block` is whole events; together, the result is `block` again."""
+    """The events of `block`, which holds whole events only. Joined, they are `block`."""
     found, start = [], 0
     for blank in _BLANK.finditer(block):
         found.append(block[start : blank.end()])
@@ -56,7 +56,7 @@ def events(block: bytes) -> list[bytes]:
 
 
 def data_of(event: bytes) -> bytes:
-    """What the `data` lines carry, b"" if there are none."""
+    """The value of the `data` lines, joined; b"" if there are none."""
     if event.startswith(b"data: ") and event.count(b"\n") == 2 and b"\r" not in event:
         return event[6:-2]
     lines = [line.removesuffix(b"\r") for line in event.split(b"\n")]

@@ -1,13 +1,13 @@
 """One worker's stream on its way to the client. No I/O.
 
-    holding    nothing has been given out; a failure can still be made good elsewhere
-    flowing    every complete event goes out as it comes, until one is a failure
+    holding    nothing has been given out, so another worker can still be asked
+    flowing    every complete event is given out as it arrives, until one is a failure
 
-It flows once every generation of the request has `hold_tokens` tokens or has finished,
-or the stream has ended well. With 0 the first event is enough. Tokens are counted as
-the events say; where they do not, an event with content counts one. Under speculative
-decoding such an event carries several, so that more is held than was asked for, never
-less.
+A stream flows once every generation of the request has `hold_tokens` tokens or has finished,
+or once the stream has ended well. With `hold_tokens` 0 it flows from its first event. The
+events' own counts are used. An event without a count counts as one token if it has content.
+Under speculative decoding such an event carries several tokens: then more is held than
+`hold_tokens`, never less.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import re
 from sglang_scaling_fixes.retry.failure import Failure, Reason
 from sglang_scaling_fixes.retry.routes import Family
 from sglang_scaling_fixes.retry.sse import Cutter, TooLong, data_of, events
-from sglang_scaling_fixes.retry.verdict import RETRYABLE, Verdict, judge_event, remarkable
+from sglang_scaling_fixes.retry.verdict import RETRYABLE, EventVerdict, judge_event, remarkable
 
 _SEQUENCE = re.compile(rb'"sequence_number":\s*(\d+)')
 
 
 class Stream:
-    """`generations`: prompts times samples, all of which must be held back long enough."""
+    """`generations`: prompts times samples; each must have its tokens. `limit`: bytes held."""
 
     def __init__(
         self,
@@ -46,23 +46,23 @@ class Stream:
         self._finished: set[int] = set()
         self._last = b""
         self.ended = False
-        """Whether the terminator has been seen."""
+        """Whether the API's last event has arrived."""
         self.failure: Failure | None = None
-        """Why the attempt is over. Nothing may be fed after it."""
+        """Why the attempt has failed. Then nothing more may be fed."""
 
     @property
     def held(self) -> int:
-        """Bytes this keeps in memory."""
+        """Bytes in memory."""
         return self._held_bytes + self._cutter.held
 
     @property
     def next_sequence(self) -> int:
-        """The number of the event after the last one given out, in APIs that number them."""
+        """The number after that of the last event given out; 0 where events have none."""
         numbers = _SEQUENCE.findall(self._last)
         return int(numbers[-1]) + 1 if numbers else 0
 
     def feed(self, chunk: bytes) -> bytes:
-        """What may be given out now: whole events, all of them before any failure."""
+        """What may be given out now: whole events, none of them after a failure."""
         try:
             block = self._cutter.cut(chunk)
         except TooLong:
@@ -78,7 +78,7 @@ class Stream:
         return self._sift(block)
 
     def close(self) -> bytes:
-        """The worker sent no last event and has no more to send: a failure, and nothing to give."""
+        """The worker has closed the stream before its last event: a failure, and no bytes."""
         self.failure = Failure(Reason.LOST, "the stream ended before its last event")
         return b""
 
@@ -104,13 +104,14 @@ class Stream:
                 f"the first {self._hold_tokens} tokens take more than {self._limit} bytes",
             )
         if held and self.failure is not None:
-            # One block brought the last token to be held and the bad news: nobody has it yet.
+            # One block released the stream and failed it. The client has none of it yet, so
+            # another worker can still be asked.
             return b""
         given = b"".join(out)
         self._last = given or self._last
         return given
 
-    def _enough(self, event: bytes, verdict: Verdict) -> bool:
+    def _enough(self, event: bytes, verdict: EventVerdict) -> bool:
         if self.ended:
             return True
         for index, count in verdict.tokens.items():

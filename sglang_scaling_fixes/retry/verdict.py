@@ -1,4 +1,4 @@
-"""What an event or a body says about the generation it belongs to."""
+"""What an event or a body says about its generation: content, progress, end or failure."""
 
 from __future__ import annotations
 
@@ -14,27 +14,29 @@ from sglang_scaling_fixes.retry.routes import Family
 from sglang_scaling_fixes.retry.sse import data_of
 
 ANOMALY = "kv_anomaly"
-"""The `type` of a guard's error, and how its message begins."""
+"""The `type` of spec-guard's errors; their messages begin with it."""
 
 RETRYABLE = frozenset({502, 503, 504})
-"""Statuses that say "not here, not now" rather than "not like this"."""
+"""Statuses with which a server refuses any request, whatever its content."""
 PAIR_RETRYABLE = RETRYABLE | {500}
-"""A decode whose prefill was lost says 500."""
+"""A decode server answers 500 when its prefill server is lost."""
 
 _STOCK_TYPES = frozenset(
     {"SERVICE_UNAVAILABLE", "BAD_GATEWAY", "GATEWAY_TIMEOUT", "overloaded_error"}
 )
-"""What stock names errors with these statuses, where the status itself is not on the wire."""
+"""Stock's error types for these statuses, in the APIs that do not send the status."""
 
 _RESPONSE_ENDS = frozenset({"response.completed", "response.incomplete", "response.failed"})
 
 
 @dataclass
-class Verdict:
-    """`failure`: the attempt is over. `end`: the stream is, as it should be.
+class EventVerdict:
+    """What one event says. Generations are named by their index in the request.
 
-    `tokens`: per generation of the request, how many it has by now (`+1`: unknown, this
-    event has at least one more). `finished`: generations that ended well.
+    `failure`: why the attempt has failed. `end`: the stream has ended well.
+    `tokens`: how many tokens a generation has by now, where the event says it.
+    `more`: generations that have at least one token more, where it does not.
+    `finished`: generations that have ended well.
     """
 
     failure: Failure | None = None
@@ -44,15 +46,15 @@ class Verdict:
     finished: tuple[int, ...] = ()
 
 
-_CONTENT = Verdict()
+_CONTENT = EventVerdict()
 
 
 def remarkable(block: bytes) -> bool:
-    """Whether a block of whole events can hold anything but content. Never wrongly False.
+    """Whether a block of whole events may hold more than content. False is always right.
 
-    JSON escapes quotes within text, so that `"error"` is a name or value of the API's own.
+    JSON escapes the quotes within text. So `"error"` is a name or value of the API itself.
     """
-    # Once for every event of every stream: spelled out, this is three times as fast as a loop.
+    # Called for every event of every stream. Spelled out, it is three times as fast as a loop.
     return (
         b'"error"' in block
         or b'"abort"' in block
@@ -65,34 +67,39 @@ def remarkable(block: bytes) -> bool:
     )
 
 
-def judge_event(event: bytes, family: Family, retryable: frozenset[int] = RETRYABLE) -> Verdict:
-    """`retryable`: statuses of errors within the stream that fail the attempt."""
+def judge_event(
+    event: bytes, family: Family, retryable: frozenset[int] = RETRYABLE
+) -> EventVerdict:
+    """`retryable`: an error event with one of these statuses fails the attempt."""
     data = data_of(event)
     if data == b"[DONE]":
-        return Verdict(end=family in (Family.GENERATE, Family.OPENAI))
+        return EventVerdict(end=family in (Family.GENERATE, Family.OPENAI))
     said = _loads(data)
     if not isinstance(said, dict):
-        return _CONTENT  # a comment, or not ours to understand; it is passed on as it is
+        return _CONTENT  # a comment, or no JSON object: it is passed on unchanged
     if (failure := _failure(said, retryable)) is not None:
-        return Verdict(failure)
+        return EventVerdict(failure)
     return _progress(said, family)
 
 
-def _progress(said: dict[str, Any], family: Family) -> Verdict:
+def _progress(said: dict[str, Any], family: Family) -> EventVerdict:
     kind = said.get("type")
     if family is Family.RESPONSES:
         more = (0,) if str(kind).endswith(".delta") else ()
-        return Verdict(end=kind in _RESPONSE_ENDS, more=more)
+        return EventVerdict(end=kind in _RESPONSE_ENDS, more=more)
     if family is Family.MESSAGES:
         more = (0,) if kind == "content_block_delta" else ()
-        return Verdict(end=kind == "message_stop", more=more)
+        return EventVerdict(end=kind == "message_stop", more=more)
     return _of_generate(said) if isinstance(said.get("meta_info"), dict) else _of_openai(said)
 
 
 def judge_body(
     status: int, body: bytes, retry_after: int | None, retryable: frozenset[int] = RETRYABLE
 ) -> Failure | None:
-    """None: the body is an answer, if perhaps a refusal, and the client's to have."""
+    """Why the attempt has failed. None: the body is the client's answer, perhaps a refusal.
+
+    `retry_after`: seconds, from the answer's header.
+    """
     if 400 <= status < 500 or (status < 400 and b'"abort"' not in body):
         return None
     said = _loads(body)
@@ -111,25 +118,25 @@ def judge_body(
     return None
 
 
-def _of_generate(said: dict[str, Any]) -> Verdict:
+def _of_generate(said: dict[str, Any]) -> EventVerdict:
     meta = said["meta_info"]
     index = said.get("index", 0)
     index = index if isinstance(index, int) else 0
     count = meta.get("completion_tokens")
     has = bool(said.get("text") or said.get("output_ids"))
-    return Verdict(
+    return EventVerdict(
         tokens={index: count} if isinstance(count, int) else {},
         more=(index,) if has and not isinstance(count, int) else (),
         finished=(index,) if meta.get("finish_reason") else (),
     )
 
 
-def _of_openai(said: dict[str, Any]) -> Verdict:
+def _of_openai(said: dict[str, Any]) -> EventVerdict:
     choices = said.get("choices")
     choices = [c for c in choices if isinstance(c, dict)] if isinstance(choices, list) else []
     usage = said.get("usage")
     count = usage.get("completion_tokens") if isinstance(usage, dict) else None
-    verdict = Verdict()
+    verdict = EventVerdict()
     # Stock's usage within a stream is that of the event's one choice.
     known = isinstance(count, int) and len(choices) == 1
     for choice in choices:
@@ -149,7 +156,7 @@ def _of_openai(said: dict[str, Any]) -> Verdict:
 
 
 def _failure(said: dict[str, Any], retryable: frozenset[int]) -> Failure | None:
-    """Of one JSON object, whatever its API: an abort, an error, or an error within."""
+    """The abort or error in one JSON object of any API, also in an inner `response`."""
     if (found := _abort(said, retryable)) is not None:
         return found
     error = said.get("error")
@@ -189,7 +196,7 @@ def _abort(said: dict[str, Any], retryable: frozenset[int]) -> Failure | None:
 
 
 def _loads(data: bytes) -> Any:
-    """None if it is no JSON, not even Python's, which has NaN and lone surrogates."""
+    """None if it is not JSON. Python's JSON counts: it has NaN and lone surrogates."""
     try:
         return orjson.loads(data)
     except orjson.JSONDecodeError:
@@ -205,7 +212,7 @@ def _status(value: Any) -> int | None:
 
 
 def _message(said: Any) -> str:
-    """The words of an error body, in any of the envelopes; "" if it has none."""
+    """The message of an error body in any API's envelope, at most 200 characters; "" without."""
     if not isinstance(said, dict):
         return ""
     error = said.get("error", said)

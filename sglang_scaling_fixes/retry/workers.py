@@ -1,15 +1,15 @@
 """Which worker is asked next. No I/O and no clock: every time is a `now` in seconds.
 
-A worker is one of
+A worker is in one of these states:
 
-    up        asked, the one with the fewest requests in flight first
-    avoided   asked only if nothing else is left: it spoiled an answer a while ago, or
-              said that it is overloaded
-    down      not asked: its connection was refused or broke. It is probed after a
-              back-off, and up again once a probe is answered
+    up        is asked; the worker with the fewest requests in flight comes first
+    avoided   is asked only if no other worker is left: it corrupted an answer a while ago,
+              or said that it is overloaded
+    down      is not asked: its connection was refused or broke. It is probed after a
+              back-off, and is up again once a probe is answered
 
-The back-off doubles until a *request* went well: a worker that answers probes and
-then breaks every request is not believed anew each time.
+The back-off doubles until a *request* succeeds. Probes alone do not reset it, because a worker
+may answer probes and still break every request.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from dataclasses import dataclass, field
 from sglang_scaling_fixes.retry.settings import Target
 
 FIRST_BACKOFF, LONGEST_BACKOFF = 0.5, 30.0
-"""Seconds until a worker that broke is probed."""
+"""Seconds until a worker that is down is probed: after its first failure, and at most."""
 
 
-class State(enum.StrEnum):
+class WorkerState(enum.StrEnum):
     UP = "up"
     AVOIDED = "avoided"
     DOWN = "down"
@@ -32,20 +32,20 @@ class State(enum.StrEnum):
 
 @dataclass(eq=False)
 class Worker:
-    """One target and what became of the requests it was given."""
+    """One target, and how its requests have fared."""
 
     target: Target
     in_flight: int = 0
     failures: int = 0
-    """Breaks and failed probes since its last good answer."""
+    """Lost connections and failed probes since its last good answer."""
     probe_at: float | None = None
-    """None: not down. Otherwise when it may be probed; infinity while it is."""
+    """None: it is not down. Otherwise when it is due for a probe; infinity during a probe."""
     avoided_until: float = field(default=float("-inf"))
 
-    def state(self, now: float) -> State:
+    def state(self, now: float) -> WorkerState:
         if self.probe_at is not None:
-            return State.DOWN
-        return State.AVOIDED if now < self.avoided_until else State.UP
+            return WorkerState.DOWN
+        return WorkerState.AVOIDED if now < self.avoided_until else WorkerState.UP
 
 
 class Workers:
@@ -55,16 +55,18 @@ class Workers:
         self.all = [Worker(target) for target in targets]
         self._turn = 0
 
-    def pick(self, tried: Collection[Worker], now: float, *, alone: bool = False) -> Worker | None:
-        """The next worker to ask, or None. `alone`: no pairs, which cannot serve this."""
+    def pick(
+        self, tried: Collection[Worker], now: float, *, no_pairs: bool = False
+    ) -> Worker | None:
+        """The next worker to ask, None if there is none. `no_pairs` leaves pairs out."""
         best: tuple[tuple[bool, int], int] | None = None
         for offset in range(len(self.all)):
             index = (self._turn + offset) % len(self.all)
             worker = self.all[index]
             state = worker.state(now)
-            if state is State.DOWN or worker in tried or (alone and worker.target.pair):
+            if state is WorkerState.DOWN or worker in tried or (no_pairs and worker.target.pair):
                 continue
-            rank = (state is State.AVOIDED, worker.in_flight)
+            rank = (state is WorkerState.AVOIDED, worker.in_flight)
             if best is None or rank < best[0]:
                 best = rank, index
         if best is None:
@@ -73,7 +75,7 @@ class Workers:
         return self.all[best[1]]
 
     def answered(self, worker: Worker) -> None:
-        """A request went well. Says nothing of a worker that broke since: a probe will."""
+        """A request succeeded. A worker that broke meanwhile stays down until a probe succeeds."""
         if worker.probe_at is None:
             worker.failures = 0
 
@@ -81,9 +83,9 @@ class Workers:
         worker.avoided_until = max(worker.avoided_until, until)
 
     def broke(self, worker: Worker, now: float) -> bool:
-        """Refused, broken or silent. True if it was not down before.
+        """It refused a connection, broke one, or was silent. True if it was not down before.
 
-        All requests of a worker break with it; they are one reason to wait, not many.
+        All requests of a worker break together, so they lengthen the back-off once.
         """
         if worker.probe_at is not None:
             return False
@@ -104,8 +106,8 @@ class Workers:
             self._back_off(worker, now)
 
     def live(self, now: float) -> bool:
-        """Whether any would be asked."""
-        return any(worker.state(now) is not State.DOWN for worker in self.all)
+        """Whether any worker is not down."""
+        return any(worker.state(now) is not WorkerState.DOWN for worker in self.all)
 
     @staticmethod
     def _back_off(worker: Worker, now: float) -> None:

@@ -19,9 +19,16 @@ from sglang_scaling_fixes.attach import (
 )
 from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.errors import AttachError, ConfigError
-from sglang_scaling_fixes.specguard import points, settings, tell
-from sglang_scaling_fixes.specguard.guard import ERROR_TYPE, SpecGuard, depth_of, tainted
+from sglang_scaling_fixes.specguard import notify, points, settings
+from sglang_scaling_fixes.specguard.guard import (
+    ERROR_TYPE,
+    DraftCounters,
+    SpecGuard,
+    depth_of,
+    tainted,
+)
 from sglang_scaling_fixes.specguard.metrics import SPEC_GUARD
+from sglang_scaling_fixes.specguard.reporting import Notify, Reporting
 from sglang_scaling_fixes.specguard.taint import Taint
 
 FINISH = (points.FINISH, points.FINISH_BEFORE)
@@ -65,7 +72,7 @@ def _wrap_requests() -> None:
     def finish(stock: Callable[..., Any]) -> Callable[..., Any]:
         def finished(req: Any, new_accepted_len: int = 1) -> Any:
             if req.spec_verify_ct and SpecGuard.current is not None:
-                SpecGuard.current.look(req)
+                SpecGuard.current.inspect(req)
             return stock(req, new_accepted_len)
 
         return finished
@@ -73,19 +80,19 @@ def _wrap_requests() -> None:
     def init(stock: Callable[..., Any], req: Any, *args: Any, **kwargs: Any) -> None:
         stock(req, *args, **kwargs)
         if SpecGuard.current is not None:
-            SpecGuard.current.place(req)
+            SpecGuard.current.choose_namespace(req)
 
     def next_round(
         stock: Callable[..., Any], req: Any, tree_cache: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
         # `tree_cache` is None for a continued prefill chunk; then there is no cache lookup.
         if SpecGuard.current is not None and tree_cache is not None:
-            SpecGuard.current.place(req)
+            SpecGuard.current.choose_namespace(req)
         return stock(req, tree_cache, *args, **kwargs)
 
     def match(stock: Callable[..., Any], queue: Any, req: Any) -> Any:
         if SpecGuard.current is not None:
-            SpecGuard.current.place(req)
+            SpecGuard.current.choose_namespace(req)
         return stock(queue, req)
 
     replace(finish_point(), finish)
@@ -100,8 +107,8 @@ def _wrap_stores() -> None:
     ) -> Any:
         guard = SpecGuard.current
         if guard is not None:
-            guard.place(req)
-            if guard.moved(req) and not settings.storage_is_namespaced():
+            guard.choose_namespace(req)
+            if guard.was_moved(req) and not settings.storage_is_namespaced():
                 return None  # these releases store by tokens alone
         return stock(scheduler, req, *args, **kwargs)
 
@@ -137,9 +144,9 @@ def _wrap_errors() -> None:
 
 
 def _set_internal_state(stock: Callable[..., Any], scheduler: Any, request: Any) -> Any:
-    known = tell.from_fields(request.server_args)
+    known = notify.from_fields(request.server_args)
     if known and SpecGuard.current is not None:
-        SpecGuard.current.told(known)
+        SpecGuard.current.notified(known)
         return _updated()
     return stock(scheduler, request)
 
@@ -156,7 +163,7 @@ def _updated() -> Any:
 
 def _setup_routes(stock: Callable[..., Any], server: Any) -> Any:
     result = stock(server)
-    tell.add_route(server)
+    notify.add_route(server)
     return result
 
 
@@ -177,23 +184,19 @@ def bind(scheduler: Any, server_args: Any, config: Config) -> None:
             "--spec-guard abort with SGLANG_EXPERIMENTAL_CPP_RADIX_TREE: that tree knows no "
             "namespaces; unset it, or use --spec-guard observe"
         )
-    counted = metrics.of_scheduler(SPEC_GUARD, scheduler, server_args)
-    speaks = metrics.is_reporting_rank(scheduler)
-
-    def count(outcome: str) -> None:
-        counted.inc("tellings", outcome)
-
-    told = _teller(count) if role == "decode" and config.guard == "abort" and speaks else None
+    reporting = Reporting(
+        worker=f"{server_args.host}:{server_args.port}",
+        metrics=metrics.of_scheduler(SPEC_GUARD, scheduler, server_args),
+        is_reporting_rank=metrics.is_reporting_rank(scheduler),
+    )
+    if role == "decode" and config.guard == "abort" and reporting.is_reporting_rank:
+        reporting.notify = _notifier(reporting)
     SpecGuard.current = SpecGuard(
         settings.rules(config, server_args),
         config.guard,
         Taint(_page_size(scheduler), _origin(scheduler)),
-        depth_of(scheduler, server_args) if judges else 1,
-        accepted_field(),
-        worker=f"{server_args.host}:{server_args.port}",
-        tell=told,
-        counted=counted,
-        speaks=speaks,
+        DraftCounters(depth_of(scheduler, server_args) if judges else 1, accepted_field()),
+        reporting,
     )
 
 
@@ -215,16 +218,19 @@ def _origin(scheduler: Any) -> str:
     return name[0]
 
 
-def _teller(count: Callable[[str], None]) -> Callable[[Any, Sequence[int]], None]:
+def _notifier(reporting: Reporting) -> Notify:
     from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
 
-    teller = tell.Teller(count)
+    def count(outcome: str) -> None:
+        reporting.metrics.inc("notifications", outcome)
 
-    def told(req: Any, tokens: Sequence[int]) -> None:
+    notifier = notify.Notifier(count)
+
+    def notify_prefill(req: Any, tokens: Sequence[int]) -> None:
         if req.bootstrap_host and req.bootstrap_host != FAKE_BOOTSTRAP_HOST:
-            teller.tell(str(req.bootstrap_host), int(req.bootstrap_port), tokens)
+            notifier.notify(str(req.bootstrap_host), int(req.bootstrap_port), tokens)
 
-    return told
+    return notify_prefill
 
 
 def accepted_field() -> str:

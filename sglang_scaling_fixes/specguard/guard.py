@@ -1,43 +1,49 @@
-"""The guard in a scheduler: watches every request that is verified, and acts on an anomaly.
+"""The guard in a scheduler: it watches every request that verifies drafts, and acts on an anomaly.
 
 verification -> counters of the request -> Watch -> anomaly
-    observe: counted, logged
-    abort:   the request finishes with 503 `kv_anomaly`; its KV is not inserted, what is
-             cached of it is suspect (taint.py), its prefill server is told (tell.py)
+    observe: the anomaly is counted and logged
+    abort:   the request also finishes with 503 `kv_anomaly`. Its KV is not inserted into the
+             prefix cache, its cached prefix becomes suspect (taint.py), and its prefill server
+             is notified (notify.py)
 """
 
 from __future__ import annotations
 
-import json
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, ClassVar
 
-from sglang_scaling_fixes import metrics
 from sglang_scaling_fixes.specguard import settings
 from sglang_scaling_fixes.specguard.detector import Anomaly, Rules, Watch
-from sglang_scaling_fixes.specguard.metrics import SPEC_GUARD
+from sglang_scaling_fixes.specguard.reporting import ERROR_TYPE, Reporting
 from sglang_scaling_fixes.specguard.taint import PAGES, Taint
 
-logger = logging.getLogger(__name__)
+__all__ = ["ERROR_TYPE", "DraftCounters", "SpecGuard"]
 
-ERROR_TYPE = "kv_anomaly"
 _WATCH = "sglang_scaling_fixes_watch"
 _TAINTED = "sglang_scaling_fixes_tainted"
 _NAMESPACE = "sglang_scaling_fixes_namespace"
 
 Depth = int | Callable[[], int]
-"""How many drafts of a verification can be accepted: for good, or at present."""
-Tell = Callable[[Any, Sequence[int]], None]
+"""How many drafts one verification can accept: a constant, or a function for an adaptive depth."""
+
+
+@dataclass(frozen=True)
+class DraftCounters:
+    """How a request's acceptance is read on this server.
+
+    `accepted_field`: the name of the request's count of accepted drafts.
+    """
+
+    depth: Depth
+    accepted_field: str
 
 
 class SpecGuard:
     """One per scheduler process, made once stock has built the scheduler.
 
-    `depth` is how many drafts a verification can accept; `counter` the name of the request's
-    count of accepted drafts; `tell(req, tokens)` lets the prefill server of a pair know that what
-    begins like this is suspect.
+    `action` is `observe` or `abort`.
     """
 
     current: ClassVar[SpecGuard | None] = None
@@ -47,70 +53,47 @@ class SpecGuard:
         rules: Rules,
         action: str,
         taint: Taint,
-        depth: Depth,
-        counter: str,
-        *,
-        worker: str = "",
-        tell: Tell | None = None,
-        counted: metrics.Metrics | None = None,
-        speaks: bool = True,
+        drafts: DraftCounters,
+        reporting: Reporting | None = None,
     ) -> None:
         self.rules = rules
         self.action = action
         self.taint = taint
-        self.metrics = counted or metrics.Metrics(SPEC_GUARD, None)
-        self._depth = depth
-        self._counter = counter
-        self._worker = worker
-        self._tell = tell
-        self._speaks = speaks  # one rank of a group logs, counts and tells
+        self._depth = drafts.depth
+        self._accepted_field = drafts.accepted_field
+        self._reporting = reporting or Reporting()
 
     # -- every step ---------------------------------------------------------------------
 
-    def look(self, req: Any) -> None:
-        """Before stock asks whether `req` is finished."""
+    def inspect(self, req: Any) -> None:
+        """Judge `req` by its counters. Call it before stock decides whether `req` is finished."""
         verifications = req.spec_verify_ct
-        accepted = getattr(req, self._counter)
+        accepted = getattr(req, self._accepted_field)
         watch = req.__dict__.get(_WATCH)
         if watch is None or verifications < watch.verifications:
             if watch is None:
-                self._count("requests")
+                self._reporting.increment("requests")
             watch = req.__dict__[_WATCH] = Watch(self.rules)
         depth = self._depth
         if not isinstance(depth, int):
             depth = depth()
-        elif verifications + accepted < watch.next_look:
+        elif verifications + accepted < watch.next_check:
             return
         if verifications == watch.verifications:
-            return  # asked again within one verification
+            return  # stock asks more than once per verification
         anomaly = watch.observe(self.rules, verifications, accepted, depth, req.output_ids)
         if anomaly is not None:
             self._act(req, anomaly)
 
     def _act(self, req: Any, anomaly: Anomaly) -> None:
+        action = "observed"
         if self.action == "abort":
-            self._quarantine(req)
-            # Who is ending anyway, by a client's abort for example, is left to end that way.
+            action = "aborted"
+            self._taint_request(req)
+            # A request that is ending already, by a client's abort for example, ends that way.
             if req.finished_reason is None and req.to_finish is None:
                 self._abort(req, anomaly)
-        if not self._speaks:
-            return
-        action = "aborted" if self.action == "abort" else "observed"
-        self._count("anomalies", anomaly.kind, action)
-        self.metrics.observe("detection_tokens", anomaly.tokens)
-        line = {
-            "event": ERROR_TYPE,
-            "action": action,
-            "rid": req.rid,
-            "room": getattr(req, "bootstrap_room", None),
-            "worker": self._worker,
-            "prompt_tokens": len(req.origin_input_ids),
-            "cached_tokens": getattr(req, "cached_tokens", None),
-            "output_tokens": len(req.output_ids),
-            **anomaly.as_dict(),
-            "window_tokens": self.rules.window,
-        }
-        logger.warning("sglang-scaling-fixes: %s", json.dumps(line))
+        self._reporting.anomaly(req, anomaly, action, self.rules.window)
 
     def _abort(self, req: Any, anomaly: Anomaly) -> None:
         from sglang.srt.managers.schedule_batch import FINISH_ABORT
@@ -124,65 +107,65 @@ class SpecGuard:
             ERROR_TYPE,
         )
 
-    def _quarantine(self, req: Any) -> None:
-        """Nothing of the request is kept, and nobody reads what is kept of it already."""
+    def _taint_request(self, req: Any) -> None:
+        """Keep the request's KV out of the caches, and later requests away from its cached KV."""
         req.skip_radix_cache_insert = True
         req.__dict__[_TAINTED] = True
         for tokens in heads(req, PAGES[-1]):
             self.taint.add(tokens)
-            if self._tell is not None and self._speaks:
-                self._tell(req, tokens)
+            self._reporting.notify_prefill(req, tokens)
 
     # -- requests that come later ----------------------------------------------------------
 
-    def place(self, req: Any) -> None:
-        """Before `req` looks for cached KV: give it a namespace without suspect pages."""
+    def choose_namespace(self, req: Any) -> None:
+        """Give `req` a namespace without suspect pages. Call it before `req` matches cached KV."""
         if not len(self.taint):
             return
         old = req.__dict__.get(_NAMESPACE)
         new = self.taint.namespace(*heads(req, self.taint.page_size))
         if new == old or holds_kv(req):
-            return  # a request with KV stays where it is: its pages are locked there
+            return  # the pages of a request with KV are locked in its present namespace
         own = (req.extra_key or "").replace(f"|{old}", "") if old else (req.extra_key or "")
         req.extra_key = f"{own}|{new}" if new else own or None
         req.__dict__[_NAMESPACE] = new
-        self._count("moved_requests")
+        self._reporting.increment("moved_requests")
 
-    def moved(self, req: Any) -> bool:
-        """Whether what is stored outside under this request's tokens may be suspect."""
+    def was_moved(self, req: Any) -> bool:
+        """Whether KV that an outside store keeps for this request's tokens may be suspect."""
         return req.__dict__.get(_NAMESPACE) is not None
 
-    def told(self, beginnings: dict[int, int]) -> None:
-        """A decode server found one of our requests anomalous. Observing, we change nothing."""
+    def notified(self, beginnings: dict[int, int]) -> None:
+        """A decode server found a request of this prefill server anomalous.
+
+        `beginnings`: digests of its prompt's first page by page size. With `observe` they are
+        only counted.
+        """
         if self.action == "abort":
             self.taint.add_beginnings(beginnings)
-        self._count("told")
-
-    def _count(self, name: str, *labels: str) -> None:
-        if self._speaks:
-            self.metrics.inc(name, *labels)
+        self._reporting.increment("notifications_received")
 
     def report(self) -> dict[str, Any]:
-        """For `/server_info`: what it does, by which rules, and what it counted."""
+        """For `/server_info`: the action, the rules, and the counts."""
         return {
             "action": self.action,
             "rules": dict(vars(self.rules)),
             "suspect_namespaces": len(self.taint),
-            **self.metrics.report(),
+            **self._reporting.metrics.report(),
         }
 
 
 def tainted(req: Any) -> bool:
-    """Whether this request was ended by the guard: its KV must go nowhere."""
+    """Whether the guard found this request anomalous: no cache or store may keep its KV."""
     return bool(req.__dict__.get(_TAINTED))
 
 
 def heads(req: Any, length: int) -> list[Any]:
-    """The first tokens (at most `length`) that the prefix cache may know this request by.
+    """The first tokens, at most `length`, under which a prefix cache may hold this request's KV.
 
-    Its prompt, and what it generated if the prompt is short: a retracted request computes both
-    again, and both are inserted. With images the cache knows the prompt with their placeholders
-    replaced, which happens after the request was made; other servers may know it before.
+    They are the prompt's, and generated ones if the prompt is shorter: a retracted request
+    computes both again, and both are inserted. A prompt with images has two forms. This server's
+    cache holds the one whose placeholders are replaced, which stock does after the request was
+    made; another server's cache may hold the other.
     """
     written = [req.origin_input_ids]
     if req.origin_input_ids_unpadded is not None:
@@ -197,7 +180,7 @@ def heads(req: Any, length: int) -> list[Any]:
 
 
 def holds_kv(req: Any) -> bool:
-    """Whether the request has a row of KV slots (where, depends on the release)."""
+    """Whether the request has a row of KV slots. Releases keep the row in different places."""
     row = getattr(getattr(req, "kv", None), "req_pool_idx", None)
     if row is None:
         row = req.__dict__.get("req_pool_idx")
@@ -205,7 +188,7 @@ def holds_kv(req: Any) -> bool:
 
 
 def depth_of(scheduler: Any, server_args: Any) -> Depth:
-    """How many drafts a verification can accept; an adaptive worker changes it."""
+    """How many drafts one verification can accept. An adaptive worker changes it as it runs."""
     worker: Any = getattr(scheduler, "draft_worker", None)
     if settings.resolved(server_args, "speculative_adaptive") and hasattr(
         worker, "speculative_num_steps"

@@ -26,13 +26,15 @@ SPEC_GUARD = Family(
             "detection_tokens", "histogram", "Tokens generated until an anomaly.", buckets=_TOKENS
         ),
         Metric("moved_requests", "counter", "Requests kept from reading suspect cached KV."),
-        Metric("told", "counter", "Anomalies a prefill server was told of by decode servers."),
         Metric(
-            "tellings",
+            "notifications_received", "counter", "Notifications of anomalies from decode servers."
+        ),
+        Metric(
+            "notifications",
             "counter",
-            "Anomalies decode told a prefill server of.",
+            "Notifications of anomalies that decode sent to prefill servers.",
             ("outcome",),
-            series=(("told",), ("failed",), ("lost",)),
+            series=(("delivered",), ("failed",), ("lost",)),
         ),
     ),
 )

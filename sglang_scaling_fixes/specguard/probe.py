@@ -1,8 +1,8 @@
-"""Does the guard hold on this release? Asked of stock's own request, after attaching.
+"""Proves on stock's own request class that the guard works on this release, after attaching.
 
-Nothing here reads a version number. A stock request whose counters say that its drafts are
-never accepted must finish with our 503 and be barred from the prefix cache; one whose counters
-are sound must not; and a new request with the same beginning must get a namespace of its own.
+Nothing here reads a version number. A stock request whose counters say that no draft is accepted
+must finish with our 503 and stay out of the prefix cache. A request with sound counters must not.
+A later request with the same beginning must get a namespace of its own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 from sglang_scaling_fixes.errors import AttachError
 from sglang_scaling_fixes.specguard import attach
 from sglang_scaling_fixes.specguard.detector import Rules
-from sglang_scaling_fixes.specguard.guard import ERROR_TYPE, SpecGuard
+from sglang_scaling_fixes.specguard.guard import ERROR_TYPE, DraftCounters, SpecGuard
+from sglang_scaling_fixes.specguard.reporting import Reporting
 from sglang_scaling_fixes.specguard.taint import Taint
 
 _PAGE = 4
@@ -28,11 +29,13 @@ def check(holds: bool, what: str) -> None:
 
 
 def run() -> None:
-    """Raises `AttachError` with what did not hold. Leaves the process as it was."""
+    """Raises `AttachError` that names what failed. Leaves the process as it was."""
     saved = SpecGuard.current
     try:
         field = attach.accepted_field()
-        SpecGuard.current = SpecGuard(Rules(), "abort", Taint(_PAGE), 3, field, speaks=False)
+        silent = Reporting(is_reporting_rank=False)
+        drafts = DraftCounters(3, field)
+        SpecGuard.current = SpecGuard(Rules(), "abort", Taint(_PAGE), drafts, silent)
         _prove(field)
     finally:
         SpecGuard.current = saved
@@ -56,7 +59,7 @@ def _prove(field: str) -> None:
 
 
 def _request(prompt: Sequence[int]) -> Any:
-    """A stock request, as the scheduler makes it."""
+    """A stock request, made as the scheduler makes it."""
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.sampling.sampling_params import SamplingParams
 
@@ -67,7 +70,7 @@ def _request(prompt: Sequence[int]) -> Any:
 
 
 def _tokens(ids: Sequence[int]) -> Any:
-    """As this release keeps tokens: a list, or an array since 0.5.13."""
+    """Tokens in this release's type: a list, or an array since 0.5.13."""
     from array import array
 
     from sglang.srt.managers import schedule_batch
@@ -76,7 +79,7 @@ def _tokens(ids: Sequence[int]) -> Any:
 
 
 def _verified(req: Any, field: str, verifications: int, accepted: int) -> None:
-    """What a request looks like after so many verifications; and stock asks if it is finished."""
+    """Set the counters that so many verifications leave; let stock decide if it is finished."""
     req.output_ids.extend(range(100, 100 + verifications + accepted))
     req.spec_verify_ct = verifications
     setattr(req, field, accepted)

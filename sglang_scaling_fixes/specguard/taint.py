@@ -1,20 +1,21 @@
 """Suspect prefixes: KV of an anomalous request that no later request may read.
 
-The KV a request reads belongs to the path of its tokens in the prefix cache, from the first page
-on. Any page of the path may be the corrupt one, and all KV below a corrupt page was computed from
-it. So the whole path is suspect, with everything that hangs on its first page:
+A request reads the KV of its tokens' path in the prefix cache, from the first page on. Any page of
+the path may be the corrupt one. All KV below a corrupt page was computed from it. So the whole path
+is suspect, and so is everything below its first page:
 
     namespace "a":      page 1 -- page 2 -- page 3      aborted: all of it is suspect, from page 1
                                \\- page 4               its neighbour read page 1 too
-    namespace "a|kv-anomaly-1":    page 1 -- ...        whoever comes later begins here, empty
+    namespace "a|kv-anomaly-1":    page 1 -- ...        later requests begin here, empty
 
-Requests that begin with the same page get another namespace (SGLang's `extra_key`, which its
-caches never share between), so that they neither match the old path nor are merged into it when
-their own KV is inserted. Nobody reads the old path again; the cache evicts it as the least
-recently used. Requests already reading it are left alone: the guard watches them too.
+Later requests that begin with the same page get another namespace: SGLang's `extra_key`, across
+which its caches share nothing. So these requests do not match the old path, and their own KV is not
+merged into it. No later request reads the old path, and the cache evicts it as the least recently
+used. Requests that read it already go on; the guard watches them too.
 
-Why not evict: nodes in use cannot be, and every cache of every release would need a way of its own.
-Sans-IO; the same on all ranks, which are told of the same anomalies in the same order.
+The path is not evicted at once, because nodes in use cannot be evicted, and because each cache of
+each release would need a way of its own. No I/O. All ranks learn of the same anomalies in the same
+order, so their namespaces agree.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from array import array
 from collections.abc import Mapping, Sequence
 
 LIMIT = 4096
-"""Suspect beginnings remembered one by one; past it everything cached is suspect, once."""
+"""Suspect beginnings remembered one by one. At the limit, everything cached becomes suspect."""
 PAGES = tuple(2**power for power in range(11))
-"""Page sizes (tokens) for which a beginning is described to a server of another page size."""
+"""Page sizes in tokens for which a notification describes a prompt's first page."""
 
 
 def digest(tokens: Sequence[int]) -> int:
-    """A beginning's identity, 63 bits: the same in every process."""
+    """63 bits that identify a beginning, the same in every process."""
     raw = hashlib.blake2b(array("q", tokens).tobytes(), digest_size=8).digest()
     return int.from_bytes(raw, "big") >> 1
 
@@ -43,8 +44,8 @@ def beginnings(tokens: Sequence[int]) -> dict[int, int]:
 class Taint:
     """The suspect beginnings that this scheduler knows of. `page_size` in tokens.
 
-    `origin` makes its namespaces unlike those of any other scheduler or start: a storage tier that
-    outlives this one keeps pages by namespace.
+    `origin` makes its namespaces differ from those of every other scheduler and start. It must,
+    because a storage tier keeps pages by namespace and outlives the scheduler.
     """
 
     def __init__(self, page_size: int, origin: str = "0", limit: int = LIMIT) -> None:
@@ -56,12 +57,12 @@ class Taint:
         self._namespaces: dict[int, int] = {}
 
     def add(self, tokens: Sequence[int]) -> None:
-        """A request with this prompt was anomalous. Less than a page is never cached."""
+        """A request with this prompt was anomalous. Less than one page is never cached."""
         if len(tokens) >= self.page_size:
             self.add_digest(digest(tokens[: self.page_size]))
 
     def add_beginnings(self, known: Mapping[int, int]) -> None:
-        """The same, as `beginnings` on another server describes it."""
+        """The same for the first pages that `beginnings` describes on another server."""
         if self.page_size in known:
             self.add_digest(known[self.page_size])
         elif self.page_size not in PAGES:
@@ -84,9 +85,9 @@ class Taint:
         return self._count
 
     def namespace(self, *prompts: Sequence[int]) -> str | None:
-        """What a request whose tokens begin like this adds to its own namespace; None: nothing.
+        """The suffix for the namespace of a request that begins like this; None: no suffix.
 
-        Several, where one request's tokens are written in several ways (placeholders of images).
+        `prompts`: all forms of one prompt; a prompt with images has two (see `guard.heads`).
         """
         if not self._count:
             return None

@@ -114,7 +114,7 @@ def imports(trees: dict[Path, list[str]]) -> dict[Path, dict[str, str]]:
     env.pop(STANDINS)
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env["PYTHONPATH"]])
     asked = json.dumps({str(path): modules for path, modules in trees.items()})
-    found = child.said(sys.executable, IMPORTS, asked, env=env, mark="found:", timeout_s=1200)
+    found = child.said(sys.executable, IMPORTS, asked, env=env, mark="found:")
     for path in trees:
         assert Path(found[str(path)].pop("sglang")).is_relative_to(path)
     return {path: found[str(path)] for path in trees}

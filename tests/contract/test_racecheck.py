@@ -150,7 +150,7 @@ def test_one_wait_removed_turns_exactly_its_hazard() -> None:
     env = cpu_env({"CUDA_VISIBLE_DEVICES": ""})
     env.pop(STANDINS)
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env["PYTHONPATH"]])
-    found = child.said(sys.executable, CONTROLS, env=env, mark="found:", timeout_s=1200)
+    found = child.said(sys.executable, CONTROLS, env=env, mark="found:")
     for control, hazard in EXPECTED.items():
         calm = {name: v for name, v in found[control].items() if v in ("ordered", "n/a")}
         turned = {name: v for name, v in found[control].items() if name not in calm}

@@ -209,7 +209,7 @@ def test_decode_tells_prefill(new: Environment, tmp_path: Path) -> None:
         again = served.ask(PROMPT, TOKENS)
         assert again.prefill["cached_tokens"] == 0
         assert again.ids == base.ids
-        assert guard(served)["tellings"] == {"told": 1}
+        assert guard(served)["notifications"] == {"delivered": 1}
 
 
 def test_the_vocabulary_of_the_lab_fits_its_words() -> None:

@@ -30,6 +30,9 @@ SAME = 1e-3  # of a server's log-probabilities with and without a load-back
 # A tenth of a second of the load stream before each layer's copy, by stock's own test knob.
 SLOW_LOADS = {"SGLANG_TEST_HICACHE_H2D_DELAY_CYCLES": "100000000"}
 SMALL = 1024  # so few slots that a prompt is gone from the device once others have been there
+# Four times as many on the host, some MB. Stock refuses to start unless its 10 GB reserve and the
+# host pool are free; a pool of 1 GB and its index were refused beside other servers.
+SMALL_HOST = ("--hicache-size", "0", "--hicache-ratio", "4")
 ASK = {"return_logprob": True}
 ARMED = ("--plugin", "--safe-reclaim-audit")
 ORDERED = ("--plugin", "hicache-ordering")
@@ -79,7 +82,10 @@ def test_every_combination_answers_as_the_dense_model(
         hicache=hicache,
         spec=spec,
         tokens=SMALL if hicache else serve.TOKENS,
-        flags=ARMED if armed else ORDERED if ordered else (),
+        flags=(
+            *(ARMED if armed else ORDERED if ordered else ()),
+            *(SMALL_HOST if hicache else ()),
+        ),
         env=SLOW_LOADS,
     )
     with serving(options, new, tmp_path) as served:
@@ -122,7 +128,8 @@ def off_after_load_back(
 ) -> list[float]:
     """How far the log-probabilities of four prompts are from themselves after a load-back."""
     env = {**SLOW_LOADS, **(options.env or {})}
-    options = replace(options, hicache=True, tokens=SMALL, env=env)
+    flags = (*options.flags, *SMALL_HOST)
+    options = replace(options, hicache=True, tokens=SMALL, flags=flags, env=env)
     asked = [prompt(360, seed=seed) for seed in range(4)]
     with serving(options, new, run_dir) as served:
         first = [served.ask(ids, 4, ASK) for ids in asked]

@@ -122,7 +122,10 @@ def test_every_anomaly_metric_is_shown() -> None:
     shown = used(" ".join(expressions()))
     for metric in SPEC_GUARD.metrics:
         name = f"{metrics.PREFIX}spec_guard_{metric.name}"
-        assert any(series.startswith(name) for series in shown) or metric.name == "told"
+        assert (
+            any(series.startswith(name) for series in shown)
+            or metric.name == "notifications_received"
+        )
 
 
 def test_the_panels_have_ids_and_places_of_their_own() -> None:

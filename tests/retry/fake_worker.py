@@ -2,8 +2,8 @@
 
 The request's body says what to do: `tokens` (10), `prompt`, `size` (bytes of padding per
 event), `delay` (seconds before each event), and `plans`: by worker name, how that worker
-fails (`fail`) and after how many tokens (`after`), or that its end is `late` (seconds). A
-worker without a plan does well. With `mark` (true) every token begins with its name.
+fails (`fail`) and after how many tokens (`after`), or that its end waits for `may_end`
+(`late`). A worker without a plan does well. With `mark` (true) every token begins with its name.
 """
 
 from __future__ import annotations
@@ -14,11 +14,16 @@ import contextlib
 import json
 import socket
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
+
+from tests.retry.progress import moves
 
 ANOMALY = "kv_anomaly: accept length 1.02 of 3.1 expected"
 GARBAGE = "GARBAGE"
 DONE = b"data: [DONE]\n\n"
+PIECE = 1 << 18
+"""Bytes written at once."""
 
 
 @dataclass
@@ -31,7 +36,7 @@ class Seen:
     body: bytes
     hung_up: asyncio.Event = field(default_factory=asyncio.Event)
 
-    @property
+    @cached_property
     def said(self) -> dict[str, Any]:
         try:
             return dict(json.loads(self.body))
@@ -40,12 +45,18 @@ class Seen:
 
 
 class FakeWorker:
-    """Serves until closed. `sent` counts the bytes whose sending has ended."""
+    """Serves until closed.
+
+    `sent` counts the bytes whose sending has ended; `blocked` the answers that wait for their
+    client to read. Answers whose plan is `late` wait for `may_end`.
+    """
 
     def __init__(self, name: str, port: int = 0) -> None:
         self.name = name
         self.port = port
         self.sent = 0
+        self.blocked = 0
+        self.may_end = asyncio.Event()
         self.healthy = True
         self.seen: list[Seen] = []
         self._connections: set[asyncio.Task[None]] = set()
@@ -109,7 +120,8 @@ class FakeWorker:
         """False closes the connection."""
         path = one.target.partition("?")[0]
         if path == "/health":
-            await self._send(writer, whole(b"{}", 200 if self.healthy else 503))
+            writer.write(whole(b"{}", 200 if self.healthy else 503))
+            await writer.drain()  # not `_send`: probes are no progress
             return True
         if one.method == "GET":
             await self._send(writer, whole(json.dumps({"worker": self.name}).encode()))
@@ -130,7 +142,8 @@ class FakeWorker:
         if fail == "status":
             body = plan.get("body", {"error": {"message": "not now"}})
             data = body.encode() if isinstance(body, str) else json.dumps(body).encode()
-            headers = [("Retry-After", "7")] if plan.get("retry_after") else []
+            after = plan.get("retry_after")
+            headers = [("Retry-After", str(after))] if after else []
             await self._send(writer, whole(data, plan.get("status", 503), headers))
             return True
         await self._send(writer, b"hello there\r\n\r\n")
@@ -192,7 +205,8 @@ class FakeWorker:
                     await self._send(writer, b"0\r\n\r\n")
                     return True
             await self._send(writer, chunk(EVENTS[path](text, token, i, said)))
-        await asyncio.sleep(plan.get("late", 0))
+        if plan.get("late"):
+            await self.may_end.wait()
         await self._send(writer, chunk(ENDS[path](text, count)) + b"0\r\n\r\n")
         return True
 
@@ -201,9 +215,16 @@ class FakeWorker:
         return f"{mark}{said.get('prompt', '')}{i} "
 
     async def _send(self, writer: asyncio.StreamWriter, data: bytes) -> None:
-        writer.write(data)
-        await writer.drain()
-        self.sent += len(data)
+        for start in range(0, len(data), PIECE):
+            piece = data[start : start + PIECE]
+            writer.write(piece)
+            self.blocked += 1
+            try:
+                await writer.drain()
+            finally:
+                self.blocked -= 1
+            self.sent += len(piece)
+            moves.note()
 
 
 def whole(

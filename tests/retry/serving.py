@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,9 @@ import uvicorn
 from yarl import URL
 
 from sglang_scaling_fixes.retry.proxy import RetryProxy
-from sglang_scaling_fixes.retry.settings import settings
+from sglang_scaling_fixes.retry.settings import checked_settings
 from tests.retry.fake_worker import FakeWorker
+from tests.retry.progress import moves
 
 PATHS = (
     "/generate",
@@ -25,12 +26,6 @@ PATHS = (
     "/v1/responses",
     "/v1/messages",
 )
-HANG = 60.0
-"""Seconds after which a test is said to hang."""
-
-
-def run(test: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(test(), HANG))
 
 
 @dataclass
@@ -72,7 +67,7 @@ async def proxying(
     workers: Sequence[FakeWorker | str] = (), pairs: Sequence[str] = (), **options: Any
 ) -> AsyncIterator[Proxy]:
     urls = [worker if isinstance(worker, str) else worker.url for worker in workers]
-    app = RetryProxy(settings(urls, pairs, **options))
+    app = RetryProxy(checked_settings(urls, pairs, **options))
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
         app, lifespan="on", ws="none", log_config=None, access_log=False,
@@ -107,15 +102,13 @@ async def _ask(method: str, url: str, data: bytes | None, headers: dict[str, str
         session.request(method, URL(url, encoded=True), data=data, headers=headers) as response,
     ):
         answer = Answer(response.status, list(response.raw_headers), b"")
+        pieces: list[bytes] = []
         try:
             while piece := await response.content.readany():
-                answer.body += piece
+                pieces.append(piece)
+                if method != "GET":  # a poll for something that never happens is no progress
+                    moves.note()
         except aiohttp.ClientError:
             answer.complete = False
+        answer.body = b"".join(pieces)
         return answer
-
-
-async def eventually(true: Callable[[], bool]) -> None:
-    """Waits, at most for HANG in all."""
-    while not true():
-        await asyncio.sleep(0.01)

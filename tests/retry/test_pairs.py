@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from sglang_scaling_fixes.retry import pair
 from tests.retry.fake_worker import FakeWorker
-from tests.retry.serving import Proxy, eventually, get, post, proxying, run
+from tests.retry.progress import eventually, run
+from tests.retry.serving import Proxy, get, post, proxying
 
 Four = tuple[FakeWorker, FakeWorker, FakeWorker, FakeWorker]
 ROOMS = ("bootstrap_host", "bootstrap_port", "bootstrap_room")
@@ -58,18 +60,37 @@ def test_both_halves_get_the_same_room_and_the_clients_bytes() -> None:
     run(test)
 
 
-def test_a_prefill_that_ends_after_its_decode_is_let_end() -> None:
+def test_a_prefill_that_ends_after_its_decode_is_let_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """The client leaves as soon as it has decode's answer; nobody has failed."""
+    monkeypatch.setattr(pair, "PREFILL_GRACE_SECONDS", 3600.0)
 
     async def test() -> None:
         async with two_pairs() as (proxy, (p, *_)):
-            said = {"stream": True, "tokens": 5, "plans": {"p": {"late": 0.4}}}
+            said = {"stream": True, "tokens": 5, "plans": {"p": {"late": True}}}
             answer = await post(proxy.url + "/generate", said)
             assert answer.events[-1] == b"data: [DONE]" and p.sent < 1000
+            assert (await proxy.scrape())["inflight"] == 1
+            p.may_end.set()
             while (counts := await proxy.scrape())["inflight"]:
                 await asyncio.sleep(0.01)
             assert counts['requests_total{outcome="ok"}'] == 1
             assert not p.seen[0].hung_up.is_set()
+
+    run(test)
+
+
+def test_a_prefill_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pair, "PREFILL_GRACE_SECONDS", 0.1)
+
+    async def test() -> None:
+        async with two_pairs() as (proxy, (p, *_)):
+            said = {"stream": True, "tokens": 5, "plans": {"p": {"late": True}}}
+            answer = await post(proxy.url + "/generate", said)
+            assert answer.events[-1] == b"data: [DONE]"
+            await eventually(p.seen[0].hung_up.is_set)
+            while (counts := await proxy.scrape())["inflight"]:
+                await asyncio.sleep(0.01)
+            assert counts['requests_total{outcome="ok"}'] == 1
 
     run(test)
 
@@ -181,8 +202,8 @@ def test_what_a_pair_cannot_do() -> None:
             assert json.loads((await get(proxy.url + "/v1/models")).body) == {"worker": "d"}
             assert (await post(proxy.url + "/tokenize", {"prompt": "x"})).status == 200
         async with FakeWorker("p") as p, FakeWorker("d") as d, FakeWorker("w") as w:
-            pair = f"prefill={p.url},decode={d.url}"
-            async with proxying([w], [pair]) as proxy:
+            both = f"prefill={p.url},decode={d.url}"
+            async with proxying([w], [both]) as proxy:
                 for _ in range(3):
                     assert (await post(proxy.url + "/v1/embeddings", {})).status == 200
                 assert len(w.seen) == 3 and not p.seen

@@ -10,7 +10,8 @@ import aiohttp
 import pytest
 
 from tests.retry.fake_worker import ANOMALY, FakeWorker
-from tests.retry.serving import PATHS, Answer, eventually, post, proxying, run
+from tests.retry.progress import eventually, run
+from tests.retry.serving import PATHS, Answer, post, proxying
 
 
 def ask(fail: str = "", after: int = 5, **more: Any) -> dict[str, Any]:

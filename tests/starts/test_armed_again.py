@@ -65,7 +65,6 @@ def ask(environment: Environment, checkpoint: Model, script: str, **env: str) ->
         str(checkpoint.folder),
         env=cpu_env({**environment.env, **env}),
         mark="found:",
-        timeout_s=1200,
     )
 
 

@@ -10,16 +10,13 @@ import pytest
 from sglang_scaling_fixes.lab.install import Environment
 from sglang_scaling_fixes.lab.model import Model
 from sglang_scaling_fixes.lab.runtime import cpu_env
+from tests import child
 
 
 def launch(environment: Environment, *argv: str, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+    return child.finished(
         [str(environment.python), "-m", "sglang.launch_server", *argv],
-        env=cpu_env({**environment.env, **env}),
-        capture_output=True,
-        text=True,
-        timeout=1200,
-        check=False,
+        cpu_env({**environment.env, **env}),
     )
 
 
@@ -89,13 +86,9 @@ def test_bad_input_is_one_line_and_no_start(
 @pytest.mark.parametrize("release", ["old", "new"])
 def test_doctor(release: str, request: pytest.FixtureRequest) -> None:
     environment: Environment = request.getfixturevalue(release)
-    done = subprocess.run(
+    done = child.finished(
         [str(environment.python), "-m", "sglang_scaling_fixes.cli", "doctor", "--json"],
-        env=cpu_env(environment.env),
-        capture_output=True,
-        text=True,
-        timeout=1200,
-        check=False,
+        cpu_env(environment.env),
     )
     found = json.loads(done.stdout)
     assert done.returncode == 0

@@ -99,7 +99,7 @@ def probe(environment: Environment, source: Path, claims: list[tuple[str, Any, s
     env = cpu_env({**environment.env, PLUGIN_ENV: ",".join(FIXES), ACTION.env: "abort"})
     env["PYTHONPATH"] = f"{source}:{env['PYTHONPATH']}"
     argv = json.dumps(claims)
-    return child.said(environment.python, PROBE, argv, env=env, mark="probe:", timeout_s=1200)
+    return child.said(environment.python, PROBE, argv, env=env, mark="probe:")
 
 
 @pytest.mark.parametrize("release", wheels.RELEASES)

@@ -25,6 +25,7 @@ from sglang_scaling_fixes.flags import FILTER_ENV
 from sglang_scaling_fixes.lab import wheels
 from sglang_scaling_fixes.lab.install import Environment
 from sglang_scaling_fixes.lab.runtime import cpu_env
+from tests import child
 from tests.releases import NEW, OLD
 
 PACKAGE = Path(sglang_scaling_fixes.__file__).parent
@@ -63,26 +64,17 @@ class Place:
         return {**kept, "PYTHONPATH": path, **more}
 
     def doctor(self, *argv: str, **more: str) -> tuple[int, dict[str, Any]]:
-        done = subprocess.run(
+        done = child.finished(
             [str(self.python), "-P", "-m", "sglang_scaling_fixes.cli", "doctor", "--json", *argv],
-            env=self.env(**more),
-            capture_output=True,
-            text=True,
-            timeout=600,
-            check=False,
+            self.env(**more),
         )
         assert done.stdout, done.stderr[-2000:]
         return done.returncode, json.loads(done.stdout)
 
     def server(self, **more: str) -> subprocess.CompletedProcess[str]:
         """A start that asks for the plugin by environment."""
-        return subprocess.run(
-            [str(self.python), "-P", "-c", SERVER],
-            env=self.env(**{PLUGIN_ENV: "default", **more}),
-            capture_output=True,
-            text=True,
-            timeout=600,
-            check=False,
+        return child.finished(
+            [str(self.python), "-P", "-c", SERVER], self.env(**{PLUGIN_ENV: "default", **more})
         )
 
 
@@ -273,14 +265,7 @@ def test_the_copy_that_stock_loads_must_be_the_one_that_asks(
         "from sglang_scaling_fixes.cli import main\n"
         "sys.exit(main(['doctor', '--json', '--plugin', 'safe-reclaim']))"
     )
-    done = subprocess.run(
-        [str(bare), "-P", "-c", script],
-        env=place.env(),
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    done = child.finished([str(bare), "-P", "-c", script], place.env())
     found = json.loads(done.stdout)
     assert done.returncode == 1
     for word in (str(place.plugin / PACKAGE.name), str(PACKAGE), "uninstall one"):
@@ -321,13 +306,9 @@ def test_a_release_without_a_loader_is_never_armed(
     old: Environment, tmp_path: Path, release: str
 ) -> None:
     """Its classes would let themselves be attached to; nobody does."""
-    done = subprocess.run(
+    done = child.finished(
         [str(old.python), "-P", "-m", "sglang_scaling_fixes.cli", "doctor", "--json"],
-        env=without_loader(old, release, tmp_path),
-        capture_output=True,
-        text=True,
-        timeout=1200,
-        check=False,
+        without_loader(old, release, tmp_path),
     )
     found = json.loads(done.stdout)
     assert done.returncode == 1
@@ -343,13 +324,9 @@ def test_a_release_without_a_loader_does_not_know_the_flag(
     env = without_loader(old, wheels.OLDER_RELEASES[-1], tmp_path)
     standins = cpu_env({})["PYTHONPATH"].split(os.pathsep)[0]
     env["PYTHONPATH"] = os.pathsep.join([standins, env["PYTHONPATH"]])
-    done = subprocess.run(
+    done = child.finished(
         [str(old.python), "-m", "sglang.launch_server", "--model-path", "none", "--plugin"],
-        env=cpu_env(env),
-        capture_output=True,
-        text=True,
-        timeout=1200,
-        check=False,
+        cpu_env(env),
     )
     assert done.returncode == 2
     assert "unrecognized arguments: --plugin" in done.stderr
@@ -358,13 +335,9 @@ def test_a_release_without_a_loader_does_not_know_the_flag(
 @pytest.mark.parametrize("release", ["old", "new"])
 def test_a_whole_release_that_leaves_us_out(release: str, request: pytest.FixtureRequest) -> None:
     environment: Environment = request.getfixturevalue(release)
-    done = subprocess.run(
+    done = child.finished(
         [str(environment.python), "-P", "-m", "sglang_scaling_fixes.cli", "doctor", "--json"],
-        env=cpu_env({**environment.env, FILTER_ENV: "other"}),
-        capture_output=True,
-        text=True,
-        timeout=1200,
-        check=False,
+        cpu_env({**environment.env, FILTER_ENV: "other"}),
     )
     found = json.loads(done.stdout)
     assert done.returncode == 1

@@ -25,7 +25,7 @@ def test_looking_happens_in_the_background() -> None:
         rank = f"127.0.0.1:{server.getsockname()[1]}"
     liveness = Liveness()
     liveness.look([rank])
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while not liveness.gone(rank) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert liveness.gone(rank)

@@ -72,7 +72,7 @@ def test_counters_that_alerts_watch_begin_at_zero() -> None:
     ).stdout
     for labels in (
         'anomalies_total{action="aborted",dp_rank="0",kind="high_accept_rate"',
-        'tellings_total{dp_rank="0",outcome="failed"',
+        'notifications_total{dp_rank="0",outcome="failed"',
     ):
         (line,) = (line for line in text.splitlines() if labels in line)
         assert line.startswith("sglang_scaling_fixes_spec_guard_") and line.endswith(" 0.0")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import threading
 
@@ -11,6 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from sglang_scaling_fixes.lab.standins import streams  # noqa: E402
+from tests import child  # noqa: E402
 
 
 def held_back() -> tuple[streams.Stream, threading.Event]:
@@ -117,6 +117,6 @@ def test_a_failed_copy_ends_the_process() -> None:
         "event.synchronize()\n"
     )
     command = [sys.executable, "-c", script]
-    done = subprocess.run(command, capture_output=True, timeout=60, check=False)
+    done = child.finished(command)
     assert done.returncode == 1
-    assert b"IndexError" in done.stderr
+    assert "IndexError" in done.stderr

@@ -15,7 +15,14 @@ from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.errors import ConfigError
 from sglang_scaling_fixes.specguard import settings
 from sglang_scaling_fixes.specguard.detector import Rules
-from sglang_scaling_fixes.specguard.guard import SpecGuard, depth_of, holds_kv, tainted
+from sglang_scaling_fixes.specguard.guard import (
+    DraftCounters,
+    SpecGuard,
+    depth_of,
+    holds_kv,
+    tainted,
+)
+from sglang_scaling_fixes.specguard.reporting import Reporting
 from sglang_scaling_fixes.specguard.taint import Taint
 
 PROMPT = list(range(20))
@@ -39,7 +46,8 @@ class Request:
 
 
 def guard(action: str = "abort", **more: Any) -> SpecGuard:
-    return SpecGuard(Rules(), action, Taint(4), 3, "accepted", **more)
+    drafts = DraftCounters(3, "accepted")
+    return SpecGuard(Rules(), action, Taint(4), drafts, Reporting(**more))
 
 
 def verify(guard: SpecGuard, req: Request, accepted: int, times: int = 400) -> None:
@@ -47,20 +55,20 @@ def verify(guard: SpecGuard, req: Request, accepted: int, times: int = 400) -> N
         req.spec_verify_ct += 1
         req.accepted += accepted
         req.output_ids += [7] * (accepted + 1)
-        guard.look(req)
+        guard.inspect(req)
 
 
 def test_abort_ends_the_request_and_makes_its_prompt_suspect() -> None:
-    told: list[Any] = []
-    watch = guard(tell=lambda req, tokens: told.append((req, tokens[:20])))
+    notified: list[Any] = []
+    watch = guard(notify=lambda req, tokens: notified.append((req, tokens[:20])))
     req = Request(PROMPT)
     verify(watch, req, 0)
     assert req.to_finish.status_code.name == "SERVICE_UNAVAILABLE"
     assert req.to_finish.err_type == "kv_anomaly"
     assert req.skip_radix_cache_insert and tainted(req)
-    assert told == [(req, PROMPT)]
+    assert notified == [(req, PROMPT)]
     later = Request(PROMPT)
-    watch.place(later)
+    watch.choose_namespace(later)
     assert later.extra_key == "|kv-anomaly-0-1"
     assert watch.report()["anomalies"] == {"low_accept_length/aborted": 1}
 
@@ -93,10 +101,10 @@ def test_a_short_prompt_is_known_by_what_it_generated() -> None:
     req = Request([1, 2])
     verify(watch, req, 0)
     later = Request([1, 2, 7, 7, 99])  # the next turn of the same conversation
-    watch.place(later)
+    watch.choose_namespace(later)
     assert later.extra_key is not None
     other = Request([1, 2, 8, 8, 99])
-    watch.place(other)
+    watch.choose_namespace(other)
     assert other.extra_key is None
 
 
@@ -107,26 +115,26 @@ def test_a_prompt_with_placeholders_is_known_with_and_without_them() -> None:
     verify(watch, req, 0)
     later = Request([5] * 20)
     later.origin_input_ids = [900, 901, 902, 903, 1]
-    watch.place(later)
+    watch.choose_namespace(later)
     assert later.extra_key is not None
 
 
-def test_observing_a_prefill_that_is_told_changes_nothing() -> None:
+def test_observing_a_prefill_that_is_notified_changes_nothing() -> None:
     watch = guard("observe")
-    watch.told({4: 1})
+    watch.notified({4: 1})
     assert len(watch.taint) == 0
-    assert watch.report()["told"] == 1
+    assert watch.report()["notifications_received"] == 1
 
 
 def test_a_namespace_of_the_users_own_is_kept() -> None:
     watch = guard()
     watch.taint.add(PROMPT)
     req = Request(PROMPT, extra_key="tenant")
-    watch.place(req)
+    watch.choose_namespace(req)
     assert req.extra_key == "tenant|kv-anomaly-0-1"
     req.extra_key += "|elastic"  # stock adds one of its own, later
     watch.taint.add(PROMPT)
-    watch.place(req)
+    watch.choose_namespace(req)
     assert req.extra_key == "tenant|elastic|kv-anomaly-0-2"
 
 
@@ -136,10 +144,10 @@ def test_a_request_that_holds_kv_is_not_moved() -> None:
     req = Request(PROMPT)
     req.kv.req_pool_idx = 5
     watch.taint.add(PROMPT)
-    watch.place(req)
+    watch.choose_namespace(req)
     assert req.extra_key is None
     req.kv.req_pool_idx = None  # retracted: it begins anew
-    watch.place(req)
+    watch.choose_namespace(req)
     assert req.extra_key == "|kv-anomaly-0-1"
 
 
@@ -171,11 +179,12 @@ def test_the_log_line_is_json_with_what_an_operator_needs(
 
 
 def test_other_ranks_act_alike_and_stay_silent(caplog: pytest.LogCaptureFixture) -> None:
-    told: list[Any] = []
-    watch, req = guard(speaks=False, tell=lambda *args: told.append(args)), Request(PROMPT)
+    notified: list[Any] = []
+    watch = guard(is_reporting_rank=False, notify=lambda *args: notified.append(args))
+    req = Request(PROMPT)
     verify(watch, req, 0)
     assert req.to_finish is not None and len(watch.taint) == 1
-    assert not caplog.records and not told
+    assert not caplog.records and not notified
     assert watch.report()["requests"] == 0
 
 

@@ -1,15 +1,16 @@
-"""Decode tells prefill: the KV of this prompt is suspect on your side too.
+"""Decode notifies prefill that the KV of a prompt is suspect there too.
 
     decode scheduler -> POST http://bootstrap host:port/sglang_scaling_fixes/kv_anomaly
         -> prefill's main process -> stock's set_internal_state -> all its schedulers, in one step
 
-The client's retry may be at the prefill server some milliseconds after the abort. So decode posts
-before it ends the request, and prefill answers once the message is on its way to the schedulers,
-ahead of every later request: both take the same queues.
+The client's retry may reach the prefill server some milliseconds after the abort. So decode posts
+before it ends the request, and prefill answers once the message is on its way to the schedulers.
+There it is ahead of every later request, because both use the same queues.
 
-The bootstrap server is the one address of a prefill that every decode knows in every release.
-The message holds digests of the prompt's first page, for each page size, and no tokens. A stock
-prefill answers 404; that is counted and logged, for its cached prompt stays readable there.
+The bootstrap server is the one address of a prefill server that decode knows in every release.
+A notification holds digests of the prompt's first page, one for each page size, and no tokens. A
+stock prefill server answers 404. That is counted and logged, because its cached prompt stays
+readable there.
 """
 
 from __future__ import annotations
@@ -32,37 +33,43 @@ logger = logging.getLogger(__name__)
 
 PATH = "/sglang_scaling_fixes/kv_anomaly"
 FIELD = "sglang_scaling_fixes_kv_anomaly_"
-"""Of set_internal_state, which carries numbers by name: this and a page size, a digest each."""
+"""The name of a number in set_internal_state: this and a page size. The number is a digest."""
 QUICK = 0.25
-"""Seconds that a scheduler waits for prefill at most, once per anomaly; usually it is a few ms."""
+"""Seconds that a scheduler waits for prefill at most, once per anomaly. A few ms are usual."""
 TIMEOUT = 5.0
-"""Seconds for one later attempt, which nobody waits for."""
+"""Seconds for one later attempt in the background."""
 ATTEMPTS = 3
 PAUSE = 10.0
-"""Seconds in which a server that could not be told is not tried again: told again, it fails."""
+"""Seconds in which a server that could not be notified is not tried again.
+
+Notifications to it fail at once meanwhile."""
 LIMIT = 1024
-"""Tellings that may wait; past it one is lost, and counted as failed."""
+"""Notifications that may wait for the thread. At the limit a new one is lost, and counted so."""
 _LARGEST_BODY = 4096
 
 
-class Teller:
-    """Tries once, quickly; what fails is tried again by a thread. `count(outcome)` after each."""
+class Notifier:
+    """Posts once, quickly. If that fails, a thread tries again.
+
+    `count(outcome)` is called once for each notification: `delivered`, `failed` or `lost`.
+    """
 
     def __init__(self, count: Callable[[str], None]) -> None:
         self._count = count
         self._waiting: queue.Queue[tuple[str, bytes]] = queue.Queue(LIMIT)
         self._silent: dict[str, float] = {}
-        threading.Thread(target=self._run, name="kv-anomaly-teller", daemon=True).start()
+        threading.Thread(target=self._run, name="kv-anomaly-notifier", daemon=True).start()
 
-    def tell(self, host: str, port: int, tokens: Any) -> None:
+    def notify(self, host: str, port: int, tokens: Any) -> None:
+        """`host` and `port`: prefill's bootstrap server. `tokens`: the suspect prompt."""
         known = beginnings(tokens)
         if not known:
             return
         host = f"[{host}]" if ":" in host and not host.startswith("[") else host
         url, body = f"http://{host}:{port}{PATH}", json.dumps(known).encode()
-        with contextlib.suppress(Exception):  # whatever it is, the thread will say it
+        with contextlib.suppress(Exception):  # the thread tries again, and logs what fails
             if time.monotonic() >= self._silent.get(url, 0.0) and _post(url, body, QUICK) == 200:
-                self._count("told")
+                self._count("delivered")
                 return
         try:
             self._waiting.put_nowait((url, body))
@@ -75,26 +82,26 @@ class Teller:
             self._count(self._send(url, body))
 
     def _send(self, url: str, body: bytes) -> str:
-        """One server that does not answer must not keep the others waiting for long."""
+        """The outcome. A server that does not answer must not delay the others for long."""
         if time.monotonic() < self._silent.get(url, 0.0):
             return "failed"
         problem = ""
         for _ in range(ATTEMPTS):
             try:
                 status = _post(url, body, TIMEOUT)
-            except Exception as error:  # also what is no HTTP, and addresses that are none
+            except Exception as error:  # also for an answer that is not HTTP, or a bad address
                 problem = repr(error)
                 continue
             if status == 200:
                 self._silent.pop(url, None)
-                return "told"
+                return "delivered"
             problem = f"it answered {status}"
             if status in (404, 405):
-                break  # no plugin there
+                break  # the plugin does not run there
         self._silent[url] = time.monotonic() + PAUSE
         logger.warning(
-            "sglang-scaling-fixes: prefill was not told of a KV anomaly (%s: %s); a retry there "
-            "may read suspect KV. Arm spec-guard on the prefill server too.",
+            "sglang-scaling-fixes: the prefill server was not notified of a KV anomaly (%s: %s); a "
+            "retry there may read suspect KV. Arm spec-guard on the prefill server too.",
             url,
             problem,
         )
@@ -102,9 +109,9 @@ class Teller:
 
 
 def _post(url: str, body: bytes, timeout: float) -> int:
-    """The status of the answer. Raises whatever the network, or the other side, makes of it."""
+    """The status of the answer. Raises any error of the network or of the other side."""
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"}, method="POST")
-    # No proxy of the environment's: the address is on the servers' own network.
+    # The environment's proxies are not used: the address is on the servers' own network.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(request, timeout=timeout) as answer:
@@ -115,12 +122,12 @@ def _post(url: str, body: bytes, timeout: float) -> int:
 
 
 def read(body: bytes) -> dict[int, int]:
-    """A telling's digests by page size. ValueError for anything else."""
+    """A notification's digests by page size. ValueError if it is not one."""
     if len(body) > _LARGEST_BODY:
-        raise ValueError("too long")
+        raise ValueError(f"the body is longer than {_LARGEST_BODY} bytes")
     read = json.loads(body)
     if not isinstance(read, dict) or not read:
-        raise ValueError("not an object of digests by page size")
+        raise ValueError("the body is not an object of digests by page size")
     return {_page(page): _digest(beginning) for page, beginning in read.items()}
 
 
@@ -137,14 +144,14 @@ def _digest(value: Any) -> int:
 
 
 def to_fields(known: Mapping[int, int]) -> dict[str, int]:
-    """As set_internal_state carries them."""
+    """The digests as fields of set_internal_state."""
     return {f"{FIELD}{page}": beginning for page, beginning in known.items()}
 
 
 def from_fields(fields: Mapping[str, Any]) -> dict[int, int]:
-    """The digests in a set_internal_state request; empty if it is not one of ours.
+    """The digests in a set_internal_state request; empty if it is not a notification.
 
-    Anybody who may set a server's state may send one, so it is read as `read` reads a body.
+    Every client that may set a server's state may send one, so it is checked like a body.
     """
     found: dict[int, int] = {}
     for name, value in fields.items():
@@ -158,29 +165,29 @@ def from_fields(fields: Mapping[str, Any]) -> dict[int, int]:
 
 
 def add_route(server: Any) -> None:
-    """Let a stock bootstrap server take tellings."""
+    """Let a stock bootstrap server accept notifications."""
     from aiohttp import web
 
-    async def take(request: Any) -> Any:
+    async def accept(request: Any) -> Any:
         try:
             known = read(await request.read())
         except ValueError as error:
             return web.Response(status=400, text=f"{error}\n")
         try:
             await asyncio.wait_for(asyncio.wrap_future(_pass_on(known)), TIMEOUT)
-        except Exception as error:  # the sender tries again, and says so if it stays
+        except Exception as error:  # the sender tries again, and logs it if that fails too
             logger.warning("sglang-scaling-fixes: a KV anomaly was not passed on: %r", error)
             return web.Response(status=503, text="not passed on to the schedulers\n")
-        return web.Response(text="told\n")
+        return web.Response(text="notified\n")
 
-    server.app.router.add_post(PATH, take)
+    server.app.router.add_post(PATH, accept)
 
 
 _under_way: set[asyncio.Task[Any]] = set()
 
 
 def _pass_on(known: Mapping[int, int]) -> Any:
-    """To every scheduler of this server, by stock's own broadcast. A future: done when sent."""
+    """Send to all schedulers of this server, by stock's broadcast. A future: done when sent."""
     from sglang.srt.entrypoints.http_server import _global_state
     from sglang.srt.managers.io_struct import SetInternalStateReq
 
@@ -191,8 +198,8 @@ def _pass_on(known: Mapping[int, int]) -> Any:
     request = SetInternalStateReq(server_args=to_fields(known))
 
     async def send() -> None:
-        # In a task of its own, which is never cancelled: up to 0.5.15 stock's broadcast answers
-        # nobody after that. It sends before it waits for the first time.
+        # A task of its own that is never cancelled: up to 0.5.15, stock's broadcast serves no
+        # caller any more once one was cancelled. It sends before it waits for the first time.
         task = asyncio.ensure_future(manager.set_internal_state(request))
         _under_way.add(task)
         task.add_done_callback(_under_way.discard)

@@ -13,21 +13,17 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from multidict import CIMultiDict
 
 from sglang_scaling_fixes import cli
 from sglang_scaling_fixes.errors import ConfigError
+from sglang_scaling_fixes.retry import request as request_module
 from sglang_scaling_fixes.retry.budget import Budget
-from sglang_scaling_fixes.retry.request import (
-    LAST_ROOM,
-    batch_size,
-    generations,
-    parse,
-    rendezvous,
-    request_id,
-)
+from sglang_scaling_fixes.retry.rendezvous import LAST_ROOM, with_rendezvous
+from sglang_scaling_fixes.retry.request import BodyFacts, ClientRequest
 from sglang_scaling_fixes.retry.routes import CHANGING_GETS, INFERENCE, READ, route
-from sglang_scaling_fixes.retry.settings import Pair, Target, settings
-from sglang_scaling_fixes.retry.workers import LONGEST_BACKOFF, State, Worker, Workers
+from sglang_scaling_fixes.retry.settings import Pair, Target, checked_settings
+from sglang_scaling_fixes.retry.workers import LONGEST_BACKOFF, Worker, Workers, WorkerState
 
 
 def some(count: int) -> Workers:
@@ -61,9 +57,9 @@ def test_an_avoided_worker_is_the_last_resort_until_its_time_is_over() -> None:
     workers.avoid(bad, until=30.0)
     workers.avoid(bad, until=5.0)  # the longer one counts
     good.in_flight = 100
-    assert pick(workers, now=29.9) is good and bad.state(29.9) is State.AVOIDED
+    assert pick(workers, now=29.9) is good and bad.state(29.9) is WorkerState.AVOIDED
     assert pick(workers, [good], now=29.9) is bad
-    assert pick(workers, now=30.0) is bad and bad.state(30.0) is State.UP
+    assert pick(workers, now=30.0) is bad and bad.state(30.0) is WorkerState.UP
 
 
 def test_a_broken_worker_is_probed_with_a_back_off_that_doubles() -> None:
@@ -101,8 +97,8 @@ def test_only_a_good_answer_forgets_what_broke() -> None:
 def test_what_a_pair_cannot_serve_goes_to_no_pair() -> None:
     pair = Target("http://d:1", Pair("http://p:1", "p", 8998))
     workers = Workers([pair, Target("http://w:1")])
-    assert workers.pick([], 0.0, alone=True) is workers.all[1]
-    assert workers.pick([workers.all[1]], 0.0, alone=True) is None
+    assert workers.pick([], 0.0, no_pairs=True) is workers.all[1]
+    assert workers.pick([workers.all[1]], 0.0, no_pairs=True) is None
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from("bapf"), st.integers(0, 40))))
@@ -120,9 +116,9 @@ def test_whoever_is_picked_is_live_and_untried(steps: list[tuple[int, str, int]]
                 workers.probed(due, what == "p", now)
         tried: list[Worker] = []
         while (picked := workers.pick(tried, now)) is not None:
-            assert picked.state(now) is not State.DOWN and picked not in tried
+            assert picked.state(now) is not WorkerState.DOWN and picked not in tried
             tried.append(picked)
-        up = [w for w in workers.all if w.state(now) is State.UP]
+        up = [w for w in workers.all if w.state(now) is WorkerState.UP]
         assert set(tried[: len(up)]) == set(up)
         assert bool(tried) == workers.live(now)
 
@@ -138,6 +134,17 @@ def test_a_budget_is_never_exceeded_and_comes_back() -> None:
 
 
 # Requests
+
+
+def asked(path: str, body: bytes, headers: dict[str, str] | None = None) -> ClientRequest:
+    found = route("POST", path) or READ
+    return ClientRequest("POST", path, path, CIMultiDict(headers or {}), body, found)
+
+
+def facts(path: str, said: dict[str, Any]) -> BodyFacts:
+    found = asked(path, json.dumps(said).encode()).facts
+    assert found is not None
+    return found
 
 
 @pytest.mark.parametrize(
@@ -164,13 +171,39 @@ def test_a_budget_is_never_exceeded_and_comes_back() -> None:
 def test_how_many_prompts_and_generations(
     path: str, said: dict[str, Any], batch: int | None, count: int
 ) -> None:
-    assert batch_size(path, said) == batch and generations(path, said) == count
+    assert (facts(path, said).batch_size, facts(path, said).generations) == (batch, count)
 
 
 def test_instances_are_prompts() -> None:
     said = {"instances": [{"text": "x"}] * 3, "parameters": {"sampling_params": {"n": 2}}}
-    assert generations("/vertex_generate", said) == 6
-    assert generations("/vertex_generate", {"parameters": 7}) == 1
+    assert facts("/vertex_generate", said).generations == 6
+    assert facts("/vertex_generate", {"parameters": 7}).generations == 1
+
+
+@pytest.mark.parametrize("body", [b"", b"[1]", b"7", b"\xff", b'{"text": '])
+def test_what_is_no_json_object_has_no_facts(body: bytes) -> None:
+    request = asked("/generate", body)
+    assert request.facts is None and request.generations == 1 and request.name is None
+
+
+def test_a_body_is_parsed_once_and_only_if_it_must_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[bytes] = []
+
+    def counting(path: str, body: bytes) -> BodyFacts | None:
+        parsed.append(body)
+        return body_facts(path, body)
+
+    body_facts = request_module.body_facts
+    monkeypatch.setattr(request_module, "body_facts", counting)
+    body = b'{"rid": "r", "n": 2}'
+    request = asked("/v1/chat/completions", body, {"X-Request-Id": "h"})
+    assert request.name == "h" and parsed == []
+    request = asked("/v1/chat/completions", body)
+    assert (request.generations, request.name) == (2, "r") and request.facts is not None
+    assert parsed == [body]
+    request = asked("/v1/chat/completions", b"no JSON")
+    assert request.facts is None and request.name is None
+    assert parsed == [body, b"no JSON"]
 
 
 @pytest.mark.parametrize(
@@ -179,11 +212,12 @@ def test_instances_are_prompts() -> None:
 )
 def test_a_room_is_added_and_nothing_else_changed(body: bytes) -> None:
     pair = Pair("http://p:1", "p", 9000)
-    said = parse(body)
-    assert said is not None
+    said = json.loads(body)
+    known = asked("/generate", body).facts
+    assert known is not None
     rooms = set()
     for _ in range(20):
-        sent = rendezvous("/generate", body, said, pair)
+        sent = with_rendezvous(body, known, pair)
         assert sent.startswith(body.rstrip()[:-1])
         got = json.loads(sent)
         rooms.add(got["bootstrap_room"])
@@ -193,10 +227,10 @@ def test_a_room_is_added_and_nothing_else_changed(body: bytes) -> None:
 
 
 def test_the_clients_name_of_a_request() -> None:
-    assert request_id("h", b'{"rid": "r"}') == "h"
-    assert request_id(None, b'{"rid": "r"}') == "r"
-    assert request_id(None, b'{"rid": ["r", "s"]}') == "r"
-    assert request_id(None, b"{}") is None and request_id(None, b"\xff") is None
+    assert asked("/generate", b'{"rid": "r"}', {"x-request-id": "h"}).name == "h"
+    assert asked("/generate", b'{"rid": "r"}').name == "r"
+    assert asked("/generate", b'{"rid": ["r", "s"]}').name == "r"
+    assert asked("/generate", b"{}").name is None and asked("/generate", b"\xff").name is None
 
 
 # Flags
@@ -240,7 +274,7 @@ def test_a_bad_flag_is_named_with_its_value_and_the_remedy(
 
 
 def test_good_flags() -> None:
-    chosen = settings(
+    chosen = checked_settings(
         ["http://[::1]:30000", "https://w"],
         ["prefill=http://[fe80::1]:1,decode=http://d:2,bootstrap-port=9"],
         attempts="5",
@@ -255,7 +289,7 @@ def test_good_flags() -> None:
     assert pair is not None and (pair.host, pair.port) == ("[fe80::1]", 9)
     assert (chosen.attempts, chosen.idle_timeout) == (5, 2.5)
     with pytest.raises(ConfigError):
-        settings(["http://a:1"], [], port=70_000)
+        checked_settings(["http://a:1"], [], port=70_000)
 
 
 def test_the_command_line_imports_no_server() -> None:

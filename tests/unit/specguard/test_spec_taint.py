@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_scaling_fixes.specguard import tell
+from sglang_scaling_fixes.specguard import notify
 from sglang_scaling_fixes.specguard.taint import PAGES, Taint, beginnings
 
 PAGE = 4
@@ -98,21 +98,21 @@ def test_digests_pass_through_json_and_through_stocks_message() -> None:
 
     known = beginnings(list(range(3000)))
     assert set(known) == set(PAGES)
-    assert tell.read(json.dumps(known).encode()) == known
-    assert tell.from_fields(tell.to_fields(known)) == known
-    assert tell.from_fields({"pp_max_micro_batch_size": 8}) == {}
+    assert notify.read(json.dumps(known).encode()) == known
+    assert notify.from_fields(notify.to_fields(known)) == known
+    assert notify.from_fields({"pp_max_micro_batch_size": 8}) == {}
 
 
 @pytest.mark.parametrize("value", [-1, 2**63, 1.5, True, "a", None])
 @pytest.mark.parametrize("page", ["64", "63", "x", ""])
 def test_whoever_may_set_a_servers_state_cannot_end_it(page: str, value: object) -> None:
-    assert tell.from_fields({f"{tell.FIELD}{page}": value}) == {}
+    assert notify.from_fields({f"{notify.FIELD}{page}": value}) == {}
 
 
 @given(st.binary(max_size=200))
-def test_hostile_tellings_are_an_error_and_nothing_else(body: bytes) -> None:
+def test_hostile_notifications_are_an_error_and_nothing_else(body: bytes) -> None:
     try:
-        known = tell.read(body)
+        known = notify.read(body)
     except (ValueError, RecursionError):
         return
     assert set(known) <= set(PAGES)
@@ -134,6 +134,6 @@ def test_hostile_tellings_are_an_error_and_nothing_else(body: bytes) -> None:
         b" " * 5000,
     ],
 )
-def test_what_is_no_telling(body: bytes) -> None:
+def test_what_is_no_notification(body: bytes) -> None:
     with pytest.raises(ValueError):
-        tell.read(body)
+        notify.read(body)

@@ -24,7 +24,9 @@ from sglang_scaling_fixes.specguard.taint import Taint
 action = sys.argv[1]
 attach.attach()
 if action != "off":
-    guard.SpecGuard.current = guard.SpecGuard(Rules(), action, Taint(4), 3, "accepted")
+    guard.SpecGuard.current = guard.SpecGuard(
+        Rules(), action, Taint(4), guard.DraftCounters(3, "accepted")
+    )
 
 written = []
 
@@ -83,9 +85,7 @@ print("said:" + json.dumps(said))
 def said() -> dict[str, dict[str, object]]:
     found = {}
     for action in ("off", "abort"):
-        found[action] = child.said(
-            sys.executable, SCRIPT, action, env=cpu_env({}), mark="said:", timeout_s=300
-        )
+        found[action] = child.said(sys.executable, SCRIPT, action, env=cpu_env({}), mark="said:")
     return found
 
 

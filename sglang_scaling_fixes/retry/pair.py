@@ -1,0 +1,137 @@
+"""A prefill/decode pair: both halves get the request at once, and fail together."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, replace
+from typing import Any
+
+import aiohttp
+
+from sglang_scaling_fixes.retry.budget import Lease
+from sglang_scaling_fixes.retry.failure import Failure
+from sglang_scaling_fixes.retry.headers import (
+    Headers,
+    headers_for_client,
+    is_event_stream,
+    retry_after,
+)
+from sglang_scaling_fixes.retry.relay import Relay
+from sglang_scaling_fixes.retry.rendezvous import with_rendezvous
+from sglang_scaling_fixes.retry.reply import ClientReply
+from sglang_scaling_fixes.retry.request import ClientRequest
+from sglang_scaling_fixes.retry.settings import Pair, ProxySettings
+from sglang_scaling_fixes.retry.stream import Stream
+from sglang_scaling_fixes.retry.verdict import PAIR_RETRYABLE, judge_body
+from sglang_scaling_fixes.retry.worker_client import WorkerCall, WorkerClient
+
+PREFILL_GRACE_SECONDS = 1.0
+"""How long a prefill may go on after its decode has answered in full."""
+ERROR_BYTES = 1 << 20
+"""How much of an error body is read to judge it."""
+
+
+@dataclass
+class _PrefillRefusal:
+    """A refusal by prefill that is the client's answer: neither a failure nor a success."""
+
+    status: int
+    headers: Headers
+    body: bytes
+
+
+class PairAttempt:
+    def __init__(self, client: WorkerClient, relay: Relay, settings: ProxySettings) -> None:
+        self._client = client
+        self._relay = relay
+        self._settings = settings
+
+    async def run(
+        self,
+        request: ClientRequest,
+        decode_url: str,
+        pair: Pair,
+        reply: ClientReply,
+        lease: Lease,
+    ) -> None:
+        """Returns when the client has the whole answer. Raises Failure."""
+        assert request.facts is not None, "no pair is picked for a body that is no JSON object"
+        body = with_rendezvous(request.body, request.facts, pair)
+        prefill_call = WorkerCall(pair.prefill, body, PAIR_RETRYABLE)
+        decode_call = WorkerCall(decode_url, body, PAIR_RETRYABLE)
+        prefill = asyncio.create_task(self._prefill(request, prefill_call))
+        decode = asyncio.create_task(self._relay.answer(request, decode_call, reply, lease))
+        try:
+            await asyncio.wait({prefill, decode}, return_when=asyncio.FIRST_COMPLETED)
+            # Once the client has a byte, decode has the KV, and prefill no longer matters.
+            if prefill.done() and not reply.started:
+                refusal = await prefill
+                if refusal is not None:
+                    await _cancel(decode)
+                    await reply.whole(refusal.status, refusal.headers, refusal.body)
+                    return
+            await decode
+            await asyncio.wait({prefill}, timeout=PREFILL_GRACE_SECONDS)
+        finally:
+            await _cancel(decode, prefill)
+
+    async def _prefill(self, request: ClientRequest, call: WorkerCall) -> _PrefillRefusal | None:
+        """Reads and drops prefill's answer, unless it is a refusal. Raises Failure."""
+        async with self._client.call(request, call) as response:
+            if response.status >= 400:
+                return await _refusal(response, call)
+            if is_event_stream(response):
+                await self._drain_stream(request, response, call)
+            else:
+                await _drain_body(response, call)
+        return None
+
+    async def _drain_stream(
+        self, request: ClientRequest, response: aiohttp.ClientResponse, call: WorkerCall
+    ) -> None:
+        limit = self._settings.hold_bytes
+        stream = Stream(request.route.family, 0, limit, 1, call.retryable)
+        while chunk := await response.content.readany():
+            if not stream.ended:
+                stream.feed(chunk)
+                if stream.failure is not None:
+                    raise _of_prefill(stream.failure)
+        if not stream.ended:
+            stream.close()
+            if stream.failure is not None:
+                raise _of_prefill(stream.failure)
+
+
+async def _refusal(response: aiohttp.ClientResponse, call: WorkerCall) -> _PrefillRefusal:
+    body = await _at_most(response, ERROR_BYTES)
+    failure = judge_body(response.status, body, retry_after(response), call.retryable)
+    if failure is not None:
+        raise _of_prefill(failure)
+    headers = [h for h in headers_for_client(response) if h[0].lower() != b"content-length"]
+    headers.append((b"content-length", str(len(body)).encode()))
+    return _PrefillRefusal(response.status, headers, body)
+
+
+async def _drain_body(response: aiohttp.ClientResponse, call: WorkerCall) -> None:
+    start = await _at_most(response, ERROR_BYTES)
+    while await response.content.readany():
+        pass
+    if failure := judge_body(response.status, start, None, call.retryable):
+        raise _of_prefill(failure)
+
+
+async def _at_most(response: aiohttp.ClientResponse, limit: int) -> bytes:
+    held = b""
+    while len(held) < limit and (chunk := await response.content.readany()):
+        held += chunk
+    return held
+
+
+def _of_prefill(failure: Failure) -> Failure:
+    return replace(failure, message=f"prefill: {failure.message}")
+
+
+async def _cancel(*tasks: asyncio.Task[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
