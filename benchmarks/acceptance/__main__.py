@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from sglang_scaling_fixes.lab import runtime
-from sglang_scaling_fixes.lab.cluster import greedy
+from sglang_scaling_fixes.lab.faults.corrupt import KINDS
 from sglang_scaling_fixes.lab.install import install
-from sglang_scaling_fixes.lab.serve import RELEASE, Options, Served, prompt, serving
-from sglang_scaling_fixes.lab.standins.corrupt import KINDS
+from sglang_scaling_fixes.lab.servers.cluster import greedy
+from sglang_scaling_fixes.lab.servers.serve import RELEASE, Options, Served, prompt, serving
 
 FIGURE = Path(__file__).parents[2] / "docs" / "accept-length.svg"
 AFTER, TOKENS, WINDOW = 100, 260, 20

@@ -30,8 +30,8 @@ from benchmarks.reclaim.pair import (
     report_when_nothing_is_held,
 )
 from benchmarks.reclaim.turns import Half, half
-from sglang_scaling_fixes.lab.cluster import Cluster
 from sglang_scaling_fixes.lab.errors import LabError
+from sglang_scaling_fixes.lab.servers.cluster import Cluster
 
 BLOCK_TURNS = 80
 """Turns of each half that are one entry of the result. Requests end in batches, so a

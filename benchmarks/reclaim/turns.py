@@ -23,9 +23,9 @@ from benchmarks.reclaim import processes
 from benchmarks.reclaim.client import Board, Job, read_replies
 from benchmarks.reclaim.load import Reply, Shape
 from benchmarks.reclaim.pair import ends_of
-from sglang_scaling_fixes.lab.cluster import Cluster
 from sglang_scaling_fixes.lab.errors import LabError
-from sglang_scaling_fixes.lab.process import Guarded
+from sglang_scaling_fixes.lab.servers.cluster import Cluster
+from sglang_scaling_fixes.lab.servers.process import Supervised
 
 FIRST_ROOM = 1_000_001
 """The warm-up has the rooms below."""
@@ -46,7 +46,7 @@ class Half:
         self._board = board
         self._replies = Path(job.replies)
         self._log = folder / "client.log"
-        self._client: Guarded | None = None
+        self._client: Supervised | None = None
         self._pids = [p for s in (cluster.fast, cluster.decode) for p in s.process.pids()]
         self._servers = list(self._pids)
         for core, server in zip(_CORES, (cluster.fast, cluster.decode), strict=False):
@@ -61,7 +61,7 @@ class Half:
         self.go()
         environment = {**os.environ, "PYTHONPATH": str(_ROOT)}
         command = [sys.executable, "-m", "benchmarks.reclaim.client", str(self._job)]
-        self._client = Guarded(command, log=self._log, env=environment)
+        self._client = Supervised(command, log=self._log, env=environment)
         while not self._board.completed:
             if not self._client.alive:
                 raise LabError(f"the client ended: {self._client.tail()}")

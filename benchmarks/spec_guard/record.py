@@ -24,9 +24,9 @@ from benchmarks.spec_guard import plan, recording, texts
 from benchmarks.spec_guard.plan import Request
 from benchmarks.spec_guard.recording import Record
 from sglang_scaling_fixes.lab import runtime
-from sglang_scaling_fixes.lab.cluster import greedy
 from sglang_scaling_fixes.lab.install import install
-from sglang_scaling_fixes.lab.serve import RELEASE, Options, serving
+from sglang_scaling_fixes.lab.servers.cluster import greedy
+from sglang_scaling_fixes.lab.servers.serve import RELEASE, Options, serving
 
 CONCURRENCY = 64
 """Requests at a time: a step takes as long as its batch is large, from 16 requests on."""

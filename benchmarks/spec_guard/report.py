@@ -8,7 +8,7 @@ from dataclasses import replace
 from benchmarks.spec_guard import replay
 from benchmarks.spec_guard.recording import Record, Recording
 from benchmarks.spec_guard.replay import Count, Verdict, percentile
-from sglang_scaling_fixes.lab.standins.corrupt import KINDS
+from sglang_scaling_fixes.lab.faults.corrupt import KINDS
 from sglang_scaling_fixes.specguard.detector import Rules, repetition
 
 PERCENTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)

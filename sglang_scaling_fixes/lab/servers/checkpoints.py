@@ -11,15 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
-from sglang_scaling_fixes.lab import weights, words
 from sglang_scaling_fixes.lab.errors import LabError
 from sglang_scaling_fixes.lab.glm import weights as glm_weights
 from sglang_scaling_fixes.lab.install import Environment, lab_home
 from sglang_scaling_fixes.lab.runtime import DSA
+from sglang_scaling_fixes.lab.servers import tiny_llama, tokenizer
 
 # K and V of every layer of the Llama, float32.
-KV_BYTES_PER_TOKEN = 2 * weights.LAYERS * weights.HEADS * weights.HEAD_DIM * 4
-VOCAB = weights.VOCAB
+KV_BYTES_PER_TOKEN = 2 * tiny_llama.LAYERS * tiny_llama.HEADS * tiny_llama.HEAD_DIM * 4
+VOCAB = tiny_llama.VOCAB
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def llama(environment: Environment, seed: int = 1) -> Model:
     """A dense model with ordinary attention, the same bytes for every release."""
     return Model(
         name="tiny-llama",
-        folder=_checkpoint(environment, weights, "llama", seed),
+        folder=_checkpoint(environment, tiny_llama, "llama", seed),
         modules=("llama", "registry", "utils"),
         flags=("--attention-backend", "torch_native", "--disable-radix-cache"),
     )
@@ -62,8 +62,14 @@ def tiny_glm(environment: Environment, seed: int = 1, *, text: bool = False) -> 
         # Interpreted: the Triton kernels that assign slots, on CPU tensors. Not compiled: what
         # torch would compile for a model this small takes longer than all its requests.
         env={DSA: "1", "TRITON_INTERPRET": "1", "TORCHDYNAMO_DISABLE": "1"},
-        tokenizer=words.write(lab_home() / "models" / "words", glm_weights.VOCAB) if text else None,
+        tokenizer=tokenizer.write(lab_home() / "models" / "words", glm_weights.VOCAB)
+        if text
+        else None,
     )
+
+
+def _tokenizer() -> Path:
+    return tokenizer.write(lab_home() / "models" / "words", glm_weights.VOCAB)
 
 
 def _checkpoint(environment: Environment, writer: ModuleType, name: str, seed: int) -> Path:

@@ -11,17 +11,23 @@ import random
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sglang_scaling_fixes.lab import model as lab_model
-from sglang_scaling_fixes.lab.client import Answer
-from sglang_scaling_fixes.lab.cluster import Cluster, Server, greedy, refuse_a_gpu
 from sglang_scaling_fixes.lab.errors import LabError
 from sglang_scaling_fixes.lab.glm import weights
 from sglang_scaling_fixes.lab.install import Environment, Progress, install
-from sglang_scaling_fixes.lab.link import LOCAL, link
+from sglang_scaling_fixes.lab.servers import checkpoints
+from sglang_scaling_fixes.lab.servers.client import Answer
+from sglang_scaling_fixes.lab.servers.cluster import (
+    Cluster,
+    ClusterSpec,
+    Server,
+    greedy,
+    refuse_a_gpu,
+)
+from sglang_scaling_fixes.lab.servers.link import LOCAL, link
 
 RELEASE = "0.5.23"
 
@@ -54,7 +60,19 @@ class Options:
     text: bool = False  # with a tokenizer of words, for the OpenAI API
     tokens: int = TOKENS  # KV slots of each server
     flags: tuple[str, ...] = ()  # for every server
-    env: Mapping[str, str] | None = None
+    env: Mapping[str, str] = field(default_factory=dict)
+    sleep_on_idle: bool = False  # as in ClusterSpec
+
+    def cluster_spec(self) -> ClusterSpec:
+        """What the servers are given: both of a pair, or with `pd` off the one that does it all."""
+        return ClusterSpec(
+            prefills=1,
+            flags=self.shared(),
+            prefill_flags=self.prefill(),
+            env=self.env,
+            tokens=self.tokens,
+            sleep_on_idle=self.sleep_on_idle,
+        )
 
     def shared(self) -> tuple[str, ...]:
         return (*(SPEC_FLAGS if self.spec else ()), *self.flags)
@@ -138,21 +156,12 @@ def serving(options: Options, environment: Environment, run_dir: Path) -> Iterat
     """The servers of `options`, ready; they end with the block."""
     options.check()
     refuse_a_gpu()
-    model = lab_model.tiny_glm(environment, text=options.text)
+    model = checkpoints.tiny_glm(environment, text=options.text)
+    spec = options.cluster_spec()
     if options.pd:
         with (
             link(0, run_dir, shaped=False) as way,
-            Cluster(
-                environment,
-                model,
-                way,
-                run_dir,
-                prefills=1,
-                extra_flags=options.shared(),
-                prefill_flags=options.prefill(),
-                extra_env=options.env,
-                max_total_tokens=options.tokens,
-            ) as cluster,
+            Cluster(environment, model, way, run_dir, spec) as cluster,
         ):
             yield Served(model.name, (cluster.decode, cluster.fast), cluster)
         return
@@ -165,8 +174,8 @@ def serving(options: Options, environment: Environment, run_dir: Path) -> Iterat
         place=LOCAL,
         client=LOCAL,
         run_dir=run_dir,
-        flags=["--max-total-tokens", str(options.tokens), *options.prefill(), *options.shared()],
-        env=options.env,
+        flags=[*spec.common_flags(), *spec.prefill_flags, *spec.flags],
+        env=spec.env,
     )
     try:
         server.wait_ready()

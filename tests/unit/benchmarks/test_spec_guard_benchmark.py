@@ -13,7 +13,7 @@ from benchmarks.spec_guard import __main__ as command
 from benchmarks.spec_guard import figure, plan, record, recording, repeats, replay, report, texts
 from benchmarks.spec_guard.plan import Request
 from benchmarks.spec_guard.recording import Corruption, Record, Recording
-from sglang_scaling_fixes.lab.standins import corrupt
+from sglang_scaling_fixes.lab.faults import corrupt
 from sglang_scaling_fixes.specguard.detector import Rules
 
 ABOUT = {

@@ -17,9 +17,10 @@ from __future__ import annotations
 import random
 import time
 
-from sglang_scaling_fixes.lab.cluster import Outcome
-from sglang_scaling_fixes.lab.race import Invalid, Played, Race, Round, Subject, random_prompt
-from sglang_scaling_fixes.lab.traffic import Traffic
+from sglang_scaling_fixes.lab.races.reference import random_prompt
+from sglang_scaling_fixes.lab.races.round import Invalid, Played, Race, Round, Victim
+from sglang_scaling_fixes.lab.races.traffic import Traffic
+from sglang_scaling_fixes.lab.servers.cluster import Outcome
 
 OTHERS = 2  # so often the other user's prompts run: then no slot is as the victims left it
 
@@ -32,7 +33,7 @@ class ShortSends(Race):
         draw = random.Random(f"{seed}-{number}-{attempt}")
         name = f"{self.plan.name}-{number}-{attempt}"
         victims = [
-            self._subject(f"{name}-victim-{i}", draw, length, self.plan.new_tokens)
+            self._victim(f"{name}-victim-{i}", draw, length, self.plan.new_tokens)
             for i, length in enumerate(self.plan.victims)
         ]
         others = [
@@ -52,18 +53,21 @@ class ShortSends(Race):
         report.slots_shared = len(taken & left)
         if not report.slots_shared:
             raise Invalid("no victim got a slot of the other user's")
-        after = self._alone(f"{name}-afterwards", victims[0].prompt, self.plan.new_tokens)
-        report.clean_afterwards = after.ids == victims[0].ids
+        after = self._alone(f"{name}-afterwards", victims[0].right.prompt, self.plan.new_tokens)
+        report.clean_afterwards = after.ids == victims[0].right.ids
         return report
 
-    def _through_slow(self, victim: Subject) -> Outcome:
+    def _through_slow(self, victim: Victim) -> Outcome:
         sent = self.cluster.send(
-            self.cluster.slow, victim.prompt, victim.rid, max_new_tokens=victim.new_tokens
+            self.cluster.slow,
+            victim.right.prompt,
+            victim.rid,
+            max_new_tokens=victim.right.new_tokens,
         )
         outcome = sent.wait()
         body = outcome.prefill.body if outcome.prefill is not None else None
         meta = body.get("meta_info") if isinstance(body, dict) else None
-        if not meta or meta.get("prompt_tokens", 0) >= len(victim.prompt):
+        if not meta or meta.get("prompt_tokens", 0) >= len(victim.right.prompt):
             raise Invalid(f"prefill did not cut the prompt short: {body!s:.200}")
         return outcome
 

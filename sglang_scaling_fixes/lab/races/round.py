@@ -21,14 +21,20 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-from sglang_scaling_fixes.lab import model as lab_model
-from sglang_scaling_fixes.lab.cluster import ANSWER_S, Cluster, Outcome, Pending, Server
-from sglang_scaling_fixes.lab.link import Link
-from sglang_scaling_fixes.lab.observations import Event
-from sglang_scaling_fixes.lab.scenarios import IN_FLIGHT_SHARE, Ending, Scenario
-from sglang_scaling_fixes.lab.traffic import SAMPLE_S, Traffic
+from sglang_scaling_fixes.lab.observing.reader import Event
+from sglang_scaling_fixes.lab.races.reference import (
+    MARGIN,
+    WITH_MARGIN,
+    Reference,
+    differing,
+    margin,
+    random_prompt,
+)
+from sglang_scaling_fixes.lab.races.scenarios import IN_FLIGHT_SHARE, Ending, Scenario
+from sglang_scaling_fixes.lab.races.traffic import SAMPLE_S, Traffic
+from sglang_scaling_fixes.lab.servers.cluster import ANSWER_S, Cluster, Outcome, Pending, Server
+from sglang_scaling_fixes.lab.servers.link import Link
 
 LATE_BYTES = 100_000  # less than this after the end is chatter, not KV
 STALL_S = 4.0  # below the two missed heartbeats (10 s) that fail a stopped prefill
@@ -37,12 +43,6 @@ REUSE_S = 0.5  # a prefill that learns of an abort has ended the request by then
 REFUSED_S = 1.0  # before the load tries again
 CLEAR_TRIES = 20
 _STALL_SAMPLE_S = 0.0005
-
-MARGIN = 1e-3
-"""Least distance, in log-probability, of each reference token to the runner-up: a batch
-rounds sums differently than a request alone, by some 1e-6, and must not be called wrong."""
-WITH_MARGIN = {"return_logprob": True, "top_logprobs_num": 2}
-"""What a request asks for so that `margin` can be told."""
 
 
 @dataclass
@@ -70,14 +70,11 @@ class Round:
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A victim: what it sends and what is right."""
+class Victim:
+    """A request that must get what its prompt got when it was alone."""
 
     rid: str
-    prompt: list[int]
-    new_tokens: int
-    ids: list[int]
-    digests: list[int]
+    right: Reference
 
 
 @dataclass(frozen=True)
@@ -114,17 +111,17 @@ class Race:
         name = f"{plan.name}-{number}-{attempt}"
         late_prompts = [random_prompt(draw, length) for length in plan.late]
         victims = [
-            self._subject(f"{name}-victim-{i}", draw, length, plan.new_tokens)
+            self._victim(f"{name}-victim-{i}", draw, length, plan.new_tokens)
             for i, length in enumerate(plan.victims)
         ]
         runners = [
-            self._subject(f"{name}-runner-{i}", draw, length, plan.runner_tokens)
+            self._victim(f"{name}-runner-{i}", draw, length, plan.runner_tokens)
             for i, length in enumerate(plan.runners)
         ]
         hold = self._hold()
         self._slow_ended = plan.ends_slow
         with Traffic(self._link) as traffic:
-            running = [self._send(subject) for subject in runners]
+            running = [self._send(runner) for runner in runners]
             self._until(
                 lambda: all("admitted" in self._events(one.rid) for one in running),
                 "the running requests were not admitted",
@@ -145,25 +142,25 @@ class Race:
                     sending = time.time()
                     waiting = [self._send(victim) for victim in victims]
                 self._wait_admitted(waiting[0])
-            subjects = [*victims, *runners]
+            compared = [*victims, *runners]
             outcomes = [one.wait(prefill=False) for one in (*waiting, *running)]
             if running:
-                subjects += self._load_goes_on(victims, outcomes, traffic)
+                compared += self._load_goes_on(victims, outcomes, traffic)
             self._wait_quiet(traffic)
             if traffic.sent() - sent_at_end < LATE_BYTES:
                 raise Invalid(f"{traffic.sent() - sent_at_end} bytes were sent after the end")
         ended = [one.wait(timeout_s=ANSWER_S) for one in late]
         if any(outcome.ids is not None for outcome in ended):
             raise Invalid("the end came too late: a late request completed")
-        after = self._alone(f"{name}-afterwards", victims[0].prompt, plan.new_tokens)
+        after = self._alone(f"{name}-afterwards", victims[0].right.prompt, plan.new_tokens)
         played = Played(number, attempt, sent_at_end, sending, traffic)
-        report = self._judge(played, subjects, outcomes, ended)
+        report = self._judge(played, compared, outcomes, ended)
         if report.slots_shared == 0:
             raise Invalid(
                 f"no victim got a slot of a late request; {report.refused} of {report.victims}"
                 f" were refused: {next((o.refusal for o in outcomes if o.refusal), None)}"
             )
-        report.clean_afterwards = after.ids == victims[0].ids
+        report.clean_afterwards = after.ids == victims[0].right.ids
         report.lost = sum(self.cluster.observations.lost(room) for room in {o.room for o in late})
         return report
 
@@ -235,7 +232,7 @@ class Race:
 
     # -- the victims -----------------------------------------------------------------
 
-    def _subject(self, rid: str, draw: random.Random, length: int, new_tokens: int) -> Subject:
+    def _victim(self, rid: str, draw: random.Random, length: int, new_tokens: int) -> Victim:
         """Run a prompt alone, twice: what is right.
 
         Where victims share a batch the prompt is one without near-ties.
@@ -254,7 +251,7 @@ class Race:
         right = self._digests(reference.rid)
         if right != self._digests(again.rid):
             raise Invalid("two runs of the same prompt alone left different KV")
-        return Subject(rid, prompt, new_tokens, reference.ids, right)
+        return Victim(rid, Reference(prompt, new_tokens, reference.ids, right))
 
     def _alone(
         self,
@@ -268,21 +265,24 @@ class Race:
         ).wait(prefill=False)
 
     def _load_goes_on(
-        self, victims: list[Subject], outcomes: list[Outcome], traffic: Traffic
-    ) -> list[Subject]:
+        self, victims: list[Victim], outcomes: list[Outcome], traffic: Traffic
+    ) -> list[Victim]:
         """The same victims again and again until the link is quiet; adds their outcomes."""
-        subjects: list[Subject] = []
+        repeated: list[Victim] = []
         while traffic.quiet_s() < self._quiet_s:
             again = [replace(victim, rid=f"{victim.rid}-{len(outcomes)}") for victim in victims]
             sent = [self._send(victim) for victim in again]
             outcomes += [one.wait(prefill=False) for one in sent]
-            subjects += again
+            repeated += again
             time.sleep(SAMPLE_S if outcomes[-1].refusal is None else REFUSED_S)
-        return subjects
+        return repeated
 
-    def _send(self, subject: Subject) -> Pending:
+    def _send(self, victim: Victim) -> Pending:
         return self.cluster.send(
-            self.cluster.fast, subject.prompt, subject.rid, max_new_tokens=subject.new_tokens
+            self.cluster.fast,
+            victim.right.prompt,
+            victim.rid,
+            max_new_tokens=victim.right.new_tokens,
         )
 
     def _hold(self) -> AbstractContextManager[None]:
@@ -324,12 +324,12 @@ class Race:
     def _judge(
         self,
         played: Played,
-        subjects: list[Subject],
+        victims: list[Victim],
         outcomes: list[Outcome],
         ended: list[Outcome],
     ) -> Round:
-        verdicts = [self._verdict(*pair) for pair in zip(subjects, outcomes, strict=True)]
-        events = [self._events(subject.rid).get("admitted") for subject in subjects]
+        verdicts = [self._verdict(*pair) for pair in zip(victims, outcomes, strict=True)]
+        events = [self._events(victim.rid).get("admitted") for victim in victims]
         waited = [event for event in events[: len(self.plan.victims)] if event is not None]
         first = min((event["time"] for event in waited), default=None)
         owned = {
@@ -346,7 +346,7 @@ class Race:
             sent_after_admission=played.traffic.sent_after(first) if first else None,
             victim_wait_s=round(first - played.sending, 2) if first else None,
             slots_shared=sum(slot in owned for slot in slots),
-            victims=len(subjects),
+            victims=len(victims),
             corrupted_pages=sum(len(verdict.corrupted) for verdict in verdicts),
             wrong_ids=sum(verdict.wrong_ids for verdict in verdicts),
             wrong_outputs=sum(verdict.wrong_ids > 0 for verdict in verdicts),
@@ -359,7 +359,7 @@ class Race:
             problems=[problem for verdict in verdicts for problem in verdict.problems],
         )
 
-    def _verdict(self, subject: Subject, outcome: Outcome) -> Verdict:
+    def _verdict(self, victim: Victim, outcome: Outcome) -> Verdict:
         if outcome.refusal is not None:
             return Verdict([], 0, [])
         problems = []
@@ -367,11 +367,11 @@ class Race:
         if len(seen) < 2:  # at its admission and at its end
             problems.append(f"{outcome.rid} has {len(seen)} digests: {outcome.decode.body!s:.200}")
         corrupted = {
-            i for digests in seen for i, d in enumerate(digests) if d != subject.digests[i]
+            i for digests in seen for i, d in enumerate(digests) if d != victim.right.digests[i]
         }
         if outcome.ids is None:
             problems.append(f"{outcome.rid} was not answered: {outcome.decode.body!s:.200}")
-        wrong = differing(outcome.ids or [], subject.ids)
+        wrong = differing(outcome.ids or [], victim.right.ids)
         return Verdict(sorted(corrupted), wrong, problems)
 
     def _digests(self, rid: str) -> list[int]:
@@ -405,25 +405,6 @@ class _Stopped:
 
     def __exit__(self, *_error: object) -> None:
         self._server.signal(signal.SIGCONT)
-
-
-def margin(body: Any) -> float:
-    """Least distance of a chosen token to the next one, in log-probability; 0: unknown."""
-    if not isinstance(body, dict):
-        return 0.0
-    tops = body.get("meta_info", {}).get("output_top_logprobs") or []
-    return min((abs(top[0][0] - top[1][0]) for top in tops if top), default=0.0)
-
-
-def differing(ids: Sequence[int], expected: Sequence[int]) -> int:
-    """At how many positions two outputs differ; a missing one counts."""
-    both = min(len(ids), len(expected))
-    return sum(ids[i] != expected[i] for i in range(both)) + abs(len(ids) - len(expected))
-
-
-def random_prompt(draw: random.Random, length: int) -> list[int]:
-    """So many token ids, drawn anew."""
-    return [draw.randrange(3, lab_model.VOCAB) for _ in range(length)]
 
 
 def _ranges(positions: Sequence[int]) -> str:

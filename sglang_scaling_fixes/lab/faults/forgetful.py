@@ -11,8 +11,8 @@ import os
 from types import ModuleType
 from typing import Any
 
+from sglang_scaling_fixes.lab import import_hooks
 from sglang_scaling_fixes.lab.runtime import FORGET
-from sglang_scaling_fixes.lab.standins import hooks
 
 INDEX_WAIT = "index-k-wait"
 
@@ -22,7 +22,7 @@ def install() -> None:
     if asked and asked != INDEX_WAIT:
         raise SystemExit(f"{FORGET}={asked!r}: the lab can forget {INDEX_WAIT!r} only")
     if asked:
-        hooks.after_import("sglang.srt.mem_cache.index_key_cache", _read_at_once)
+        import_hooks.after_import("sglang.srt.mem_cache.index_key_cache", _read_at_once)
 
 
 def _read_at_once(module: ModuleType) -> None:

@@ -15,21 +15,26 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-from sglang_scaling_fixes.lab import model as lab_model
-from sglang_scaling_fixes.lab.cluster import ANSWER_S, Cluster, Outcome, Server
 from sglang_scaling_fixes.lab.errors import LabError
 from sglang_scaling_fixes.lab.install import install
-from sglang_scaling_fixes.lab.link import link
-from sglang_scaling_fixes.lab.observations import Event
-from sglang_scaling_fixes.lab.race import MARGIN, WITH_MARGIN, differing, margin
-from sglang_scaling_fixes.lab.reclaim import Progress, new_run_dir
+from sglang_scaling_fixes.lab.observing.reader import Event
+from sglang_scaling_fixes.lab.races.reference import (
+    MARGIN,
+    WITH_MARGIN,
+    Reference,
+    differing,
+    margin,
+    random_prompt,
+)
+from sglang_scaling_fixes.lab.races.run import Progress, new_run_dir
+from sglang_scaling_fixes.lab.servers import checkpoints
+from sglang_scaling_fixes.lab.servers.cluster import ANSWER_S, Cluster, ClusterSpec, Outcome, Server
+from sglang_scaling_fixes.lab.servers.link import link
 
 FIXED_FLAGS = ("--plugin", "--safe-reclaim-fence")
 RATE_MBIT = 48.0
-POOL_TOKENS = 1500
 PROMPTS = 12
 PROMPT_TOKENS = (80, 420)
 NEW_TOKENS = (12, 40)
@@ -62,20 +67,11 @@ def run(
         )
     began = time.monotonic()
     environment = install(release, progress)
-    checkpoint = lab_model.llama(environment)
+    checkpoint = checkpoints.llama(environment)
     run_dir = new_run_dir(release, "soak-stock" if stock else "soak")
     with link(RATE_MBIT, run_dir) as way:
         progress(f"starting 2 prefill servers and 1 decode server ({way.reason})")
-        with Cluster(
-            environment,
-            checkpoint,
-            way,
-            run_dir,
-            extra_flags=() if stock else FIXED_FLAGS,
-            prefill_flags=("--prefill-max-requests", "1"),
-            decode_env={"SGLANG_DISAGGREGATION_WAITING_TIMEOUT": str(WAITING_S)},
-            max_total_tokens=POOL_TOKENS,
-        ) as cluster:
+        with Cluster(environment, checkpoint, way, run_dir, _spec(stock)) as cluster:
             progress(f"ready after {cluster.ready_s:.0f} s")
             soak = Soak(cluster, seed, progress)
             soak.load(60 * minutes)
@@ -90,6 +86,14 @@ def run(
         **found,
         "seconds": round(time.monotonic() - began, 1),
     }
+
+
+def _spec(stock: bool) -> ClusterSpec:
+    return ClusterSpec(
+        flags=() if stock else FIXED_FLAGS,
+        prefill_flags=("--prefill-max-requests", "1"),
+        decode_env={"SGLANG_DISAGGREGATION_WAITING_TIMEOUT": str(WAITING_S)},
+    )
 
 
 def passed(result: dict[str, Any]) -> bool:
@@ -107,16 +111,6 @@ def passed(result: dict[str, Any]) -> bool:
     )
 
 
-@dataclass(frozen=True)
-class Known:
-    """A prompt and what is right for it."""
-
-    prompt: list[int]
-    new_tokens: int
-    ids: list[int]
-    digests: list[int]
-
-
 class Soak:
     """One cluster under load."""
 
@@ -131,19 +125,19 @@ class Soak:
         self._texts: Counter[str] = Counter()
         self._unclear: Counter[str] = Counter()
         self._wrong: list[str] = []
-        self._later: list[tuple[Known, str]] = []
+        self._later: list[tuple[Reference, str]] = []
         self._errors: list[BaseException] = []
         self._known = self._references()
         self._start = self._steady_pool()
 
     # -- references --------------------------------------------------------------------
 
-    def _references(self) -> list[Known]:
+    def _references(self) -> list[Reference]:
         draw = random.Random(f"{self._seed}-prompts")
-        known: list[Known] = []
+        known: list[Reference] = []
         for tries in range(20 * PROMPTS):
             length, new = draw.randint(*PROMPT_TOKENS), draw.randint(*NEW_TOKENS)
-            prompt = [draw.randrange(3, lab_model.VOCAB) for _ in range(length)]
+            prompt = random_prompt(draw, length)
             one = self._reference(f"reference-{tries}", prompt, new)
             if one is not None:
                 known.append(one)
@@ -151,7 +145,7 @@ class Soak:
                 return known
         raise LabError(f"only {len(known)} of {20 * PROMPTS} prompts have a clear answer")
 
-    def _reference(self, rid: str, prompt: list[int], new_tokens: int) -> Known | None:
+    def _reference(self, rid: str, prompt: list[int], new_tokens: int) -> Reference | None:
         """What the prompt gives alone, through the fast prefill; None if it is a near-tie."""
         outcome = self._cluster.send(
             self._cluster.fast,
@@ -166,7 +160,7 @@ class Soak:
         self._cluster.observations.forget(rid)
         if margin(outcome.decode.body) < MARGIN:
             return None
-        return Known(prompt, new_tokens, outcome.ids, digests[-1])
+        return Reference(prompt, new_tokens, outcome.ids, digests[-1])
 
     def _steady_pool(self) -> Event:
         """The free slots once they have not changed for a second."""
@@ -186,7 +180,7 @@ class Soak:
         ends = time.monotonic() + seconds
         jobs: list[Callable[[], None]] = [self._stalls, self._kills]
         jobs += [self._client_job(number) for number in range(CLIENTS)]
-        threads = [threading.Thread(target=self._guarded, args=(job,), daemon=True) for job in jobs]
+        threads = [threading.Thread(target=self._run_job, args=(job,), daemon=True) for job in jobs]
         for thread in threads:
             thread.start()
         while time.monotonic() < ends and not self._over.is_set():
@@ -203,7 +197,7 @@ class Soak:
         if any(thread.is_alive() for thread in threads):
             raise LabError("a client or a restart of the soak did not come to an end")
 
-    def _guarded(self, job: Callable[[], None]) -> None:
+    def _run_job(self, job: Callable[[], None]) -> None:
         try:
             job()
         except BaseException as error:
@@ -257,7 +251,7 @@ class Soak:
             with self._lock:
                 self._later.append((known, rid))
 
-    def _judge(self, known: Known, outcome: Outcome, aborted: bool) -> None:
+    def _judge(self, known: Reference, outcome: Outcome, aborted: bool) -> None:
         if outcome.ids is not None:
             wrong = differing(outcome.ids, known.ids)
             self._count("corrupted_outputs" if wrong else "right")
@@ -273,7 +267,7 @@ class Soak:
             with self._lock:
                 self._unclear[f"{outcome.decode.status} {outcome.decode.body!s:.200}"] += 1
 
-    def _check_memory(self, known: Known, rid: str) -> None:
+    def _check_memory(self, known: Reference, rid: str) -> None:
         """The digests of whatever the request owned, from its admission to its end."""
         for digests in self._cluster.observations.digests(rid):
             wrong = sum(a != b for a, b in zip(digests, known.digests, strict=True))

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Literal
 
 from sglang_scaling_fixes.lab.errors import LabError
-from sglang_scaling_fixes.lab.guard import enter_netns
-from sglang_scaling_fixes.lab.process import Guarded
+from sglang_scaling_fixes.lab.servers.process import Supervised
+from sglang_scaling_fixes.lab.servers.supervisor import enter_netns
 
 Mode = Literal["shaped", "stalled"]
 
@@ -126,10 +126,10 @@ def link(
     with contextlib.ExitStack() as stack:
         holders = []
         for side in ("near", "far"):
-            holder = Guarded(
+            holder = Supervised(
                 ["sleep", "infinity"],
                 log=run_dir / f"namespace-{side}.log",
-                guard_options=["--new-netns"],
+                supervisor_options=["--new-netns"],
             )
             stack.callback(holder.end)
             holders.append(holder)
@@ -155,7 +155,7 @@ def _missing_for_shaping() -> str | None:
     return None if probe.returncode == 0 else "this container may not create network namespaces"
 
 
-def _namespace_pid(holder: Guarded) -> int:
+def _namespace_pid(holder: Supervised) -> int:
     ours = os.readlink("/proc/self/ns/net")
     deadline = time.monotonic() + _HOLDER_S
     while time.monotonic() < deadline and holder.alive:

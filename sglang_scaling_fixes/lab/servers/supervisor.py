@@ -1,11 +1,11 @@
 """Runs one command so that nothing of it outlives the lab.
 
-    python -I guard.py [--new-netns | --netns FILE] [--scratch FOLDER] -- COMMAND...
+    python -I supervisor.py [--new-netns | --netns FILE] [--scratch FOLDER] -- COMMAND...
 
 Standard input is a pipe whose other end only the lab process holds.  When it closes
 (the lab asked for it, ended, or was killed) every descendant is killed, by pid, and
-the scratch folder removed.  As a subreaper the guard stays the ancestor of orphans,
-so that none is missed; should the guard itself be killed, its child dies with it.
+the scratch folder removed.  As a subreaper the supervisor stays the ancestor of orphans,
+so that none is missed; should the supervisor itself be killed, its child dies with it.
 Standard library only, and imports nothing of this package.
 """
 
@@ -107,12 +107,12 @@ def _kill_descendants() -> None:
             os.unlink(path)
 
 
-def _die_with_guard() -> Callable[[], None]:
-    guard = os.getpid()
+def _die_with_supervisor() -> Callable[[], None]:
+    supervisor = os.getpid()
 
     def prepare() -> None:
         _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != guard:
+        if os.getppid() != supervisor:
             os._exit(1)
 
     return prepare
@@ -123,7 +123,7 @@ def _supervise(command: list[str]) -> int:
         command,
         stdin=subprocess.DEVNULL,
         start_new_session=True,
-        preexec_fn=_die_with_guard(),  # noqa: PLW1509 - the guard has one thread
+        preexec_fn=_die_with_supervisor(),  # noqa: PLW1509 - the supervisor has one thread
     )
     while True:
         readable, _, _ = select.select([0], [], [], POLL_S)

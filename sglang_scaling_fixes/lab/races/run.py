@@ -1,7 +1,7 @@
 """Races stock and fixed servers of one release on the same schedule, and counts.
 
-What a round is: `lab.race`; the scenarios: `lab.scenarios`.  A round that proves
-nothing is repeated, a bounded number of times.
+What a round is: `round`; the scenarios: `scenarios`.  A round that proves nothing is
+repeated, a bounded number of times.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sglang_scaling_fixes.lab import model as lab_model
-from sglang_scaling_fixes.lab import scenarios
-from sglang_scaling_fixes.lab.cluster import Cluster
 from sglang_scaling_fixes.lab.errors import LabError
 from sglang_scaling_fixes.lab.install import install, lab_home
-from sglang_scaling_fixes.lab.link import link
-from sglang_scaling_fixes.lab.race import Invalid, Race
-from sglang_scaling_fixes.lab.short import ShortSends
+from sglang_scaling_fixes.lab.races import scenarios
+from sglang_scaling_fixes.lab.races.round import Invalid, Race
+from sglang_scaling_fixes.lab.races.short import ShortSends
+from sglang_scaling_fixes.lab.servers import checkpoints
+from sglang_scaling_fixes.lab.servers.cluster import Cluster
+from sglang_scaling_fixes.lab.servers.link import link
 
 Progress = Callable[[str], None]
 
@@ -52,7 +52,7 @@ def run(
         raise LabError("stock_only and fixed_only exclude each other")
     began = time.monotonic()
     environment = install(release, progress)
-    checkpoint = lab_model.llama(environment)
+    checkpoint = checkpoints.llama(environment)
     run_dir = new_run_dir(release, plan.name)
     result: dict[str, Any] = {
         "release": release,
@@ -65,7 +65,7 @@ def run(
         "ready_s": {},
     }
     details: dict[str, Any] = {}
-    for half, flags in (("stock", ()), ("fixed", ("--plugin", *plan.fixed_flags))):
+    for half in ("stock", "fixed"):
         if (stock_only and half == "fixed") or (fixed_only and half == "stock"):
             continue
         tell = _prefixed(progress, half)
@@ -80,19 +80,8 @@ def run(
                 )
             result["link"] = way.reason
             tell(f"starting 2 prefill servers and 1 decode server ({way.reason})")
-            with Cluster(
-                environment,
-                checkpoint,
-                way,
-                folder,
-                extra_flags=[*plan.flags, *flags],
-                prefill_flags=plan.prefill_flags,
-                extra_env=plan.env,
-                decode_env=plan.decode_env,
-                slow_env=plan.slow_env,
-                slow_flags=plan.slow_flags_for(release),
-                max_total_tokens=scenarios.POOL_TOKENS,
-            ) as cluster:
+            spec = plan.cluster(release, fixed=half == "fixed")
+            with Cluster(environment, checkpoint, way, folder, spec) as cluster:
                 tell(f"ready after {cluster.ready_s:.0f} s")
                 kind = ShortSends if plan.ending is scenarios.Ending.SHORT else Race
                 counts, details[half] = _half(kind(cluster, way, plan), seed, rounds, tell)

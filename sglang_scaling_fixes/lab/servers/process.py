@@ -1,4 +1,4 @@
-"""A process of the lab under its guard."""
+"""A process of the lab under its supervisor."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from sglang_scaling_fixes.lab import guard
+from sglang_scaling_fixes.lab.servers import supervisor
 
-_GUARD = Path(guard.__file__)
+_SUPERVISOR = Path(supervisor.__file__)
 _END_S = 20.0
 
 
-class Guarded:
+class Supervised:
     """A command that ends when `end` is called or when this Python process is gone."""
 
     def __init__(
@@ -22,12 +22,12 @@ class Guarded:
         *,
         log: Path,
         env: Mapping[str, str] | None = None,
-        guard_options: Sequence[str] = (),
+        supervisor_options: Sequence[str] = (),
     ) -> None:
         self.log = log
         with log.open("ab") as output:
-            self._guard = subprocess.Popen(
-                [sys.executable, "-I", str(_GUARD), *guard_options, "--", *command],
+            self._supervisor = subprocess.Popen(
+                [sys.executable, "-I", str(_SUPERVISOR), *supervisor_options, "--", *command],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -36,31 +36,31 @@ class Guarded:
             )
 
     @property
-    def guard_pid(self) -> int:
-        return self._guard.pid
+    def supervisor_pid(self) -> int:
+        return self._supervisor.pid
 
     @property
     def alive(self) -> bool:
-        return self._guard.poll() is None
+        return self._supervisor.poll() is None
 
     @property
     def status(self) -> int | None:
         """Exit status of the command, None while it runs."""
-        return self._guard.poll()
+        return self._supervisor.poll()
 
     def pids(self) -> list[int]:
-        """The command's processes, the guard not among them."""
-        return guard.descendants(self._guard.pid)
+        """The command's processes, the supervisor not among them."""
+        return supervisor.descendants(self._supervisor.pid)
 
     def end(self) -> None:
         """Kill the command with all its descendants and wait until they are gone."""
-        if self._guard.stdin is not None:
-            self._guard.stdin.close()
+        if self._supervisor.stdin is not None:
+            self._supervisor.stdin.close()
         try:
-            self._guard.wait(_END_S)
+            self._supervisor.wait(_END_S)
         except subprocess.TimeoutExpired:
-            self._guard.terminate()
-            self._guard.wait()
+            self._supervisor.terminate()
+            self._supervisor.wait()
 
     def tail(self, lines: int = 8) -> str:
         """The last lines of the log."""

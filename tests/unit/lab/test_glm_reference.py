@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 
 from sglang_scaling_fixes.lab.glm import reference, weights  # noqa: E402
 from sglang_scaling_fixes.lab.glm.dense import TOLERANCE, DenseGLM  # noqa: E402
-from sglang_scaling_fixes.lab.serve import prompt  # noqa: E402
+from sglang_scaling_fixes.lab.servers.serve import prompt  # noqa: E402
 
 PAGE = 64
 LENGTH = 200  # more than the indexer's top-k of 64

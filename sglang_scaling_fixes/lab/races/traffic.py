@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 
-from sglang_scaling_fixes.lab.link import Link
+from sglang_scaling_fixes.lab.servers.link import Link
 
 SAMPLE_S = 0.05
 

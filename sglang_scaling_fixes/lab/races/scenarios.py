@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
-from sglang_scaling_fixes.lab import model as lab_model
 from sglang_scaling_fixes.lab.errors import LabError
 from sglang_scaling_fixes.lab.runtime import LOSE
+from sglang_scaling_fixes.lab.servers import checkpoints
+from sglang_scaling_fixes.lab.servers.cluster import ClusterSpec
 
 HOLDS_FROM = (0, 5, 21)
 """First release whose decode holds the slots of an aborted transfer (30 s) by default."""
@@ -23,7 +24,6 @@ REFUSES_FROM = (0, 5, 22)
 """First release whose prefill refuses a prompt that is too long before decode hears of it, unless
 it is told to cut the prompt (--allow-auto-truncate)."""
 
-POOL_TOKENS = 1500
 LOST_MESSAGES = 3
 IN_FLIGHT_SHARE = 0.75
 """The end must come before this share of the transfers has been sent."""
@@ -84,9 +84,21 @@ class Scenario:
         refuses = _numbers(release) >= REFUSES_FROM
         return (*self.slow_flags, *(self.slow_flags_refusing if refuses else ()))
 
+    def cluster(self, release: str, *, fixed: bool) -> ClusterSpec:
+        """The servers of one half of the race: stock's, or those with the plugin."""
+        armed = ("--plugin", *self.fixed_flags) if fixed else ()
+        return ClusterSpec(
+            flags=(*self.flags, *armed),
+            prefill_flags=self.prefill_flags,
+            slow_flags=self.slow_flags_for(release),
+            env=self.env,
+            decode_env=self.decode_env,
+            slow_env=self.slow_env,
+        )
+
     @property
     def late_bytes(self) -> int:
-        return sum(self.late) * lab_model.KV_BYTES_PER_TOKEN
+        return sum(self.late) * checkpoints.KV_BYTES_PER_TOKEN
 
 
 SCENARIOS = {

@@ -1,6 +1,6 @@
 """Watches KV slots inside the decode server's scheduler, from outside the transfer path.
 
-The stand-ins load this where SGLANG_SCALING_FIXES_LAB_OBSERVE names a file.  One
+`lab.boot` loads this where SGLANG_SCALING_FIXES_LAB_OBSERVE names a file.  One
 JSON line per event:
 
 * `exposed`: the request's destinations have been sent to a prefill server;

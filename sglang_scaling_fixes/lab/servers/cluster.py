@@ -1,6 +1,7 @@
 """Stock SGLang servers on this CPU: prefill servers and one decode server.
 
->>> with link(48, run_dir) as way, Cluster(environment, model, way, run_dir) as cluster:
+>>> spec = ClusterSpec(flags=("--plugin",))
+>>> with link(48, run_dir) as way, Cluster(environment, model, way, run_dir, spec) as cluster:
 ...     answer = cluster.send(cluster.fast, prompt, "r1", max_new_tokens=60).wait()
 """
 
@@ -13,26 +14,28 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
 from sglang_scaling_fixes.config import Config, left_out
-from sglang_scaling_fixes.lab.client import Answer, Call, call
 from sglang_scaling_fixes.lab.errors import LabError
 from sglang_scaling_fixes.lab.install import Environment
-from sglang_scaling_fixes.lab.link import Link, Place
-from sglang_scaling_fixes.lab.model import Model
-from sglang_scaling_fixes.lab.observations import Observations
-from sglang_scaling_fixes.lab.process import Guarded
+from sglang_scaling_fixes.lab.observing.reader import Observations
 from sglang_scaling_fixes.lab.runtime import OBSERVE, cpu_env
+from sglang_scaling_fixes.lab.servers.checkpoints import Model
+from sglang_scaling_fixes.lab.servers.client import Answer, Call, call
+from sglang_scaling_fixes.lab.servers.link import Link, Place
+from sglang_scaling_fixes.lab.servers.process import Supervised
 from sglang_scaling_fixes.lab.standins import gpu
 
 Role = Literal["prefill", "decode", "alone"]
 
 READY_S = 300.0
 ANSWER_S = 180.0
+POOL_TOKENS = 1500
+"""KV slots of a server, unless a cluster is told otherwise."""
 _OBSERVED = "observations.jsonl"
 
 COMMON_FLAGS = (
@@ -45,7 +48,7 @@ COMMON_FLAGS = (
 
 
 class Server:
-    """One SGLang server under a guard."""
+    """One SGLang server under a supervisor."""
 
     def __init__(
         self,
@@ -97,11 +100,11 @@ class Server:
         options = ["--scratch", scratch]
         if self.place.netns is not None:
             options += ["--netns", self.place.netns]
-        self.process = Guarded(
+        self.process = Supervised(
             self._command,
             log=self._log,
             env=_server_env(self._environment, self._model, self.place, scratch, self._env),
-            guard_options=options,
+            supervisor_options=options,
         )
 
     def restart(self) -> None:
@@ -246,6 +249,36 @@ class Pending:
         )
 
 
+@dataclass(frozen=True)
+class ClusterSpec:
+    """What a cluster's servers are given beside what the lab and their role need.
+
+    Of two flags that set the same, a server takes the last one: what is for every server
+    comes after what is for one.
+    """
+
+    prefills: int = 2  # 1: only the one beside the decode server
+    flags: tuple[str, ...] = ()  # for every server
+    prefill_flags: tuple[str, ...] = ()  # for every prefill server
+    decode_flags: tuple[str, ...] = ()
+    slow_flags: tuple[str, ...] = ()  # for the prefill server across the link
+    env: Mapping[str, str] = field(default_factory=dict)  # of every server; wins over the others
+    decode_env: Mapping[str, str] = field(default_factory=dict)
+    slow_env: Mapping[str, str] = field(default_factory=dict)
+    tokens: int = POOL_TOKENS  # KV slots of each server
+    sleep_on_idle: bool = False
+    """Stock's own: a scheduler without a request waits for one, and looks up once a second."""
+
+    def __post_init__(self) -> None:
+        if self.prefills not in (1, 2):
+            raise LabError(f"prefills={self.prefills}: a lab cluster has 1 or 2 prefill servers")
+
+    def common_flags(self) -> list[str]:
+        """For every server, before the flags of its role."""
+        idle = ["--sleep-on-idle"] if self.sleep_on_idle else []
+        return ["--max-total-tokens", str(self.tokens), *idle]
+
+
 class Cluster:
     """One decode server and one or two prefill servers, started together.
 
@@ -263,30 +296,13 @@ class Cluster:
         model: Model,
         way: Link,
         run_dir: Path,
-        *,
-        prefills: int = 2,
-        extra_flags: Sequence[str] = (),
-        prefill_flags: Sequence[str] = (),
-        extra_env: Mapping[str, str] | None = None,
-        decode_env: Mapping[str, str] | None = None,
-        slow_env: Mapping[str, str] | None = None,
-        slow_flags: Sequence[str] = (),
-        max_total_tokens: int = 1500,
+        spec: ClusterSpec | None = None,
     ) -> None:
-        if prefills not in (1, 2):
-            raise LabError(f"prefills={prefills}: a lab cluster has 1 or 2 prefill servers")
         self._environment = environment
         self._model = model
         self._link = way
         self._run_dir = run_dir
-        self._prefills = prefills
-        self._flags = [*extra_flags]
-        self._prefill_flags = [*prefill_flags]
-        self._env = dict(extra_env or {})
-        self._decode_env = dict(decode_env or {})
-        self._slow_env = dict(slow_env or {})
-        self._slow_flags = [*slow_flags]
-        self._tokens = max_total_tokens
+        self._spec = spec or ClusterSpec()
         self._stack = ExitStack()
         self._room = 1000 * (os.getpid() % 1000) + 1
         self.observations = Observations(run_dir / _OBSERVED)
@@ -316,26 +332,24 @@ class Cluster:
         self._stack.close()
 
     def _start(self) -> list[Server]:
-        capacity = ["--max-total-tokens", str(self._tokens)]
-        prefill = [*capacity, *self._prefill_flags]
-        observed = self._run_dir / _OBSERVED
-        near, far = self._link.near, self._link.far
+        spec, near, far = self._spec, self._link.near, self._link.far
+        observed = {OBSERVE: str(self._run_dir / _OBSERVED)}
         self.decode = self._server(
             "decode",
             "decode",
             near,
-            [*capacity, "--num-reserved-decode-tokens", "16"],
-            {OBSERVE: str(observed), **self._decode_env},
+            ["--num-reserved-decode-tokens", "16", *spec.decode_flags],
+            {**observed, **spec.decode_env},
         )
-        self.fast = self._server("prefill-fast", "prefill", near, prefill, {})
-        if self._prefills == 1:
+        self.fast = self._server("prefill-fast", "prefill", near, spec.prefill_flags, {})
+        if spec.prefills == 1:
             return [self.decode, self.fast]
-        slow = [*prefill, *self._slow_flags]
-        self.slow = self._server("prefill-slow", "prefill", far, slow, self._slow_env)
+        slow = [*spec.prefill_flags, *spec.slow_flags]
+        self.slow = self._server("prefill-slow", "prefill", far, slow, spec.slow_env)
         return [self.decode, self.fast, self.slow]
 
     def _server(
-        self, name: str, role: Role, place: Place, flags: list[str], env: dict[str, str]
+        self, name: str, role: Role, place: Place, flags: Sequence[str], env: Mapping[str, str]
     ) -> Server:
         server = Server(
             self._environment,
@@ -345,8 +359,8 @@ class Cluster:
             place=place,
             client=self._link.near,
             run_dir=self._run_dir,
-            flags=[*flags, *self._flags],
-            env={**env, **self._env},
+            flags=[*self._spec.common_flags(), *flags, *self._spec.flags],
+            env={**env, **self._spec.env},
         )
         self._stack.callback(server.end)
         return server

@@ -9,7 +9,7 @@ import socket
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_scaling_fixes.lab.link import Place
+from sglang_scaling_fixes.lab.servers.link import Place
 
 
 @dataclass(frozen=True)
