@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.reclaim import figures
+from benchmarks.common import figures
 from benchmarks.reclaim.pair import FLAGS, UNOBSERVED, Bench, Progress, folder_for_logs
 from sglang_scaling_fixes.lab.errors import LabError
 from sglang_scaling_fixes.lab.races.reference import random_prompt

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.reclaim import figures, processes
+from benchmarks.common import figures, processes
 from benchmarks.reclaim.load import PROMPTS, Answers, Reply, Shape, schedule
 from benchmarks.reclaim.pair import (
     HALVES,

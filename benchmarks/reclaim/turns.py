@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.reclaim import processes
+from benchmarks.common import ROOT, processes
 from benchmarks.reclaim.client import Board, Job, read_replies
 from benchmarks.reclaim.load import Reply, Shape
 from benchmarks.reclaim.pair import ends_of
@@ -29,7 +29,6 @@ from sglang_scaling_fixes.lab.servers.process import Supervised
 
 FIRST_ROOM = 1_000_001
 """The warm-up has the rooms below."""
-_ROOT = Path(__file__).parents[2]
 _CORES = sorted(os.sched_getaffinity(0))[:2]
 _END_S = 120.0
 
@@ -59,7 +58,7 @@ class Half:
         Only once both pairs are warm: a write that stood still for a minute has failed.
         """
         self.go()
-        environment = {**os.environ, "PYTHONPATH": str(_ROOT)}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-m", "benchmarks.reclaim.client", str(self._job)]
         self._client = Supervised(command, log=self._log, env=environment)
         while not self._board.completed:

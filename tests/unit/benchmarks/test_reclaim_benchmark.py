@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.common import figures, reports
 from benchmarks.reclaim import __main__ as command
-from benchmarks.reclaim import client, figures, pair, report, share
+from benchmarks.reclaim import client, pair, share
 from benchmarks.reclaim.client import Board, Job
 from benchmarks.reclaim.load import Answers, End, Ends, Reply, Request, Shape, schedule
 from sglang_scaling_fixes.reclaim import taps
@@ -41,11 +42,11 @@ def test_ledger_reports_every_part(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_results_of_two_releases_are_not_mixed(tmp_path: Path) -> None:
     output = tmp_path / "result.json"
-    report.save(output, "1", "a", {"x": 1})
-    report.save(output, "1", "b", {"x": 2})
+    reports.save(output, "1", "a", {"x": 1})
+    reports.save(output, "1", "b", {"x": 2})
     assert set(json.loads(output.read_text())) == {"release", "a", "b"}
     with pytest.raises(ValueError, match="not 2"):
-        report.save(output, "2", "a", {})
+        reports.save(output, "2", "a", {})
 
 
 def test_the_same_aborts_in_every_run() -> None:

@@ -16,7 +16,9 @@ def test_ranks_have_cores_and_no_nccl(monkeypatch, own, bind):
     stock = SimpleNamespace(init_model_parallel_group=lambda *_args, **kwargs: seen.update(kwargs))
     environ = {DSA: "1", **own}
     monkeypatch.setattr(context_parallel.os, "environ", environ)
-    monkeypatch.setattr(context_parallel.import_hooks, "after_import", lambda _name, hook: hook(stock))
+    monkeypatch.setattr(
+        context_parallel.import_hooks, "after_import", lambda _name, hook: hook(stock)
+    )
     context_parallel.install()
     stock.init_model_parallel_group([[0, 1]], 0, "gloo", use_pynccl=True, group_name="tp")
     assert seen == {"use_pynccl": False, "group_name": "tp"}
