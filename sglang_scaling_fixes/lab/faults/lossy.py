@@ -1,6 +1,6 @@
 """A decode server whose first messages that say "stop" never leave it.
 
-The lab's stand-in for a lost message (a peer's full queue, a broken connection): stock
+What a lost message looks like (a peer's full queue, a broken connection): stock
 sends its ABORT once and ignores what becomes of it. Loaded only where
 SGLANG_SCALING_FIXES_LAB_LOSE gives a number: so many are lost per room and kind.
 """
