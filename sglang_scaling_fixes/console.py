@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 Result = dict[str, Any]
+Progress = Callable[[str], None]
+"""Takes a line that says how far something is; `say` is one."""
 
 
 def say(text: str) -> None:

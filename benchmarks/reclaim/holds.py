@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import figures
-from benchmarks.reclaim.pair import FLAGS, UNOBSERVED, Bench, Progress, folder_for_logs
+from benchmarks.reclaim.pair import FLAGS, UNOBSERVED, Bench, folder_for_logs
+from sglang_scaling_fixes.console import Progress
 from sglang_scaling_fixes.lab.errors import LabError
 from sglang_scaling_fixes.lab.races.reference import random_prompt
 from sglang_scaling_fixes.lab.servers import checkpoints

@@ -6,20 +6,19 @@ import contextlib
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.reclaim.load import End, Ends, Load, Reply, Shape, each_prompt_once
 from sglang_scaling_fixes.config import ENV_PREFIX
+from sglang_scaling_fixes.console import Progress
 from sglang_scaling_fixes.lab.errors import LabError
 from sglang_scaling_fixes.lab.install import Environment, install
 from sglang_scaling_fixes.lab.runtime import OBSERVE
 from sglang_scaling_fixes.lab.servers import checkpoints
 from sglang_scaling_fixes.lab.servers.cluster import Cluster, ClusterSpec, Server
 from sglang_scaling_fixes.lab.servers.link import link
-
-Progress = Callable[[str], None]
 
 HALVES = ("stock", "fixed")
 FLAGS: dict[str, tuple[str, ...]] = {"stock": (), "fixed": ("--plugin",)}

@@ -23,8 +23,9 @@ from typing import Any
 
 import sglang_scaling_fixes
 from benchmarks.reclaim.load import Load, Shape, schedule
-from benchmarks.reclaim.pair import Bench, Progress, check, folder_for_logs
+from benchmarks.reclaim.pair import Bench, check, folder_for_logs
 from benchmarks.reclaim.throughput import armed_report
+from sglang_scaling_fixes.console import Progress
 from sglang_scaling_fixes.lab.errors import LabError
 from sglang_scaling_fixes.lab.servers.cluster import Cluster, Server
 

@@ -23,13 +23,13 @@ from benchmarks.reclaim.load import PROMPTS, Answers, Reply, Shape, schedule
 from benchmarks.reclaim.pair import (
     HALVES,
     Bench,
-    Progress,
     alternating,
     check,
     folder_for_logs,
     report_when_nothing_is_held,
 )
 from benchmarks.reclaim.turns import Half, half
+from sglang_scaling_fixes.console import Progress
 from sglang_scaling_fixes.lab.errors import LabError
 from sglang_scaling_fixes.lab.servers.cluster import Cluster
 

@@ -18,15 +18,14 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from sglang_scaling_fixes import checkout
+from sglang_scaling_fixes.console import Progress
 from sglang_scaling_fixes.lab.errors import LabError
 from sglang_scaling_fixes.lab.runtime import cpu_env
-
-Progress = Callable[[str], None]
 
 MOONCAKE = "mooncake-transfer-engine-non-cuda"
 _DISTRIBUTION = "sglang-scaling-fixes"

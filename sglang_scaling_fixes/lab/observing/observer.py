@@ -1,12 +1,7 @@
 """Watches KV slots inside the decode server's scheduler, from outside the transfer path.
 
 `lab.boot` loads this where SGLANG_SCALING_FIXES_LAB_OBSERVE names a file.  One
-JSON line per event:
-
-* `exposed`: the request's destinations have been sent to a prefill server;
-* `admitted`: stock has accepted the transfer and will decode from these slots;
-* `final`: the request gives its memory up (contents are still those it owned);
-* `pool`: free token and metadata slots, when they have changed.
+JSON line per event (`events.Kind`).
 
 `admitted` and `final` carry one CRC-32 per prompt token, over the bytes of that token's
 slot in every registered KV buffer.  The buffers are the ones stock hands to the transfer engine,
@@ -29,6 +24,8 @@ import zlib
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
+
+from sglang_scaling_fixes.lab.observing.events import Kind
 
 MODULE = "sglang.srt.disaggregation.decode"
 POOL_S = 0.1
@@ -73,7 +70,7 @@ def attacher(path: str) -> Callable[[ModuleType], None]:
 
 def losses(path: str) -> Callable[[int], None]:
     """What a lossy socket calls with the room of a message it has dropped."""
-    return lambda room: _append(path, {"event": "lost", "bootstrap_room": room})
+    return lambda room: _append(path, {"event": Kind.LOST, "bootstrap_room": room})
 
 
 class Observer:
@@ -115,25 +112,25 @@ class Observer:
         if free != self._free:
             self._free = free
             tokens, metadata = free
-            event = {"event": "pool", "free_tokens": tokens, "free_metadata": metadata}
+            event = {"event": Kind.POOL, "free_tokens": tokens, "free_metadata": metadata}
             _append(self._path, {**event, "time": now})
 
     def exposed(self, req: Any) -> None:
-        self._write("exposed", req, self._slots(req), None)
+        self._write(Kind.EXPOSED, req, self._slots(req), None)
 
     def admitted(self, req: Any) -> None:
         slots = self._slots(req)
         self._open[req.rid] = slots
-        self._write("admitted", req, slots, self._digests(slots))
+        self._write(Kind.ADMITTED, req, slots, self._digests(slots))
 
     def final(self, req: Any) -> None:
         slots = self._open.pop(req.rid, None)
         if slots is None and req.rid in self._retracted:  # resumed, in other slots
             slots = self._slots(req)
         if slots is None:
-            self._write("final", req, self._slots(req), None)
+            self._write(Kind.FINAL, req, self._slots(req), None)
             return
-        self._write("final", req, slots, self._digests(slots))
+        self._write(Kind.FINAL, req, slots, self._digests(slots))
         if req.finished():
             self._retracted.discard(req.rid)
         else:
@@ -162,7 +159,7 @@ class Observer:
             digests.append(digest)
         return digests
 
-    def _write(self, event: str, req: Any, slots: list[int], digests: list[int] | None) -> None:
+    def _write(self, event: Kind, req: Any, slots: list[int], digests: list[int] | None) -> None:
         _append(
             self._path,
             {

@@ -8,6 +8,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from sglang_scaling_fixes.lab.observing.events import Kind
+
 Event = dict[str, Any]
 
 
@@ -65,9 +67,9 @@ class Observations:
 
     def _take(self, event: Event) -> None:
         kind = event["event"]
-        if kind == "pool":
+        if kind == Kind.POOL:
             self._pool = event
-        elif kind == "lost":
+        elif kind == Kind.LOST:
             self._lost[event["bootstrap_room"]] += 1
         else:
             self._requests.setdefault(event["rid"], []).append(event)

@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 
+from sglang_scaling_fixes.lab.observing.events import Kind
 from sglang_scaling_fixes.lab.observing.reader import Event
 from sglang_scaling_fixes.lab.races.reference import (
     MARGIN,
@@ -123,7 +124,7 @@ class Race:
         with Traffic(self._link) as traffic:
             running = [self._send(runner) for runner in runners]
             self._until(
-                lambda: all("admitted" in self._events(one.rid) for one in running),
+                lambda: all(Kind.ADMITTED in self._events(one.rid) for one in running),
                 "the running requests were not admitted",
             )
             late = self._start_late(name, late_prompts, traffic)
@@ -131,7 +132,7 @@ class Race:
                 sending = time.time()
                 waiting = [self._send(victim) for victim in victims]
                 time.sleep(REUSE_S)
-                if any("exposed" in self._events(one.rid) for one in waiting):
+                if any(Kind.EXPOSED in self._events(one.rid) for one in waiting):
                     raise Invalid("the pool was not full: a victim had room before the end")
             with hold:
                 self._end(late)
@@ -226,7 +227,7 @@ class Race:
 
     def _wait_exposed(self, late: Sequence[Pending]) -> None:
         self._until(
-            lambda: all("exposed" in self._events(one.rid) for one in late),
+            lambda: all(Kind.EXPOSED in self._events(one.rid) for one in late),
             "the late requests did not all get room",
         )
 
@@ -294,7 +295,7 @@ class Race:
         if self._link.mode == "shaped":
             return
         deadline = time.monotonic() + STALL_S
-        while time.monotonic() < deadline and "admitted" not in self._events(victim.rid):
+        while time.monotonic() < deadline and Kind.ADMITTED not in self._events(victim.rid):
             time.sleep(0.02)
 
     @property
@@ -329,13 +330,13 @@ class Race:
         ended: list[Outcome],
     ) -> Round:
         verdicts = [self._verdict(*pair) for pair in zip(victims, outcomes, strict=True)]
-        events = [self._events(victim.rid).get("admitted") for victim in victims]
+        events = [self._events(victim.rid).get(Kind.ADMITTED) for victim in victims]
         waited = [event for event in events[: len(self.plan.victims)] if event is not None]
         first = min((event["time"] for event in waited), default=None)
         owned = {
             slot
             for outcome in ended
-            for slot in self._events(outcome.rid).get("exposed", {}).get("slots", ())
+            for slot in self._events(outcome.rid).get(Kind.EXPOSED, {}).get("slots", ())
         }
         slots = [slot for event in events if event is not None for slot in event["slots"]]
         return Round(

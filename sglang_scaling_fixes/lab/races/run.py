@@ -9,11 +9,11 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sglang_scaling_fixes.console import Progress
 from sglang_scaling_fixes.lab.errors import LabError
 from sglang_scaling_fixes.lab.install import install, lab_home
 from sglang_scaling_fixes.lab.races import scenarios
@@ -22,8 +22,6 @@ from sglang_scaling_fixes.lab.races.short import ShortSends
 from sglang_scaling_fixes.lab.servers import checkpoints
 from sglang_scaling_fixes.lab.servers.cluster import Cluster
 from sglang_scaling_fixes.lab.servers.link import link
-
-Progress = Callable[[str], None]
 
 TRIES_PER_ROUND = 3
 RUNS_KEPT = 40

@@ -17,6 +17,7 @@ from __future__ import annotations
 import random
 import time
 
+from sglang_scaling_fixes.lab.observing.events import Kind
 from sglang_scaling_fixes.lab.races.reference import random_prompt
 from sglang_scaling_fixes.lab.races.round import Invalid, Played, Race, Round, Victim
 from sglang_scaling_fixes.lab.races.traffic import Traffic
@@ -72,5 +73,5 @@ class ShortSends(Race):
         return outcome
 
     def _slots(self, rid: str) -> list[int]:
-        slots: list[int] = self._events(rid).get("exposed", {}).get("slots", [])
+        slots: list[int] = self._events(rid).get(Kind.EXPOSED, {}).get("slots", [])
         return slots

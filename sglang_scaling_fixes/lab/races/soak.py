@@ -17,8 +17,10 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+from sglang_scaling_fixes.console import Progress
 from sglang_scaling_fixes.lab.errors import LabError
 from sglang_scaling_fixes.lab.install import install
+from sglang_scaling_fixes.lab.observing.events import Kind
 from sglang_scaling_fixes.lab.observing.reader import Event
 from sglang_scaling_fixes.lab.races.reference import (
     MARGIN,
@@ -28,7 +30,7 @@ from sglang_scaling_fixes.lab.races.reference import (
     margin,
     random_prompt,
 )
-from sglang_scaling_fixes.lab.races.run import Progress, new_run_dir
+from sglang_scaling_fixes.lab.races.run import new_run_dir
 from sglang_scaling_fixes.lab.servers import checkpoints
 from sglang_scaling_fixes.lab.servers.cluster import ANSWER_S, Cluster, ClusterSpec, Outcome, Server
 from sglang_scaling_fixes.lab.servers.link import link
@@ -282,8 +284,8 @@ class Soak:
         deadline = time.monotonic() + EVENTS_S
         while time.monotonic() < deadline:
             events = self._cluster.observations.of(rid)
-            if "final" in events or "admitted" not in events:
-                return "final" in events
+            if Kind.FINAL in events or Kind.ADMITTED not in events:
+                return Kind.FINAL in events
             time.sleep(0.02)
         return False
 

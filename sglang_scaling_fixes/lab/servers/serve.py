@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sglang_scaling_fixes.console import Progress
 from sglang_scaling_fixes.lab.errors import LabError
 from sglang_scaling_fixes.lab.glm import weights
-from sglang_scaling_fixes.lab.install import Environment, Progress, install
+from sglang_scaling_fixes.lab.install import Environment, install
 from sglang_scaling_fixes.lab.servers import checkpoints
 from sglang_scaling_fixes.lab.servers.client import Answer
 from sglang_scaling_fixes.lab.servers.cluster import (
