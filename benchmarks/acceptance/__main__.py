@@ -26,7 +26,7 @@ from sglang_scaling_fixes.console import say
 from sglang_scaling_fixes.lab import runtime
 from sglang_scaling_fixes.lab.faults.corrupt import KINDS
 from sglang_scaling_fixes.lab.install import install
-from sglang_scaling_fixes.lab.servers.cluster import greedy
+from sglang_scaling_fixes.lab.servers.pending import greedy
 from sglang_scaling_fixes.lab.servers.serve import RELEASE, Options, Served, prompt, serving
 
 FIGURE = ROOT / "docs" / "accept-length.svg"

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sglang_scaling_fixes.lab.servers import checkpoints
-from sglang_scaling_fixes.lab.servers.cluster import ANSWER_S
+from sglang_scaling_fixes.lab.servers.server import ANSWER_S
 
 PROMPTS = 64
 """Distinct prompts: each is answered many times, so that answers can be compared."""

@@ -17,8 +17,9 @@ from sglang_scaling_fixes.lab.errors import LabError
 from sglang_scaling_fixes.lab.install import Environment, install
 from sglang_scaling_fixes.lab.runtime import OBSERVE
 from sglang_scaling_fixes.lab.servers import checkpoints
-from sglang_scaling_fixes.lab.servers.cluster import Cluster, ClusterSpec, Server
+from sglang_scaling_fixes.lab.servers.cluster import Cluster, ClusterSpec
 from sglang_scaling_fixes.lab.servers.link import link
+from sglang_scaling_fixes.lab.servers.server import Server
 
 HALVES = ("stock", "fixed")
 FLAGS: dict[str, tuple[str, ...]] = {"stock": (), "fixed": ("--plugin",)}

@@ -26,7 +26,7 @@ from benchmarks.spec_guard.recording import Record
 from sglang_scaling_fixes.console import say
 from sglang_scaling_fixes.lab import runtime
 from sglang_scaling_fixes.lab.install import install
-from sglang_scaling_fixes.lab.servers.cluster import greedy
+from sglang_scaling_fixes.lab.servers.pending import greedy
 from sglang_scaling_fixes.lab.servers.serve import RELEASE, Options, serving
 
 CONCURRENCY = 64

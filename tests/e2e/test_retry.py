@@ -18,8 +18,8 @@ import pytest
 from sglang_scaling_fixes.lab.install import Environment
 from sglang_scaling_fixes.lab.servers import tokenizer
 from sglang_scaling_fixes.lab.servers.client import Answer, call
-from sglang_scaling_fixes.lab.servers.cluster import greedy
 from sglang_scaling_fixes.lab.servers.link import LOCAL
+from sglang_scaling_fixes.lab.servers.pending import greedy
 from sglang_scaling_fixes.lab.servers.serve import Served, prompt
 
 from .servers import resting

@@ -15,7 +15,7 @@ from sglang_scaling_fixes.lab.faults.corrupt import KINDS
 from sglang_scaling_fixes.lab.glm import weights
 from sglang_scaling_fixes.lab.install import Environment
 from sglang_scaling_fixes.lab.servers import tokenizer
-from sglang_scaling_fixes.lab.servers.cluster import greedy
+from sglang_scaling_fixes.lab.servers.pending import greedy
 from sglang_scaling_fixes.lab.servers.serve import Options, Served, prompt
 
 from .servers import resting

@@ -20,8 +20,10 @@ import pytest
 
 from sglang_scaling_fixes.lab.install import Environment
 from sglang_scaling_fixes.lab.servers.checkpoints import Model
-from sglang_scaling_fixes.lab.servers.cluster import Cluster, ClusterSpec, Pending, Server
+from sglang_scaling_fixes.lab.servers.cluster import Cluster, ClusterSpec
 from sglang_scaling_fixes.lab.servers.link import link
+from sglang_scaling_fixes.lab.servers.pending import Pending
+from sglang_scaling_fixes.lab.servers.server import Server
 
 from .servers import prompt, report, wait_for
 

@@ -20,7 +20,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from sglang_scaling_fixes.lab.observing.events import Kind
 from sglang_scaling_fixes.lab.observing.reader import Event
@@ -32,10 +32,13 @@ from sglang_scaling_fixes.lab.races.reference import (
     margin,
     random_prompt,
 )
+from sglang_scaling_fixes.lab.races.result import Round, Verdict, ranges
 from sglang_scaling_fixes.lab.races.scenarios import IN_FLIGHT_SHARE, Ending, Scenario
 from sglang_scaling_fixes.lab.races.traffic import SAMPLE_S, Traffic
-from sglang_scaling_fixes.lab.servers.cluster import ANSWER_S, Cluster, Outcome, Pending, Server
+from sglang_scaling_fixes.lab.servers.cluster import Cluster
 from sglang_scaling_fixes.lab.servers.link import Link
+from sglang_scaling_fixes.lab.servers.pending import Outcome, Pending
+from sglang_scaling_fixes.lab.servers.server import ANSWER_S, Server
 
 LATE_BYTES = 100_000  # less than this after the end is chatter, not KV
 STALL_S = 4.0  # below the two missed heartbeats (10 s) that fail a stopped prefill
@@ -44,30 +47,6 @@ REUSE_S = 0.5  # a prefill that learns of an abort has ended the request by then
 REFUSED_S = 1.0  # before the load tries again
 CLEAR_TRIES = 20
 _STALL_SAMPLE_S = 0.0005
-
-
-@dataclass
-class Round:
-    """One valid round as it is reported."""
-
-    round: int
-    tries: int
-    sent_at_end: int  # bytes of the transfers sent when the end came
-    sent_after_end: int
-    sent_after_admission: int | None  # bytes sent after the first victim was admitted
-    victim_wait_s: float | None  # from the victims' sending to the first admission
-    slots_shared: int  # slots of the victims that were the late requests'
-    victims: int
-    corrupted_pages: int
-    wrong_ids: int  # generated ids that differ from the reference
-    wrong_outputs: int  # victims with any
-    refused: int  # victims that got a clear error
-    aborted: int  # late requests that ended early
-    lost: int  # messages of decode that the lab lost
-    clean_afterwards: bool  # the first victim's prompt, run alone once more, is right
-    corrupted: str  # the corrupted positions of the prompts, as ranges
-    ends: list[str]  # what the late requests were told
-    problems: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -355,7 +334,7 @@ class Race:
             aborted=sum(outcome.ids is None for outcome in ended),
             lost=0,
             clean_afterwards=False,
-            corrupted="; ".join(_ranges(verdict.corrupted) for verdict in verdicts),
+            corrupted="; ".join(ranges(verdict.corrupted) for verdict in verdicts),
             ends=[f"{outcome.refusal or outcome.decode.body!s:.300}" for outcome in ended],
             problems=[problem for verdict in verdicts for problem in verdict.problems],
         )
@@ -385,15 +364,6 @@ class Race:
         return self.cluster.observations.of(rid)
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What is wrong with one victim."""
-
-    corrupted: list[int]  # positions of its prompt
-    wrong_ids: int
-    problems: list[str]
-
-
 class _Stopped:
     """SIGSTOP on entry, SIGCONT on the way out whatever happens."""
 
@@ -406,14 +376,3 @@ class _Stopped:
 
     def __exit__(self, *_error: object) -> None:
         self._server.signal(signal.SIGCONT)
-
-
-def _ranges(positions: Sequence[int]) -> str:
-    """`0-3,7` for [0, 1, 2, 3, 7]."""
-    runs: list[list[int]] = []
-    for position in positions:
-        if runs and position == runs[-1][1] + 1:
-            runs[-1][1] = position
-        else:
-            runs.append([position, position])
-    return ",".join(f"{a}-{b}" if a != b else str(a) for a, b in runs)

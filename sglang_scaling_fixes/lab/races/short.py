@@ -19,9 +19,10 @@ import time
 
 from sglang_scaling_fixes.lab.observing.events import Kind
 from sglang_scaling_fixes.lab.races.reference import random_prompt
-from sglang_scaling_fixes.lab.races.round import Invalid, Played, Race, Round, Victim
+from sglang_scaling_fixes.lab.races.result import Round
+from sglang_scaling_fixes.lab.races.round import Invalid, Played, Race, Victim
 from sglang_scaling_fixes.lab.races.traffic import Traffic
-from sglang_scaling_fixes.lab.servers.cluster import Outcome
+from sglang_scaling_fixes.lab.servers.pending import Outcome
 
 OTHERS = 2  # so often the other user's prompts run: then no slot is as the victims left it
 

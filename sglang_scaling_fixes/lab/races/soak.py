@@ -32,8 +32,10 @@ from sglang_scaling_fixes.lab.races.reference import (
 )
 from sglang_scaling_fixes.lab.races.run import new_run_dir
 from sglang_scaling_fixes.lab.servers import checkpoints
-from sglang_scaling_fixes.lab.servers.cluster import ANSWER_S, Cluster, ClusterSpec, Outcome, Server
+from sglang_scaling_fixes.lab.servers.cluster import Cluster, ClusterSpec
 from sglang_scaling_fixes.lab.servers.link import link
+from sglang_scaling_fixes.lab.servers.pending import Outcome
+from sglang_scaling_fixes.lab.servers.server import ANSWER_S, Server
 
 FIXED_FLAGS = ("--plugin", "--safe-reclaim-fence")
 RATE_MBIT = 48.0

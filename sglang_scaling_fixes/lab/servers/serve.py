@@ -21,14 +21,10 @@ from sglang_scaling_fixes.lab.glm import weights
 from sglang_scaling_fixes.lab.install import Environment, install
 from sglang_scaling_fixes.lab.servers import checkpoints
 from sglang_scaling_fixes.lab.servers.client import Answer
-from sglang_scaling_fixes.lab.servers.cluster import (
-    Cluster,
-    ClusterSpec,
-    Server,
-    greedy,
-    refuse_a_gpu,
-)
+from sglang_scaling_fixes.lab.servers.cluster import Cluster, ClusterSpec
 from sglang_scaling_fixes.lab.servers.link import LOCAL, link
+from sglang_scaling_fixes.lab.servers.pending import greedy
+from sglang_scaling_fixes.lab.servers.server import Server, refuse_a_gpu
 
 RELEASE = "0.5.23"
 

@@ -6,7 +6,9 @@ import pytest
 
 from sglang_scaling_fixes.lab.errors import LabError
 from sglang_scaling_fixes.lab.servers.client import Answer
-from sglang_scaling_fixes.lab.servers.cluster import ClusterSpec, refusal, refuse_unprotected
+from sglang_scaling_fixes.lab.servers.cluster import ClusterSpec
+from sglang_scaling_fixes.lab.servers.pending import refusal
+from sglang_scaling_fixes.lab.servers.server import refuse_unprotected
 
 
 @pytest.mark.parametrize(
