@@ -9,7 +9,7 @@ import pytest
 from hypothesis import settings
 
 from sglang_scaling_fixes.lab import install
-from sglang_scaling_fixes.lab import model as lab_model
+from sglang_scaling_fixes.lab.servers import checkpoints
 
 from .releases import NEW, OLD
 
@@ -35,8 +35,8 @@ def new() -> install.Environment:
 
 
 @pytest.fixture(scope="session")
-def checkpoint(new: install.Environment) -> lab_model.Model:
-    return lab_model.llama(new)
+def checkpoint(new: install.Environment) -> checkpoints.Model:
+    return checkpoints.llama(new)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

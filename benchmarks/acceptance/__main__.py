@@ -19,13 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import ROOT
+from benchmarks.common.reports import markdown_table
+from benchmarks.common.svg import text
+from sglang_scaling_fixes.console import say
 from sglang_scaling_fixes.lab import runtime
-from sglang_scaling_fixes.lab.cluster import greedy
+from sglang_scaling_fixes.lab.faults.corrupt import KINDS
 from sglang_scaling_fixes.lab.install import install
-from sglang_scaling_fixes.lab.serve import RELEASE, Options, Served, prompt, serving
-from sglang_scaling_fixes.lab.standins.corrupt import KINDS
+from sglang_scaling_fixes.lab.servers.pending import greedy
+from sglang_scaling_fixes.lab.servers.serve import RELEASE, Options, Served, prompt, serving
 
-FIGURE = Path(__file__).parents[2] / "docs" / "accept-length.svg"
+FIGURE = ROOT / "docs" / "accept-length.svg"
 AFTER, TOKENS, WINDOW = 100, 260, 20
 PROMPT = 450
 SHARES = (1.0, 0.5, 0.1)
@@ -55,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompts", type=int, default=2, help="of each kind (default 2)")
     parser.add_argument("--figure", type=Path, default=FIGURE, metavar="FILE")
     args = parser.parse_args(argv)
-    environment = install(RELEASE, lambda text: print(text, file=sys.stderr))
+    environment = install(RELEASE, say)
     options = Options(spec=True, env={runtime.CORRUPT: "1"})
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -64,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         curves = measure(served, args.prompts)
     print(table(curves))
     args.figure.write_text(figure(curves))
-    print(f"\n{args.figure.name} written", file=sys.stderr)
+    say(f"{args.figure.name} written")
     return 0
 
 
@@ -102,10 +106,10 @@ def stream(served: Served, seed: int, rid: str) -> Curve:
 def table(curves: dict[str, list[Curve]]) -> str:
     """Markdown: before the corruption, in the 100 tokens after, and to the end."""
     clean = curves["clean"]
-    lines = [
-        "| context overwritten | accept length before | next 100 tokens | rate | tokens changed |",
-        "|---|---|---|---|---|",
-    ]
+    head = [
+        "context overwritten", "accept length before", "next 100 tokens", "rate", "tokens changed"
+    ]  # fmt: skip
+    rows = []
     for name, runs in curves.items():
         before, after = (
             statistics.mean(run.accept_length(*span) for run in runs)
@@ -116,8 +120,8 @@ def table(curves: dict[str, list[Curve]]) -> str:
             sum(a != b for a, b in zip(run.ids, base.ids, strict=True)) / TOKENS
             for run, base in zip(runs, clean, strict=True)
         )
-        lines.append(f"| {name} | {before:.2f} | {after:.2f} | {rate:.2f} | {changed:.0%} |")
-    return "\n".join(lines)
+        rows.append([name, f"{before:.2f}", f"{after:.2f}", f"{rate:.2f}", f"{changed:.0%}"])
+    return markdown_table(head, rows)
 
 
 def figure(curves: dict[str, list[Curve]]) -> str:
@@ -158,10 +162,6 @@ def figure(curves: dict[str, list[Curve]]) -> str:
     parts.append(text(left + across / 2, height - 10, "tokens generated", centre))
     parts.append(text(12, top - 6, "accept length") + "</svg>")
     return "\n".join(parts) + "\n"
-
-
-def text(x: float, y: float, words: str, style: str = "") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" {style}>{words}</text>'
 
 
 if __name__ == "__main__":

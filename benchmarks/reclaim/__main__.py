@@ -8,8 +8,10 @@ import os
 import sys
 from pathlib import Path
 
+from benchmarks.common import reports
 from benchmarks.reclaim import holds, ledger, pair, report, share, throughput
 from benchmarks.reclaim.load import Shape
+from sglang_scaling_fixes.console import say
 from sglang_scaling_fixes.errors import ScalingFixesError
 from sglang_scaling_fixes.lab.errors import LabError
 
@@ -99,39 +101,35 @@ def _shape(args: argparse.Namespace) -> Shape:
 
 def _throughput(args: argparse.Namespace) -> int:
     plan = throughput.Plan(args.sessions, args.seconds, args.turn)
-    result = throughput.measure(args.release, _shape(args), plan, _say, control=args.control)
-    report.save(_path(args), args.release, args.part + "_control" * args.control, result)
+    result = throughput.measure(args.release, _shape(args), plan, say, control=args.control)
+    reports.save(_path(args), args.release, args.part + "_control" * args.control, result)
     print(report.throughput_table(result))
     return 1 if throughput.wrong(result) else 0
 
 
 def _share(args: argparse.Namespace) -> int:
-    result = share.measure(args.release, _shape(args), args.seconds, _say)
-    report.save(_path(args), args.release, "share", result)
+    result = share.measure(args.release, _shape(args), args.seconds, say)
+    reports.save(_path(args), args.release, "share", result)
     print(report.share_line(result))
     return 0
 
 
 def _holds(args: argparse.Namespace) -> int:
-    result = holds.measure(args.release, args.rounds, args.seed, args.rate_mbit, _say)
-    report.save(_path(args), args.release, "holds", result)
+    result = holds.measure(args.release, args.rounds, args.seed, args.rate_mbit, say)
+    reports.save(_path(args), args.release, "holds", result)
     print(report.holds_table(result))
     return 0
 
 
 def _ledger(args: argparse.Namespace) -> int:
     result = ledger.measure(args.requests, args.repeats)
-    report.save(_path(args), args.release, "ledger", result)
+    reports.save(_path(args), args.release, "ledger", result)
     print(report.ledger_table(result))
     return 0
 
 
 def _path(args: argparse.Namespace) -> Path:
     return args.output or report.RESULTS / f"{args.release}.json"
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

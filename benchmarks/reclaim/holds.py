@@ -16,16 +16,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.reclaim import figures
-from benchmarks.reclaim.pair import FLAGS, UNOBSERVED, Bench, Progress, folder_for_logs
-from sglang_scaling_fixes.lab import model as lab_model
-from sglang_scaling_fixes.lab.cluster import Cluster
+from benchmarks.common import figures
+from benchmarks.reclaim.pair import FLAGS, UNOBSERVED, Bench, folder_for_logs
+from sglang_scaling_fixes.console import Progress
 from sglang_scaling_fixes.lab.errors import LabError
-from sglang_scaling_fixes.lab.link import Link, link
+from sglang_scaling_fixes.lab.races.reference import random_prompt
+from sglang_scaling_fixes.lab.servers import checkpoints
+from sglang_scaling_fixes.lab.servers.cluster import Cluster, ClusterSpec
+from sglang_scaling_fixes.lab.servers.link import Link, link
 
 PROMPT_TOKENS = 1000
-TRANSFER_BYTES = PROMPT_TOKENS * lab_model.KV_BYTES_PER_TOKEN
-POOL_TOKENS = 1500
+TRANSFER_BYTES = PROMPT_TOKENS * checkpoints.KV_BYTES_PER_TOKEN
 SHARES = 0.05, 0.75
 """The abort comes once this share of the transfer is over, drawn between the two."""
 _STEP_S = 0.002
@@ -58,15 +59,8 @@ def measure(
         if way.mode != "shaped":
             raise LabError(f"hold times need a shaped link, and there is none: {way.reason}")
         bench = Bench(release, folder, progress)
-        with Cluster(
-            bench.environment,
-            bench.checkpoint,
-            way,
-            folder,
-            extra_flags=FLAGS["fixed"],
-            extra_env=UNOBSERVED,
-            max_total_tokens=POOL_TOKENS,
-        ) as cluster:
+        spec = ClusterSpec(flags=FLAGS["fixed"], env=UNOBSERVED)
+        with Cluster(bench.environment, bench.checkpoint, way, folder, spec) as cluster:
             _warm(cluster, draw)
             rtt_ms = _network_round_trip(cluster)
             done = []
@@ -82,12 +76,10 @@ def measure(
     }
 
 
-def _prompt(draw: random.Random) -> list[int]:
-    return [draw.randrange(3, lab_model.VOCAB) for _ in range(PROMPT_TOKENS)]
-
-
 def _warm(cluster: Cluster, draw: random.Random) -> None:
-    outcome = cluster.send(cluster.slow, _prompt(draw), "warm", max_new_tokens=8).wait()
+    outcome = cluster.send(
+        cluster.slow, random_prompt(draw, PROMPT_TOKENS), "warm", max_new_tokens=8
+    ).wait()
     if outcome.ids is None:
         raise LabError(f"the warm-up request failed: {outcome.decode.body!s:.200}")
 
@@ -106,7 +98,7 @@ def _network_round_trip(cluster: Cluster) -> float:
 def _abort(cluster: Cluster, way: Link, draw: random.Random, rid: str) -> Hold:
     log = _Tail(cluster.decode.process.log)
     share, base = draw.uniform(*SHARES), way.sent_bytes()
-    pending = cluster.send(cluster.slow, _prompt(draw), rid, max_new_tokens=8)
+    pending = cluster.send(cluster.slow, random_prompt(draw, PROMPT_TOKENS), rid, max_new_tokens=8)
     deadline = time.monotonic() + _END_S
     while way.sent_bytes() - base < share * TRANSFER_BYTES:
         _still_going(deadline, "the transfer did not begin")

@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sglang_scaling_fixes.lab import model as lab_model
-from sglang_scaling_fixes.lab.cluster import ANSWER_S
+from sglang_scaling_fixes.lab.servers import checkpoints
+from sglang_scaling_fixes.lab.servers.server import ANSWER_S
 
 PROMPTS = 64
 """Distinct prompts: each is answered many times, so that answers can be compared."""
@@ -99,7 +99,7 @@ class Load:
         self._ends = ends
         self._shape = shape
         self._prompts = [
-            [draw.randrange(3, lab_model.VOCAB) for _ in range(shape.prompt_tokens)]
+            [draw.randrange(3, checkpoints.VOCAB) for _ in range(shape.prompt_tokens)]
             for _ in range(PROMPTS)
         ]
         self._rooms = itertools.count(first_room)

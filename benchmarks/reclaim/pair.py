@@ -6,20 +6,20 @@ import contextlib
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.reclaim.load import End, Ends, Load, Reply, Shape, each_prompt_once
 from sglang_scaling_fixes.config import ENV_PREFIX
-from sglang_scaling_fixes.lab import model as lab_model
-from sglang_scaling_fixes.lab.cluster import Cluster, Server
+from sglang_scaling_fixes.console import Progress
 from sglang_scaling_fixes.lab.errors import LabError
 from sglang_scaling_fixes.lab.install import Environment, install
-from sglang_scaling_fixes.lab.link import link
 from sglang_scaling_fixes.lab.runtime import OBSERVE
-
-Progress = Callable[[str], None]
+from sglang_scaling_fixes.lab.servers import checkpoints
+from sglang_scaling_fixes.lab.servers.cluster import Cluster, ClusterSpec
+from sglang_scaling_fixes.lab.servers.link import link
+from sglang_scaling_fixes.lab.servers.server import Server
 
 HALVES = ("stock", "fixed")
 FLAGS: dict[str, tuple[str, ...]] = {"stock": (), "fixed": ("--plugin",)}
@@ -38,7 +38,7 @@ class Bench:
 
     def __init__(self, release: str, folder: Path, progress: Progress) -> None:
         self.environment: Environment = install(release, progress)
-        self.checkpoint = lab_model.llama(self.environment)
+        self.checkpoint = checkpoints.llama(self.environment)
         self.folder = folder
         self.progress = progress
 
@@ -46,18 +46,12 @@ class Bench:
     def load(self, half: str, shape: Shape) -> Iterator[tuple[Cluster, Load, list[Reply]]]:
         """A warm pair, and the answers of its last warm-up (each prompt once, no aborts)."""
         run_dir = Path(tempfile.mkdtemp(prefix=f"{half}-", dir=self.folder))
+        spec = ClusterSpec(
+            prefills=1, flags=FLAGS[half], env={**UNOBSERVED, **KEPT}, tokens=POOL_TOKENS
+        )
         with (
             link(0, run_dir, shaped=False) as way,
-            Cluster(
-                self.environment,
-                self.checkpoint,
-                way,
-                run_dir,
-                prefills=1,
-                extra_flags=FLAGS[half],
-                extra_env={**UNOBSERVED, **KEPT},
-                max_total_tokens=POOL_TOKENS,
-            ) as cluster,
+            Cluster(self.environment, self.checkpoint, way, run_dir, spec) as cluster,
         ):
             load = Load(ends_of(cluster), shape)
             for _ in range(WARM_UPS):

@@ -23,10 +23,12 @@ from typing import Any
 
 import sglang_scaling_fixes
 from benchmarks.reclaim.load import Load, Shape, schedule
-from benchmarks.reclaim.pair import Bench, Progress, check, folder_for_logs
+from benchmarks.reclaim.pair import Bench, check, folder_for_logs
 from benchmarks.reclaim.throughput import armed_report
-from sglang_scaling_fixes.lab.cluster import Cluster, Server
+from sglang_scaling_fixes.console import Progress
 from sglang_scaling_fixes.lab.errors import LabError
+from sglang_scaling_fixes.lab.servers.cluster import Cluster
+from sglang_scaling_fixes.lab.servers.server import Server
 
 RATE = 200  # samples a second
 _OURS = str(Path(sglang_scaling_fixes.__file__).parent) + "/"

@@ -18,20 +18,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.reclaim import figures, processes
+from benchmarks.common import figures, processes
 from benchmarks.reclaim.load import PROMPTS, Answers, Reply, Shape, schedule
 from benchmarks.reclaim.pair import (
     HALVES,
     Bench,
-    Progress,
     alternating,
     check,
     folder_for_logs,
     report_when_nothing_is_held,
 )
 from benchmarks.reclaim.turns import Half, half
-from sglang_scaling_fixes.lab.cluster import Cluster
+from sglang_scaling_fixes.console import Progress
 from sglang_scaling_fixes.lab.errors import LabError
+from sglang_scaling_fixes.lab.servers.cluster import Cluster
 
 BLOCK_TURNS = 80
 """Turns of each half that are one entry of the result. Requests end in batches, so a

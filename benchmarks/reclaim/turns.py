@@ -19,17 +19,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.reclaim import processes
+from benchmarks.common import ROOT, processes
 from benchmarks.reclaim.client import Board, Job, read_replies
 from benchmarks.reclaim.load import Reply, Shape
 from benchmarks.reclaim.pair import ends_of
-from sglang_scaling_fixes.lab.cluster import Cluster
 from sglang_scaling_fixes.lab.errors import LabError
-from sglang_scaling_fixes.lab.process import Guarded
+from sglang_scaling_fixes.lab.servers.cluster import Cluster
+from sglang_scaling_fixes.lab.servers.process import Supervised
 
 FIRST_ROOM = 1_000_001
 """The warm-up has the rooms below."""
-_ROOT = Path(__file__).parents[2]
 _CORES = sorted(os.sched_getaffinity(0))[:2]
 _END_S = 120.0
 
@@ -46,7 +45,7 @@ class Half:
         self._board = board
         self._replies = Path(job.replies)
         self._log = folder / "client.log"
-        self._client: Guarded | None = None
+        self._client: Supervised | None = None
         self._pids = [p for s in (cluster.fast, cluster.decode) for p in s.process.pids()]
         self._servers = list(self._pids)
         for core, server in zip(_CORES, (cluster.fast, cluster.decode), strict=False):
@@ -59,9 +58,9 @@ class Half:
         Only once both pairs are warm: a write that stood still for a minute has failed.
         """
         self.go()
-        environment = {**os.environ, "PYTHONPATH": str(_ROOT)}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-m", "benchmarks.reclaim.client", str(self._job)]
-        self._client = Guarded(command, log=self._log, env=environment)
+        self._client = Supervised(command, log=self._log, env=environment)
         while not self._board.completed:
             if not self._client.alive:
                 raise LabError(f"the client ended: {self._client.tail()}")

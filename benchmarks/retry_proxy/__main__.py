@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import uvloop
 
-from benchmarks.reclaim.report import machine, table
+from benchmarks.common.reports import machine, table
 from benchmarks.retry_proxy.client import Caller, streams
 
 RESULTS = Path(__file__).parent / "results"

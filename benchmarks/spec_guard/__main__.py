@@ -14,9 +14,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.common import ROOT
 from benchmarks.spec_guard import recording
+from sglang_scaling_fixes.console import say
 
-ROOT = Path(__file__).parents[2]
 RECORDING = Path(__file__).parent / "results" / "recording.jsonl.gz"
 FIGURE = ROOT / "docs" / "spec-guard.svg"
 CLEAN, CORRUPT, TOKENS = 2000, 15, 160
@@ -61,7 +62,7 @@ def _record(args: argparse.Namespace) -> None:
     from benchmarks.spec_guard import record
 
     record.record(args.output, args.clean, args.corrupt, args.tokens)
-    print(f"{args.output.name} written", file=sys.stderr)
+    say(f"{args.output.name} written")
 
 
 def _report(path: Path, picture: Path) -> None:
@@ -70,7 +71,7 @@ def _report(path: Path, picture: Path) -> None:
     found = recording.read(path)
     print(report.report(found))
     picture.write_text(figure.figure(found))
-    print(f"{picture.name} written", file=sys.stderr)
+    say(f"{picture.name} written")
 
 
 def _all(args: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any
 
-from benchmarks.spec_guard.report import table
+from benchmarks.common.reports import markdown_table
 from sglang_scaling_fixes.attach import resolve
 from sglang_scaling_fixes.specguard import attach, detector, probe
 from sglang_scaling_fixes.specguard.detector import Rules
@@ -61,7 +61,7 @@ def report() -> str:
     head = ["a request", "stock", "more, not armed", "more, armed", "of it the guard's look"]
     return (
         f"µs of CPU per request and verification, medians of {ROUNDS} rounds of {STEPS}.\n\n"
-        + table(head, rows)
+        + markdown_table(head, rows)
         + f"\nCounting the repetition of {detector.TAIL} tokens once: {_counting():.0f} µs, at most"
         f" every {detector.PATIENCE} tokens.\n"
     )

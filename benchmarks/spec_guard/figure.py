@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from xml.sax.saxutils import escape
 
+from benchmarks.common.svg import text
 from benchmarks.spec_guard import replay
 from benchmarks.spec_guard.recording import DRAFTS, Record, Recording
 from benchmarks.spec_guard.report import clean_groups
@@ -214,7 +214,3 @@ def line(
         f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{colour}"'
         f' stroke-width="{width}"{dashes}/>'
     )
-
-
-def text(x: float, y: float, words: str, style: str = "") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" {style}>{escape(words)}</text>'

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 from benchmarks.spec_guard import texts
 from benchmarks.spec_guard.recording import Corruption
-from sglang_scaling_fixes.lab.serve import prompt
-from sglang_scaling_fixes.lab.standins.corrupt import KINDS
+from sglang_scaling_fixes.lab.faults.corrupt import KINDS
+from sglang_scaling_fixes.lab.servers.serve import prompt
 
 GROUPS = (*texts.CLASSES, "copy")
 SHARES = (1.0, 0.5, 0.1)

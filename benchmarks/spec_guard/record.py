@@ -23,10 +23,11 @@ import aiohttp
 from benchmarks.spec_guard import plan, recording, texts
 from benchmarks.spec_guard.plan import Request
 from benchmarks.spec_guard.recording import Record
+from sglang_scaling_fixes.console import say
 from sglang_scaling_fixes.lab import runtime
-from sglang_scaling_fixes.lab.cluster import greedy
 from sglang_scaling_fixes.lab.install import install
-from sglang_scaling_fixes.lab.serve import RELEASE, Options, serving
+from sglang_scaling_fixes.lab.servers.pending import greedy
+from sglang_scaling_fixes.lab.servers.serve import RELEASE, Options, serving
 
 CONCURRENCY = 64
 """Requests at a time: a step takes as long as its batch is large, from 16 requests on."""
@@ -41,7 +42,7 @@ PER_STEP = recording.DRAFTS + 1
 def record(path: Path, clean: int, each: int, tokens: int) -> recording.Recording:
     documents = texts.documents()
     sources = {name: len(found) for name, found in documents.items()}
-    print(f"documents: {sources}", file=sys.stderr)
+    say(f"documents: {sources}")
     prompts = plan.Prompts(documents)
     late, early = plan.long(prompts), plan.twins(prompts)
     requests = [
@@ -77,7 +78,7 @@ def send(requests: Sequence[Request], journal: Path) -> list[Record]:
 
 
 def _send(requests: Sequence[Request], journal: TextIO) -> list[Record]:
-    environment = install(RELEASE, lambda text: print(text, file=sys.stderr))
+    environment = install(RELEASE, say)
     options = Options(
         spec=True,
         tokens=POOL,

@@ -19,7 +19,7 @@ DRAFTS = 3
 
 @dataclass(frozen=True)
 class Corruption:
-    """As `lab/standins/corrupt.py` takes it; `after` in generated tokens."""
+    """As `lab/faults/corrupt.py` takes it; `after` in generated tokens."""
 
     kind: str
     share: float

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from benchmarks.common.reports import markdown_table
 from benchmarks.spec_guard import texts
 from benchmarks.spec_guard.replay import Count, percentile
-from benchmarks.spec_guard.report import table
 from sglang_scaling_fixes.specguard.detector import TAIL, repetition
 
 STEP = 64
@@ -81,12 +81,12 @@ def report(documents: dict[str, list[str]]) -> str:
     return (
         f"Repetition of the last {TAIL} tokens, every {STEP} tokens of real text. `pieces`: words"
         f" cut into {PIECE} characters at most, nearer to a model's tokens.\n\n"
-        + table(
+        + markdown_table(
             ["text", "documents", "places", *(f"p{100 * p:g}" for p in PERCENTILES), *limits],
             scores,
         )
         + "\nDocuments with such a place anywhere: would be stopped if drafted perfectly.\n\n"
-        + table(["text", "documents", *limits], reached)
+        + markdown_table(["text", "documents", *limits], reached)
     )
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
+from benchmarks.common.reports import markdown_table
 from benchmarks.spec_guard import replay
 from benchmarks.spec_guard.recording import Record, Recording
 from benchmarks.spec_guard.replay import Count, Verdict, percentile
-from sglang_scaling_fixes.lab.standins.corrupt import KINDS
+from sglang_scaling_fixes.lab.faults.corrupt import KINDS
 from sglang_scaling_fixes.specguard.detector import Rules, repetition
 
 PERCENTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
@@ -84,11 +85,6 @@ def about(recording: Recording) -> str:
     )
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
-
-
 def distributions(groups: Groups) -> str:
     """Accept length at percentiles, then median and 99th percentile of rate and repetition."""
     rows = []
@@ -107,11 +103,11 @@ def distributions(groups: Groups) -> str:
             ]
         )
     head = ["class", "requests", *(f"p{100 * p:.0f}" for p in PERCENTILES)]
-    return table([*head, "rate p50", "rate p99", "repetition p50"], rows)
+    return markdown_table([*head, "rate p50", "rate p99", "repetition p50"], rows)
 
 
 def false_alarms(groups: Groups, settings: dict[str, Rules]) -> str:
-    return table(
+    return markdown_table(
         ["rules", *groups],
         [
             [name, *(replay.alarms(records, rules) for records in groups.values())]
@@ -163,7 +159,7 @@ def detection(found: Sequence[Verdict]) -> str:
         rows.append([name, *summary(of)])
     for name, of in sorted(_split(found, lambda v: f"all of class {v.record.group}")):
         rows.append([name, *summary(of)])
-    return table(["overwritten", *SUMMARY], rows)
+    return markdown_table(["overwritten", *SUMMARY], rows)
 
 
 def by_setting(corrupt: Sequence[Record], twins: dict[str, Record]) -> str:
@@ -178,7 +174,7 @@ def by_setting(corrupt: Sequence[Record], twins: dict[str, Record]) -> str:
             replay.verdicts(whole, twins, rules), lambda v: f"100%, at {v.after}"
         ):
             rows.append([name, onset, *summary(of)])
-    return table(["window / repetition", "overwritten", *SUMMARY], rows)
+    return markdown_table(["window / repetition", "overwritten", *SUMMARY], rows)
 
 
 def by_threshold(groups: Groups, corrupt: Sequence[Record], twins: dict[str, Record]) -> str:
@@ -190,7 +186,7 @@ def by_threshold(groups: Groups, corrupt: Sequence[Record], twins: dict[str, Rec
         rules = replace(replay.DEFAULT, min_length=threshold, max_rate=1.0)
         found = replay.verdicts(whole, twins, rules)
         rows.append([f"{threshold:g}", replay.alarms(clean, rules), *summary(found)])
-    return table(["accept length below", "clean, called anomalous", *SUMMARY], rows)
+    return markdown_table(["accept length below", "clean, called anomalous", *SUMMARY], rows)
 
 
 def control(records: Sequence[Record], twins: dict[str, Record]) -> str:

@@ -18,18 +18,17 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sglang_scaling_fixes import paths
+from sglang_scaling_fixes.console import Progress
 from sglang_scaling_fixes.lab.errors import LabError
 from sglang_scaling_fixes.lab.runtime import cpu_env
 
-Progress = Callable[[str], None]
-
 MOONCAKE = "mooncake-transfer-engine-non-cuda"
 _DISTRIBUTION = "sglang-scaling-fixes"
-_ROOT = Path(__file__).resolve().parents[2]
 _CONSTRAINTS = Path(__file__).parent / "constraints"
 _STAMP = "sglang-scaling-fixes.json"
 _NOT_WHOLE = ("0.5.18", "0.5.19", "0.5.20", "0.5.21")
@@ -100,7 +99,7 @@ def install(release: str, progress: Progress = print) -> Environment:
 
 def _bring_up_to_date(release: str, constraints: Path, folder: Path, progress: Progress) -> None:
     digest = hashlib.sha256(constraints.read_bytes()).hexdigest()
-    stamp = {"constraints": digest, "package": str(_ROOT), "version": _own_version()}
+    stamp = {"constraints": digest, "package": str(paths.ROOT), "version": _own_version()}
     found = _read_stamp(folder)
     if found == stamp:
         return
@@ -203,8 +202,8 @@ def _uv(progress: Progress) -> list[str]:
 
 def _install_ourselves(pip: list[str], python: Path) -> None:
     """Editable from a checkout; from a wheel, the same files copied over."""
-    if (_ROOT / "pyproject.toml").is_file():
-        _run([*pip, "--no-deps", "--editable", str(_ROOT)], "install this package")
+    if paths.in_checkout():
+        _run([*pip, "--no-deps", "--editable", str(paths.ROOT)], "install this package")
         return
     try:
         files = importlib.metadata.files(_DISTRIBUTION) or []

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from sglang_scaling_fixes.lab.cluster import Cluster
+from sglang_scaling_fixes.lab.install import Environment
+from sglang_scaling_fixes.lab.servers.cluster import Cluster
+from sglang_scaling_fixes.lab.servers.serve import Options, Served, serving
+
+
+def resting(
+    options: Options, environment: Environment, run_dir: Path
+) -> contextlib.AbstractContextManager[Served]:
+    """As `serving`, but the servers take no CPU time while no request is there."""
+    return serving(replace(options, sleep_on_idle=True), environment, run_dir)
 
 
 def report(cluster: Cluster) -> dict[str, Any]:

@@ -13,23 +13,25 @@ from pathlib import Path
 
 import pytest
 
-from sglang_scaling_fixes.lab.cluster import Cluster
 from sglang_scaling_fixes.lab.install import Environment
-from sglang_scaling_fixes.lab.link import link
-from sglang_scaling_fixes.lab.model import Model
+from sglang_scaling_fixes.lab.servers.checkpoints import Model
+from sglang_scaling_fixes.lab.servers.cluster import Cluster, ClusterSpec
+from sglang_scaling_fixes.lab.servers.link import link
 from sglang_scaling_fixes.reclaim.retry_after import REFUSAL
 from sglang_scaling_fixes.reclaim.rules.quarantine import RETRY_AFTER
 
 from .servers import prompt, report, wait_for
 
-FLAGS = ("--plugin", "--safe-reclaim-audit", "--enable-metrics")
+SPEC = ClusterSpec(
+    flags=("--plugin", "--safe-reclaim-audit", "--enable-metrics"), sleep_on_idle=True
+)
 
 
 @pytest.fixture
 def cluster(new: Environment, checkpoint: Model, tmp_path: Path) -> Iterator[Cluster]:
     with (
         link(0, tmp_path, shaped=False) as way,
-        Cluster(new, checkpoint, way, tmp_path, extra_flags=FLAGS) as cluster,
+        Cluster(new, checkpoint, way, tmp_path, SPEC) as cluster,
     ):
         yield cluster
 

@@ -11,20 +11,18 @@ from typing import Any
 
 import pytest
 
-from sglang_scaling_fixes.lab.cluster import Cluster, Server
 from sglang_scaling_fixes.lab.install import Environment
-from sglang_scaling_fixes.lab.link import link
-from sglang_scaling_fixes.lab.model import Model
+from sglang_scaling_fixes.lab.servers.checkpoints import Model
+from sglang_scaling_fixes.lab.servers.cluster import Cluster, ClusterSpec
+from sglang_scaling_fixes.lab.servers.link import link
+from sglang_scaling_fixes.lab.servers.server import Server
 
 from .servers import prompt, report, wait_for
 
-
-class Mixed(Cluster):
-    """Only the decode server is armed."""
-
-    def _server(self, name: str, role: Any, place: Any, flags: list[str], env: Any) -> Any:
-        armed = ["--plugin", "--safe-reclaim-audit"] if role == "decode" else []
-        return super()._server(name, role, place, [*flags, *armed], env)
+SPEC = ClusterSpec(
+    prefills=1, decode_flags=("--plugin", "--safe-reclaim-audit"), sleep_on_idle=True
+)
+"""Only the decode server is armed."""
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +30,7 @@ def cluster(old: Environment, checkpoint: Model, tmp_path_factory: Any) -> Itera
     run_dir = tmp_path_factory.mktemp("mixed")
     with (
         link(0, run_dir, shaped=False) as way,
-        Mixed(old, checkpoint, way, run_dir, prefills=1) as cluster,
+        Cluster(old, checkpoint, way, run_dir, SPEC) as cluster,
     ):
         yield cluster
 

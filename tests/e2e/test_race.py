@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from sglang_scaling_fixes.lab import reclaim, scenarios
+from sglang_scaling_fixes.lab.races import run as race
+from sglang_scaling_fixes.lab.races import scenarios
 from tests.releases import OLD
 
 ROUNDS = 1
@@ -17,7 +18,7 @@ ROUNDS = 1
 
 @pytest.fixture(scope="module")
 def result() -> dict[str, Any]:
-    return reclaim.run(OLD, "abort", rounds=ROUNDS)
+    return race.run(OLD, "abort", rounds=ROUNDS)
 
 
 def test_stock_corrupts(result: dict[str, Any]) -> None:
@@ -42,7 +43,7 @@ def test_the_victims_waited_in_the_very_slots_of_the_aborted_requests(
 
 @pytest.fixture(scope="module")
 def lost() -> dict[str, Any]:
-    return reclaim.run(OLD, "lost-abort", rounds=1, fixed_only=True)
+    return race.run(OLD, "lost-abort", rounds=1, fixed_only=True)
 
 
 def test_decode_repeats_a_stop_that_is_lost(lost: dict[str, Any]) -> None:

@@ -15,13 +15,14 @@ from typing import Any
 
 import pytest
 
-from sglang_scaling_fixes.lab import words
-from sglang_scaling_fixes.lab.client import Answer, call
-from sglang_scaling_fixes.lab.cluster import greedy
 from sglang_scaling_fixes.lab.install import Environment
-from sglang_scaling_fixes.lab.link import LOCAL
-from sglang_scaling_fixes.lab.serve import Served, prompt, serving
+from sglang_scaling_fixes.lab.servers import tokenizer
+from sglang_scaling_fixes.lab.servers.client import Answer, call
+from sglang_scaling_fixes.lab.servers.link import LOCAL
+from sglang_scaling_fixes.lab.servers.pending import greedy
+from sglang_scaling_fixes.lab.servers.serve import Served, prompt
 
+from .servers import resting
 from .test_spec_guard import ABORT, PROMPT, TOKENS, corrupted, events, guard
 
 pytestmark = pytest.mark.e2e
@@ -74,8 +75,8 @@ def workers(
     bad = replace(ABORT, hicache=False, tokens=8192)
     sound = replace(bad, env={})
     with (
-        serving(bad, new, tmp_path_factory.mktemp("bad")) as one,
-        serving(sound, new, tmp_path_factory.mktemp("sound")) as other,
+        resting(bad, new, tmp_path_factory.mktemp("bad")) as one,
+        resting(sound, new, tmp_path_factory.mktemp("sound")) as other,
     ):
         yield one, other
 
@@ -110,13 +111,13 @@ def test_every_request_gets_the_sound_workers_answer(
 
     def completed(name: str) -> list[int]:
         body = {**completion, "rid": corrupted("mixed", name)}
-        return words.ids(proxy.post("/v1/completions", body).body["choices"][0]["text"])
+        return tokenizer.ids(proxy.post("/v1/completions", body).body["choices"][0]["text"])
 
     def completed_stream(name: str) -> list[int]:
         body = {**completion, "rid": corrupted("noise", name), "stream": True}
         chunks = events(proxy.post("/v1/completions", body).body)
         assert all("error" not in chunk for chunk in chunks)
-        return words.ids("".join(chunk["choices"][0]["text"] for chunk in chunks))
+        return tokenizer.ids("".join(chunk["choices"][0]["text"] for chunk in chunks))
 
     kinds = (generated, streamed, completed, completed_stream)
     try:

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from sglang_scaling_fixes.lab.cluster import Cluster
 from sglang_scaling_fixes.lab.install import Environment
-from sglang_scaling_fixes.lab.link import link
-from sglang_scaling_fixes.lab.model import Model
+from sglang_scaling_fixes.lab.servers.checkpoints import Model
+from sglang_scaling_fixes.lab.servers.cluster import Cluster, ClusterSpec
+from sglang_scaling_fixes.lab.servers.link import link
 
 AUDIT = ("--plugin", "--safe-reclaim-audit")
 SHAPE = ("--chunked-prefill-size", "128", "--page-size", "16")
@@ -31,11 +31,10 @@ def run_pair(
     environment: Environment, checkpoint: Model, run_dir: Path, flags: tuple[str, ...]
 ) -> dict[str, Any]:
     """All prompts at once through one pair, and what the servers say of themselves."""
+    spec = ClusterSpec(prefills=1, flags=(*SHAPE, *flags), sleep_on_idle=True)
     with (
         link(0, run_dir, shaped=False) as way,
-        Cluster(
-            environment, checkpoint, way, run_dir, prefills=1, extra_flags=(*SHAPE, *flags)
-        ) as cluster,
+        Cluster(environment, checkpoint, way, run_dir, spec) as cluster,
     ):
         pending = [
             cluster.send(cluster.fast, prompt, f"r{i}", max_new_tokens=24)
@@ -57,11 +56,11 @@ def run_pair(
 
 
 def crash_and_count(cluster: Cluster) -> list[int]:
-    """SIGKILL the decode server's guard, the lab's own process: what of its tree is left?"""
-    guarded = cluster.decode.process
-    tree = [guarded.guard_pid, *guarded.pids()]
+    """SIGKILL the decode server's supervisor, the lab's own process: what of its tree is left?"""
+    supervised = cluster.decode.process
+    tree = [supervised.supervisor_pid, *supervised.pids()]
     assert len(tree) > 3
-    os.kill(guarded.guard_pid, signal.SIGKILL)
+    os.kill(supervised.supervisor_pid, signal.SIGKILL)
     deadline = time.monotonic() + 20
     while (left := [pid for pid in tree if alive(pid)]) and time.monotonic() < deadline:
         time.sleep(0.2)

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from sglang_scaling_fixes.lab import reclaim
+from sglang_scaling_fixes.lab.races import run as race
 from tests.releases import OLD
 
 
 @pytest.fixture(scope="module")
 def result() -> dict[str, Any]:
-    return reclaim.run(OLD, "short-send", rounds=1)
+    return race.run(OLD, "short-send", rounds=1)
 
 
 def test_stock_answers_from_kv_that_nobody_wrote(result: dict[str, Any]) -> None:

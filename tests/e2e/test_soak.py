@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sglang_scaling_fixes.lab import soak
+from sglang_scaling_fixes.lab.races import soak
 from tests.releases import NEW
 
 

@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 
-from sglang_scaling_fixes.lab import runtime, words
-from sglang_scaling_fixes.lab.cluster import greedy
+from sglang_scaling_fixes.lab import runtime
+from sglang_scaling_fixes.lab.faults.corrupt import KINDS
 from sglang_scaling_fixes.lab.glm import weights
 from sglang_scaling_fixes.lab.install import Environment
-from sglang_scaling_fixes.lab.serve import Options, Served, prompt, serving
-from sglang_scaling_fixes.lab.standins.corrupt import KINDS
+from sglang_scaling_fixes.lab.servers import tokenizer
+from sglang_scaling_fixes.lab.servers.pending import greedy
+from sglang_scaling_fixes.lab.servers.serve import Options, Served, prompt
+
+from .servers import resting
 
 pytestmark = pytest.mark.e2e
 
@@ -64,7 +67,7 @@ def guard(served: Served) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def aborting(new: Environment, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serving(ABORT, new, tmp_path_factory.mktemp("abort")) as served:
+    with resting(ABORT, new, tmp_path_factory.mktemp("abort")) as served:
         yield served
 
 
@@ -95,7 +98,7 @@ def test_observing_changes_nothing_and_the_retry_reads_what_is_corrupt(
     new: Environment, tmp_path: Path
 ) -> None:
     """The control: stock keeps the request going, and its KV in the radix tree."""
-    with serving(OBSERVE, new, tmp_path) as served:
+    with resting(OBSERVE, new, tmp_path) as served:
         base = clean(served, "first")["output_ids"]
         answer = generate(served, corrupted("noise", "observed"))
         assert answer.status == 200
@@ -125,11 +128,11 @@ def test_a_stream_ends_with_the_abort(aborting: Served, right: list[int]) -> Non
         (
             "/v1/chat/completions",
             {
-                "messages": [{"role": "user", "content": words.text(PROMPT)}],
+                "messages": [{"role": "user", "content": tokenizer.text(PROMPT)}],
                 "max_tokens": TOKENS,
             },
         ),
-        ("/v1/responses", {"input": words.text(PROMPT), "max_output_tokens": TOKENS}),
+        ("/v1/responses", {"input": tokenizer.text(PROMPT), "max_output_tokens": TOKENS}),
     ],
     ids=["completions", "chat", "responses"],
 )
@@ -198,7 +201,7 @@ def test_a_prefix_in_the_host_tier_is_suspect_too(aborting: Served, right: list[
 def test_decode_tells_prefill(new: Environment, tmp_path: Path) -> None:
     """Its copy of the prompt's KV, which it would read again, is read no more."""
     options = replace(ABORT, pd=True, text=False, hicache=False, tokens=4096)
-    with serving(options, new, tmp_path) as served:
+    with resting(options, new, tmp_path) as served:
         base = served.ask(PROMPT, TOKENS)
         assert served.ask(PROMPT, 1).prefill["cached_tokens"] > 0
         assert served.cluster is not None
@@ -213,5 +216,5 @@ def test_decode_tells_prefill(new: Environment, tmp_path: Path) -> None:
 
 
 def test_the_vocabulary_of_the_lab_fits_its_words() -> None:
-    assert words.ids(words.text(PROMPT)) == PROMPT
+    assert tokenizer.ids(tokenizer.text(PROMPT)) == PROMPT
     assert max(PROMPT) < weights.VOCAB

@@ -18,10 +18,12 @@ from typing import Any
 
 import pytest
 
-from sglang_scaling_fixes.lab.cluster import Cluster, Pending, Server
 from sglang_scaling_fixes.lab.install import Environment
-from sglang_scaling_fixes.lab.link import link
-from sglang_scaling_fixes.lab.model import Model
+from sglang_scaling_fixes.lab.servers.checkpoints import Model
+from sglang_scaling_fixes.lab.servers.cluster import Cluster, ClusterSpec
+from sglang_scaling_fixes.lab.servers.link import link
+from sglang_scaling_fixes.lab.servers.pending import Pending
+from sglang_scaling_fixes.lab.servers.server import Server
 
 from .servers import prompt, report, wait_for
 
@@ -36,11 +38,12 @@ CPU_RANKS = {
     "SGLANG_NCCL_SO_PATH": "/nonexistent",
     "TORCHDYNAMO_DISABLE": "1",  # else every rank compiles for a minute at its first request
 }
+SPEC = ClusterSpec(prefills=1, flags=FLAGS, env=CPU_RANKS, sleep_on_idle=True)
 ABORTED = 1000  # tokens
 
 WITHOUT_AGREEMENT = """
 import os
-from sglang_scaling_fixes.lab.standins import hooks
+from sglang_scaling_fixes.lab import import_hooks
 
 def patch(decode):
     agree = decode.DecodeGuard._agree
@@ -48,7 +51,7 @@ def patch(decode):
         proven if os.path.exists({switch!r}) else agree(guard, proven)
     )
 
-hooks.after_import("sglang_scaling_fixes.reclaim.decode", patch)
+import_hooks.after_import("sglang_scaling_fixes.reclaim.decode", patch)
 """
 
 
@@ -68,9 +71,7 @@ def cluster(
     (hook / "sitecustomize.py").write_text(WITHOUT_AGREEMENT.format(switch=str(switch)))
     with pytest.MonkeyPatch.context() as patch, link(0, run_dir, shaped=False) as way:
         patch.setenv("PYTHONPATH", str(hook), prepend=os.pathsep)
-        with Cluster(
-            old, checkpoint, way, run_dir, prefills=1, extra_flags=FLAGS, extra_env=CPU_RANKS
-        ) as cluster:
+        with Cluster(old, checkpoint, way, run_dir, SPEC) as cluster:
             yield cluster
 
 

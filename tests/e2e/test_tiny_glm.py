@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from sglang_scaling_fixes.lab import model as lab_model
-from sglang_scaling_fixes.lab import runtime, serve
+from sglang_scaling_fixes.lab import runtime
+from sglang_scaling_fixes.lab.faults import corrupt, forgetful
 from sglang_scaling_fixes.lab.install import Environment
-from sglang_scaling_fixes.lab.serve import Options, Reply, prompt, serving
-from sglang_scaling_fixes.lab.standins import corrupt, forgetful
+from sglang_scaling_fixes.lab.servers import checkpoints, serve
+from sglang_scaling_fixes.lab.servers.serve import Options, Reply, prompt
 
-from .servers import report
+from .servers import report, resting
 
 pytestmark = pytest.mark.e2e
 
@@ -43,7 +43,7 @@ SPLIT = Options(pd=True, cp=2, layer_split=True)
 def dense(new: Environment) -> Any:
     from sglang_scaling_fixes.lab.glm.dense import DenseGLM
 
-    return DenseGLM(lab_model.tiny_glm(new).folder)
+    return DenseGLM(checkpoints.tiny_glm(new).folder)
 
 
 def log_probabilities(reply: Reply) -> list[float]:
@@ -88,7 +88,7 @@ def test_every_combination_answers_as_the_dense_model(
         ),
         env=SLOW_LOADS,
     )
-    with serving(options, new, tmp_path) as served:
+    with resting(options, new, tmp_path) as served:
         replies = [served.ask(asked, TOKENS, ASK) for asked in PROMPTS]
         for asked, reply in zip(PROMPTS, replies, strict=True):
             assert len(reply.ids) == TOKENS
@@ -118,7 +118,7 @@ def test_every_combination_answers_as_the_dense_model(
 def test_context_parallel_prefill_answers_as_the_dense_model(
     new: Environment, dense: Any, tmp_path: Path, options: Options
 ) -> None:
-    with serving(options, new, tmp_path) as served:
+    with resting(options, new, tmp_path) as served:
         for asked in PROMPTS:
             assert_dense_agrees(dense, asked, served.ask(asked, TOKENS, ASK))
 
@@ -127,11 +127,11 @@ def off_after_load_back(
     new: Environment, dense: Any, run_dir: Path, options: Options
 ) -> list[float]:
     """How far the log-probabilities of four prompts are from themselves after a load-back."""
-    env = {**SLOW_LOADS, **(options.env or {})}
+    env = {**SLOW_LOADS, **options.env}
     flags = (*options.flags, *SMALL_HOST)
     options = replace(options, hicache=True, tokens=SMALL, flags=flags, env=env)
     asked = [prompt(360, seed=seed) for seed in range(4)]
-    with serving(options, new, run_dir) as served:
+    with resting(options, new, run_dir) as served:
         first = [served.ask(ids, 4, ASK) for ids in asked]
         second = [served.ask(ids, 4, ASK) for ids in asked]
     for ids, reply in zip(asked, first, strict=True):
@@ -166,7 +166,7 @@ def test_a_split_layer_is_sent_once_it_is_loaded(
 
 def test_corrupting_kv_collapses_the_accept_length(new: Environment, tmp_path: Path) -> None:
     options = Options(spec=True, env={runtime.CORRUPT: "1"})
-    with serving(options, new, tmp_path) as served:
+    with resting(options, new, tmp_path) as served:
         for seed, kind in enumerate(corrupt.KINDS):
             # A prompt each, and the clean request first: stock keeps corrupted KV for the next.
             asked = prompt(240, seed=50 + seed)

@@ -8,8 +8,8 @@ import pytest
 
 from sglang_scaling_fixes.config import PLUGIN_ENV
 from sglang_scaling_fixes.lab.install import Environment
-from sglang_scaling_fixes.lab.model import Model
 from sglang_scaling_fixes.lab.runtime import cpu_env
+from sglang_scaling_fixes.lab.servers.checkpoints import Model
 from tests import child
 
 START = """

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from sglang_scaling_fixes import cli, doctor
-from sglang_scaling_fixes.lab import reclaim
 from sglang_scaling_fixes.lab.errors import LabError
+from sglang_scaling_fixes.lab.races import run as race
+from sglang_scaling_fixes.lab.races.report import race_table
 
 HALF = {
     **{"requests": 9, "aborted": 3, "victims": 3, "refused": 0},
@@ -38,7 +39,7 @@ def test_reclaim_prints_both_halves_and_fails_if_the_fix_did(
     corrupted: int,
     status: int,
 ) -> None:
-    monkeypatch.setattr(reclaim, "run", lambda *_, **__: result(corrupted))
+    monkeypatch.setattr(race, "run", lambda *_, **__: result(corrupted))
     written = tmp_path / "demo.json"
     assert cli.main(["lab", "reclaim", "--release", "0.5.12", "--output", str(written)]) == status
     table = capsys.readouterr().out.splitlines()
@@ -52,8 +53,8 @@ def test_reclaim_prints_both_halves_and_fails_if_the_fix_did(
 
 def test_where_stock_is_safe_the_table_says_so() -> None:
     safe = {**result(0), "stock": HALF, "stock_safe": True}
-    assert "Stock is safe here" in cli.reclaim_table(safe)
-    assert "Stock is safe here" not in cli.reclaim_table(result(0))
+    assert "Stock is safe here" in race_table(safe)
+    assert "Stock is safe here" not in race_table(result(0))
 
 
 def test_lab_errors_are_one_line_and_status_2(
@@ -62,7 +63,7 @@ def test_lab_errors_are_one_line_and_status_2(
     def run(*_: Any, **__: Any) -> None:
         raise LabError("unknown scenario 'x'; there are: abort")
 
-    monkeypatch.setattr(reclaim, "run", run)
+    monkeypatch.setattr(race, "run", run)
     assert cli.main(["lab", "reclaim", "--release", "0.5.12", "--scenario", "x"]) == 2
     assert capsys.readouterr().err == (
         "sglang-scaling-fixes: unknown scenario 'x'; there are: abort\n"

@@ -15,8 +15,8 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.cp.utils import get_cp_strategy, is_cp_active
 from torch import Tensor
 
+from sglang_scaling_fixes.lab.faults import corrupt
 from sglang_scaling_fixes.lab.glm import reference
-from sglang_scaling_fixes.lab.standins import corrupt
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Carries the lab's CPU stand-ins into every process of a lab server.
+"""Carries the lab's CPU stand-ins and faults into every process of a lab server.
 
 Python imports this module at start-up because the lab puts this folder first on
 PYTHONPATH; spawned children inherit both variables.  Without
@@ -27,9 +27,9 @@ def _install_standins() -> None:
     root = str(_HERE.parents[2])
     if importlib.util.find_spec("sglang_scaling_fixes") is None:
         sys.path.append(root)
-    from sglang_scaling_fixes.lab import standins
+    from sglang_scaling_fixes.lab import boot
 
-    standins.install()
+    boot.install()
 
 
 if os.environ.get("SGLANG_SCALING_FIXES_LAB") == "1":

@@ -11,8 +11,8 @@ import functools
 import os
 from typing import Any
 
+from sglang_scaling_fixes.lab import import_hooks
 from sglang_scaling_fixes.lab.runtime import DSA
-from sglang_scaling_fixes.lab.standins import hooks
 
 _RANKS = 8  # as many as stock's DSA context parallelism allows
 
@@ -23,7 +23,7 @@ def install() -> None:
     # Stock wants a NUMA node per rank, or each rank's cores by name. Without AMX it then
     # binds nothing, so that the ranks share all cores whatever is named here.
     os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(["0"] * _RANKS))
-    hooks.after_import("sglang.srt.distributed.parallel_state", _without_nccl)
+    import_hooks.after_import("sglang.srt.distributed.parallel_state", _without_nccl)
 
 
 def _without_nccl(module: Any) -> None:

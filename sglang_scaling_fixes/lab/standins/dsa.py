@@ -10,27 +10,28 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from sglang_scaling_fixes.lab import import_hooks
 from sglang_scaling_fixes.lab.runtime import DSA
-from sglang_scaling_fixes.lab.standins import hooks, streams
+from sglang_scaling_fixes.lab.standins import streams
 
 
 def install() -> None:
     if os.environ.get(DSA) != "1":
         return
     ops = "sglang.kernels.ops."
-    hooks.after_import("torch", _capability)
-    hooks.after_import("torch", streams.patch_torch)
-    hooks.after_import("sglang.srt.layers.attention.attention_registry", _backend)
-    hooks.after_import("sglang.srt.layers.attention.dsa.dsa_indexer", _indexer)
-    hooks.after_import(ops + "kvcache.dsa_index_k_cache", _index_k_cache)
-    hooks.after_import(ops + "kvcache.mla_buffer", _mla_buffer)
-    hooks.after_import(ops + "quantization.act_quant_triton", _act_quant)
-    hooks.after_import(ops + "quantization.hadamard", _hadamard)
+    import_hooks.after_import("torch", _capability)
+    import_hooks.after_import("torch", streams.patch_torch)
+    import_hooks.after_import("sglang.srt.layers.attention.attention_registry", _backend)
+    import_hooks.after_import("sglang.srt.layers.attention.dsa.dsa_indexer", _indexer)
+    import_hooks.after_import(ops + "kvcache.dsa_index_k_cache", _index_k_cache)
+    import_hooks.after_import(ops + "kvcache.mla_buffer", _mla_buffer)
+    import_hooks.after_import(ops + "quantization.act_quant_triton", _act_quant)
+    import_hooks.after_import(ops + "quantization.hadamard", _hadamard)
     for name in ("mla", "dsa"):
-        hooks.after_import(f"sglang.srt.mem_cache.pool_host.{name}", streams.patch_host_pool)
-    hooks.after_import("sglang.srt.mem_cache.pool_host.common", streams.patch_host_memory)
-    hooks.after_import("sglang.srt.layers.rotary_embedding.factory", _rope)
-    hooks.after_import("sglang.srt.speculative.draft_utils", _draft_backends)
+        import_hooks.after_import(f"sglang.srt.mem_cache.pool_host.{name}", streams.patch_host_pool)
+    import_hooks.after_import("sglang.srt.mem_cache.pool_host.common", streams.patch_host_memory)
+    import_hooks.after_import("sglang.srt.layers.rotary_embedding.factory", _rope)
+    import_hooks.after_import("sglang.srt.speculative.draft_utils", _draft_backends)
 
 
 def _capability(torch: Any) -> None:

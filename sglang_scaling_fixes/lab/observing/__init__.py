@@ -1,0 +1,1 @@
+"""Digests of KV slots: written inside the decode server, read by the lab."""

@@ -1,0 +1,1 @@
+"""What is played on the servers: races of a late write against a new owner, and random load."""
