@@ -46,12 +46,12 @@ import os
 from sglang_scaling_fixes.lab import import_hooks
 
 def patch(decode):
-    agree = decode.DecodeGuard._agree
-    decode.DecodeGuard._agree = lambda guard, proven: (
+    agree = ranks.TpGroup.all_true
+    ranks.TpGroup.all_true = lambda group, proven: (
         proven if os.path.exists({switch!r}) else agree(guard, proven)
     )
 
-import_hooks.after_import("sglang_scaling_fixes.reclaim.decode", patch)
+import_hooks.after_import("sglang_scaling_fixes.ranks", patch)
 """
 
 

@@ -68,7 +68,7 @@ def test_what_is_listed_as_wrapped_is_wrapped_by_its_package(path: Path) -> None
         if isinstance(value, AttachPoint) and value.wrapped
     }
     assert listed and set(listed.values()) <= set(ATTACH_POINTS)
-    near = [p for p in SOURCES if p.parent == path.parent]
+    near = [p for p in SOURCES if path.parent in p.parents]
     assert set(listed) <= set().union(*(used(p.read_text()) for p in near))
 
 
