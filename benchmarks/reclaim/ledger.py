@@ -14,7 +14,7 @@ from typing import Any
 from sglang_scaling_fixes.reclaim import messages
 from sglang_scaling_fixes.reclaim.decode.gate import Gate
 from sglang_scaling_fixes.reclaim.rules.coverage import Extent
-from sglang_scaling_fixes.reclaim.rules.decode_ledger import DecodeLedger, SendAsk
+from sglang_scaling_fixes.reclaim.rules.decode_ledger import DecodeLedger, SendAbort
 from sglang_scaling_fixes.reclaim.rules.exposure import Exposure
 from sglang_scaling_fixes.reclaim.rules.prefill_ledger import PrefillLedger
 
@@ -79,8 +79,8 @@ def decode_landed(requests: int) -> None:
         window.append(exposure)
         if len(window) > OPEN:
             oldest = window.popleft()
-            ledger.successes.marked(oldest.gen, RANK)
-            ledger.successes.admits(oldest.room, oldest.gen)
+            ledger.successes.tagged(oldest.lease, RANK)
+            ledger.successes.admits(oldest.room, oldest.lease)
             ledger.landed(oldest)
 
 
@@ -109,12 +109,14 @@ def prefill_done(requests: int) -> None:
 def messages_landed(requests: int) -> None:
     """Bind rides out and is split off, Mark comes back."""
     for number in range(requests):
-        gen = f"d-{number}"
+        lease = f"d-{number}"
         bind = messages.Bind(
-            DECODE, RANK, gen, gen, expects=PREFILL, pages=PAGES, states=(), tokens=PAGES
+            DECODE, RANK, lease, lease, expects=PREFILL, pages=PAGES, states=(), tokens=PAGES
         )
-        messages.split(messages.ride(STOCK_FRAMES, bind))
-        messages.split([b"7", b"4", b"0", messages.encode(messages.Mark(gen, RANK))])
+        messages.strip_trailer(messages.attach_trailer(STOCK_FRAMES, bind))
+        messages.strip_trailer(
+            [b"7", b"4", b"0", messages.encode(messages.SuccessTag(lease, RANK))]
+        )
 
 
 # -- requests that are aborted ------------------------------------------------------------
@@ -131,44 +133,48 @@ def decode_given_up(requests: int) -> None:
         window.append(exposure)
         if len(window) > HELD:
             oldest = window.popleft()
-            ledger.answer(RANK, PREFILL, oldest.gen, "drained")
+            ledger.ack(RANK, PREFILL, oldest.lease, "drained")
             ledger.returned(oldest)
 
 
 def prefill_asked(requests: int) -> None:
-    """The Ask arrives while the chunk is being written."""
+    """The Abort arrives while the chunk is being written."""
     ledger = PrefillLedger(PREFILL)
     for room in range(requests):
-        gen = f"g-{room}"
+        lease = f"g-{room}"
         extent = Extent(SESSION, PAGES, (), PAGES)
-        ledger.bind(room, f"e-{room}", gen, DECODE, RANK, extent=extent)
+        ledger.bind(room, f"e-{room}", lease, DECODE, RANK, extent=extent)
         ledger.sender_made(room, room)
         ledger.offer(room, PAGES, (), PAGES)
         attempt = ledger.put(room)
         assert attempt is not None
         ledger.take(attempt, PAGES, True)
-        ledger.ask(room, gen, DECODE, RANK)
+        ledger.abort(room, lease, DECODE, RANK)
         ledger.done(attempt)
         ledger.busy(room)
         ledger.retire(room, room)
 
 
 def messages_given_up(requests: int) -> None:
-    """Bind as ever, then Ask and Answer."""
+    """Bind as ever, then Abort and AbortAck."""
     for number in range(requests):
-        gen = f"d-{number}"
+        lease = f"d-{number}"
         bind = messages.Bind(
-            DECODE, RANK, gen, gen, expects=PREFILL, pages=PAGES, states=(), tokens=PAGES
+            DECODE, RANK, lease, lease, expects=PREFILL, pages=PAGES, states=(), tokens=PAGES
         )
-        messages.split(messages.ride(STOCK_FRAMES, bind))
-        ask = SendAsk(RANK, number, gen)
-        messages.split([messages.encode(messages.Ask(DECODE, ask.rank, ask.room, ask.gen))])
-        messages.split([messages.encode(messages.Answer(RANK, PREFILL, gen, "drained"))])
+        messages.strip_trailer(messages.attach_trailer(STOCK_FRAMES, bind))
+        ask = SendAbort(RANK, number, lease)
+        messages.strip_trailer(
+            [messages.encode(messages.Abort(DECODE, ask.rank, ask.room, ask.lease))]
+        )
+        messages.strip_trailer(
+            [messages.encode(messages.AbortAck(RANK, PREFILL, lease, "drained"))]
+        )
 
 
 def _decode_ledger() -> DecodeLedger:
     ledger = DecodeLedger("decode-process")
-    ledger.here(RANK, PREFILL)
+    ledger.hello_acked(RANK, PREFILL)
     return ledger
 
 

@@ -71,12 +71,12 @@ class SafeReclaim(Fix):
         check_in_force(scheduler)
 
     def report(self) -> dict[str, Any] | None:
-        from sglang_scaling_fixes.reclaim.decode.side import DecodeGuard
-        from sglang_scaling_fixes.reclaim.prefill.side import PrefillGuard
+        from sglang_scaling_fixes.reclaim.decode.side import DecodeSide
+        from sglang_scaling_fixes.reclaim.prefill.side import PrefillSide
 
         sides = {
-            "safe_reclaim_decode": DecodeGuard.current,
-            "safe_reclaim_prefill": PrefillGuard.current,
+            "safe_reclaim_decode": DecodeSide.current,
+            "safe_reclaim_prefill": PrefillSide.current,
         }
         return {part: side.report() for part, side in sides.items() if side is not None} or None
 

@@ -20,7 +20,7 @@ class Passthrough:
         return getattr(self._stock, name)
 
 
-class ReceiveTap(Passthrough):
+class ReceivingSocket(Passthrough):
     """A ZMQ socket whose incoming messages pass a filter before stock sees them.
 
     `read(frames)` returns the frames for stock, or None when the message was

@@ -1,22 +1,22 @@
 """What decode and prefill say to each other, and how it travels beside stock messages.
 
-    decode -> prefill   Hello   trailer frame on stock's registration message
-                        Bind    trailer frame on stock's metadata message (the
-                                destinations of one attempt, with its generation)
-                        Ask     a message of its own: "room aborted; is it drained?"
-    prefill -> decode   Here    answer to a Hello, and to a Bind that expected another
-                                process: "I speak this, and I am this process"
-                        Answer  answer to Ask
+    decode -> prefill   Hello       trailer frame on stock's registration message
+                        Bind        trailer frame on stock's metadata message: the lease and
+                                    the attempt that these destinations belong to
+                        Abort       a message of its own: the owner of a lease gave up
+    prefill -> decode   HelloAck    answers a Hello, and a Bind that expected another process
+                        SuccessTag  trailer frame on stock's success: the lease it is of
+                        AbortAck    answers an Abort
 
-Stock peers must never see a message they cannot read: a stock prefill's receive
-thread dies of one. So the first words ride as one extra trailing frame on a
-message stock sends anyway, behind every frame of it that a release reads (`ride`), and
-`Ask`, which has no such carrier, goes only to a rank that has said `Here`. `Here`,
-`Mark` and `Answer` go only to whoever spoke first. A request without trouble thus
-costs two frames, behind its destinations and behind its success, and no message.
+Stock peers must never see a message they cannot read: a stock prefill's receive thread dies of
+one. So the first words travel as one extra frame behind a message that stock sends anyway, and
+behind every frame of it that a release reads (`attach_trailer`). `Abort` has no such carrier: it
+goes only to a rank that has sent a `HelloAck`. `HelloAck`, `SuccessTag` and `AbortAck` go only to
+whoever spoke first. A request without trouble costs two frames, behind its destinations and
+behind its success, and no message.
 
-Wire format: one frame, `TAG` followed by a msgpack-encoded tagged struct. `Ask`,
-`Here` and `Answer` travel alone as a single-frame message; `Mark` trails a success.
+Wire format: one frame, `TAG` followed by a msgpack-encoded tagged struct. `Abort`, `HelloAck` and
+`AbortAck` travel alone, as a message of a single frame.
 
 A receive thread must outlive whatever arrives. A message that claims to be ours and
 is not readable, out of bounds or misplaced is `GARBAGE`: dropped as a whole.
@@ -48,7 +48,7 @@ that message which a supported release reads, should it be replaced by a stock o
 
 RankField = Annotated[Rank, Meta(max_length=256)]
 Name = Annotated[str, Meta(max_length=256)]
-"""A generation, epoch or incarnation."""
+"""A lease, attempt_id or incarnation."""
 Address = Annotated[
     str, Meta(max_length=256, pattern=r"^tcp://(\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}\Z")
 ]
@@ -73,9 +73,9 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
 
 
 class Bind(msgspec.Struct, frozen=True, tag="bind"):
-    """These destinations belong to generation `gen` of the room in this message.
+    """These destinations belong to `lease` of the room in this message.
 
-    `epoch` is common to all decode ranks that send destinations for one attempt.
+    `attempt_id` is common to all decode ranks that send destinations for one attempt.
     `expects` is the process that serves `rank` as far as decode knows: that one need
     not answer, so a request without trouble costs no message of ours. `pages`, `states`
     and `tokens`: what the destinations stand for (see `coverage.Extent`).
@@ -83,8 +83,8 @@ class Bind(msgspec.Struct, frozen=True, tag="bind"):
 
     reply_to: Address
     rank: RankField
-    gen: Name
-    epoch: Name
+    lease: Name
+    attempt_id: Name
     stock: Stock = 0
     expects: Name | None = None
     pages: Number = 0
@@ -92,37 +92,37 @@ class Bind(msgspec.Struct, frozen=True, tag="bind"):
     tokens: Number | None = None
 
 
-class Ask(msgspec.Struct, frozen=True, tag="ask"):
-    """The owner of generation `gen` gave up: stop writing, and say when nothing is left."""
+class Abort(msgspec.Struct, frozen=True, tag="abort"):
+    """The owner of `lease` gave up: stop writing, and say when nothing is left."""
 
     reply_to: Address
     rank: RankField
     room: Room
-    gen: Name
+    lease: Name
 
 
-class Here(msgspec.Struct, frozen=True, tag="here"):
+class HelloAck(msgspec.Struct, frozen=True, tag="hello_ack"):
     """A prefill process with safe reclaim in force serves `rank`.
 
     `incarnation` is unique per process: a restarted prefill cannot vouch for
-    writes its predecessor posted. `gen` echoes a Bind, `seq` a Hello.
+    writes its predecessor posted. `lease` echoes a Bind, `seq` a Hello.
     """
 
     rank: RankField
     incarnation: Name
-    gen: Name | None = None
+    lease: Name | None = None
     seq: Number | None = None
 
 
-class Mark(msgspec.Struct, frozen=True, tag="mark"):
-    """This success is of generation `gen`, by `rank`."""
+class SuccessTag(msgspec.Struct, frozen=True, tag="success_tag"):
+    """This success is of `lease`, by `rank`."""
 
-    gen: Name
+    lease: Name
     rank: RankField
 
 
-class Answer(msgspec.Struct, frozen=True, tag="answer"):
-    """What prefill can say of `gen`.
+class AbortAck(msgspec.Struct, frozen=True, tag="abort_ack"):
+    """What prefill can say of `lease`.
 
     `verdict` is "drained" (nothing posted, nothing will be), "poisoned" (a write
     failed in a way that may still land; `reason` says which) or "unknown" (this
@@ -131,12 +131,12 @@ class Answer(msgspec.Struct, frozen=True, tag="answer"):
 
     rank: RankField
     incarnation: Name
-    gen: Name
+    lease: Name
     verdict: Verdict
     reason: Annotated[str, Meta(max_length=MAX_REASON)] = ""
 
 
-Message = Hello | Bind | Ask | Here | Mark | Answer
+Message = Hello | Bind | Abort | HelloAck | SuccessTag | AbortAck
 
 
 class Garbage(Enum):
@@ -169,7 +169,7 @@ def decode(frame: bytes) -> Message | Garbage | None:
     return message
 
 
-def ride(frames: Sequence[bytes], message: Hello | Bind) -> list[bytes]:
+def attach_trailer(frames: Sequence[bytes], message: Hello | Bind) -> list[bytes]:
     """Stock's message with ours behind it, at a position no stock release reads.
 
     A prefill of a newer release has more optional frames than a decode of an older
@@ -183,7 +183,7 @@ def ride(frames: Sequence[bytes], message: Hello | Bind) -> list[bytes]:
     return [*frames, *padding, encode(trailer)]
 
 
-def split(frames: Sequence[bytes]) -> tuple[list[bytes], Message | Garbage | None]:
+def strip_trailer(frames: Sequence[bytes]) -> tuple[list[bytes], Message | Garbage | None]:
     """Separate a received multipart message into stock's frames and our part.
 
     Ours alone gives `([], message)`; a stock message without a trailer gives
@@ -200,6 +200,6 @@ def split(frames: Sequence[bytes]) -> tuple[list[bytes], Message | Garbage | Non
         if len(carried) != message.stock or any(padding):
             return [], GARBAGE
         return list(carried), message
-    if bool(ahead) != isinstance(message, Mark):
+    if bool(ahead) != isinstance(message, SuccessTag):
         return [], GARBAGE
     return list(ahead), message

@@ -24,11 +24,15 @@ DECODE = Family(
             "From giving up to a prefill rank's proof.",
             buckets=SECONDS,
         ),
-        Metric("asks", "counter", "ABORTs sent to prefill ranks."),
-        Metric("asks_resent", "counter", "ABORTs sent again because no answer had come."),
+        Metric("aborts_sent", "counter", "Aborts sent to prefill ranks."),
+        Metric("aborts_resent", "counter", "Of them, repetitions: no acknowledgement had come."),
         Metric("refusals", "counter", "Requests refused, by reason.", ("reason",)),
         Metric("fences", "counter", "Fences: receiving engines replaced."),
-        Metric("stale", "counter", "Answers that came late, twice, or for nobody."),
+        Metric(
+            "stale",
+            "counter",
+            "Acknowledgements and successes that came late, twice, or for nobody.",
+        ),
         Metric("garbage", "counter", "Unreadable control messages, dropped."),
     ),
 )
@@ -37,9 +41,9 @@ PREFILL = Family(
     _PREFIX,
     "prefill",
     (
-        Metric("bound", "counter", "Destinations received with a generation."),
-        Metric("asked", "counter", "ABORTs received."),
-        Metric("answers", "counter", "Answers to ABORTs, by verdict.", ("verdict",)),
+        Metric("bound", "counter", "Destinations received with a lease."),
+        Metric("aborts_received", "counter", "Aborts received."),
+        Metric("abort_acks", "counter", "Acknowledgements of aborts, by verdict.", ("verdict",)),
         Metric("poisoned_rooms", "counter", "Attempts with a write of unknown end."),
         Metric(
             "short_sends",

@@ -24,9 +24,13 @@ from sglang_scaling_fixes import release
 from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.errors import AttachError
 from sglang_scaling_fixes.reclaim import messages
-from sglang_scaling_fixes.reclaim.decode.side import DecodeGuard
-from sglang_scaling_fixes.reclaim.prefill.side import PrefillGuard
-from sglang_scaling_fixes.reclaim.prefill.taps import IN_HAND, EngineTap, ExecutorTap
+from sglang_scaling_fixes.reclaim.decode.side import DecodeSide
+from sglang_scaling_fixes.reclaim.prefill.interposers import (
+    IN_HAND,
+    EngineInterposer,
+    ExecutorInterposer,
+)
+from sglang_scaling_fixes.reclaim.prefill.side import PrefillSide
 from sglang_scaling_fixes.reclaim.rules.attempt import Attempt
 from sglang_scaling_fixes.standin_objects import Lenient
 
@@ -51,11 +55,11 @@ def run() -> None:
 
 @contextlib.contextmanager
 def _guards_restored() -> Iterator[None]:
-    saved = DecodeGuard.current, PrefillGuard.current
+    saved = DecodeSide.current, PrefillSide.current
     try:
         yield
     finally:
-        DecodeGuard.current, PrefillGuard.current = saved
+        DecodeSide.current, PrefillSide.current = saved
 
 
 @contextlib.contextmanager
@@ -119,7 +123,7 @@ def _prove_decode() -> None:
     from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
 
     manager = _manager(kv_args=SimpleNamespace(state_types=[]))
-    guard = DecodeGuard(manager, Config()).install()
+    guard = DecodeSide(manager, Config()).install()
     tokens = TokenToKVPoolAllocator(16, torch.float32, "cpu", None, False)
     aux = ReqToMetadataIdxAllocator(4)
     guard.install_gate(
@@ -131,7 +135,7 @@ def _prove_decode() -> None:
             tree_cache=None,
         )
     )
-    guard.ledger.here(_RANK, "prefill")
+    guard.ledger.hello_acked(_RANK, "prefill")
     socket = _Socket()
 
     class ProbeReceiver(Lenient, MooncakeKVReceiver):  # type: ignore[misc]
@@ -160,20 +164,20 @@ def _prove_decode() -> None:
         return receiver, slots, slot
 
     receiver, slots, slot = expose(_ROOM)
-    frames, bind = messages.split(socket.sent[-1])
-    check(isinstance(bind, messages.Bind), "destinations left without a generation")
+    frames, bind = messages.strip_trailer(socket.sent[-1])
+    check(isinstance(bind, messages.Bind), "destinations left without a lease")
     check(frames[0] == str(_ROOM).encode(), "the metadata message is not stock's any more")
     assert isinstance(bind, messages.Bind)
 
     before = tokens.available_size(), aux.available_size()
     receiver.clear()  # not a success: the owner gives up
-    check(isinstance(messages.decode(socket.sent[-1][0]), messages.Ask), "no ABORT left")
+    check(isinstance(messages.decode(socket.sent[-1][0]), messages.Abort), "no ABORT left")
     tokens.free(slots)
     aux.free(slot)
     guard.tick()
     held = tokens.available_size(), aux.available_size()
     check(held == before, "slots went back to the free list without proof")
-    answer = messages.Answer(_RANK, "prefill", bind.gen, "drained")
+    answer = messages.AbortAck(_RANK, "prefill", bind.lease, "drained")
     check(manager.server_socket.read([messages.encode(answer)]) is None, "stock saw our message")
     guard.tick()
     back = tokens.available_size(), aux.available_size()
@@ -182,7 +186,7 @@ def _prove_decode() -> None:
     _prove_success(guard, manager, expose, tokens, aux)
 
 
-def _prove_success(guard: DecodeGuard, manager: Any, expose: Any, tokens: Any, aux: Any) -> None:
+def _prove_success(guard: DecodeSide, manager: Any, expose: Any, tokens: Any, aux: Any) -> None:
     """A success is a landing only if stock hands the KV to its request."""
 
     def free() -> tuple[int, int]:
@@ -202,7 +206,7 @@ def _prove_success(guard: DecodeGuard, manager: Any, expose: Any, tokens: Any, a
     receiver, slots, slot = expose(_ROOM + 2)
     manager.request_status[_ROOM + 2] = 4  # as counted for the attempt before
     check(receiver.poll() != 4, "a success of another attempt was shown to the scheduler")
-    mark = messages.encode(messages.Mark(receiver.sglang_scaling_fixes_exposure.gen, _RANK))
+    mark = messages.encode(messages.SuccessTag(receiver.sglang_scaling_fixes_exposure.lease, _RANK))
     success = manager.server_socket.read([str(_ROOM + 2).encode(), b"4", b"0", mark])
     check(success is not None, "this attempt's own success did not reach stock")
     manager.request_status[_ROOM + 2] = 4
@@ -290,7 +294,7 @@ def _prove_prefill() -> None:
     queue = _Queue()
     engine = _Engine()
     manager = _manager(engine=engine, transfer_queues=[queue])
-    guard = PrefillGuard(manager).install()
+    guard = PrefillSide(manager).install()
     guard.tap_socket()
     answers: list[messages.Message | messages.Garbage | None] = []
 
@@ -304,9 +308,11 @@ def _prove_prefill() -> None:
     check(guard.guards(manager), "a transfer queue is not tapped")
     read = manager.server_socket.read
 
-    def metadata(room: int, gen: str) -> list[bytes]:
+    def metadata(room: int, lease: str) -> list[bytes]:
         stock = [str(room).encode(), *[b""] * 6, b"1"]
-        return messages.ride(stock, messages.Bind("tcp://192.0.2.2:9", _RANK, gen, gen))
+        return messages.attach_trailer(
+            stock, messages.Bind("tcp://192.0.2.2:9", _RANK, lease, lease)
+        )
 
     check(read(metadata(_ROOM, "g1")) == metadata(_ROOM, "g1")[:8], "metadata did not reach stock")
     read(metadata(_ROOM + 1, "g2"))
@@ -314,10 +320,10 @@ def _prove_prefill() -> None:
     for sender in senders.values():
         guard.sender_made(sender)
         guard.send(lambda sender, *_: tap.put(_Chunk(sender.bootstrap_room)), sender, ())
-    ask = messages.Ask("tcp://192.0.2.2:9", _RANK, _ROOM, "g1")
+    ask = messages.Abort("tcp://192.0.2.2:9", _RANK, _ROOM, "g1")
     check(read([messages.encode(ask)]) is None, "stock saw our message")
     last = answers[-1]
-    check(isinstance(last, messages.Answer) and last.verdict == "drained", "no drain answer")
+    check(isinstance(last, messages.AbortAck) and last.verdict == "drained", "no drain answer")
     seen: list[int] = []
     real_take = guard.take
 
@@ -337,7 +343,7 @@ def _prove_prefill() -> None:
         ways = [(manager.engine, engine, release.mooncake_retries())]
         for once in (False, True):
             engine = _Engine()
-            ways.append((EngineTap(engine, guard, once=once), engine, once))
+            ways.append((EngineInterposer(engine, guard, once=once), engine, once))
         for number, (tapped, engine, once) in enumerate(ways, start=3):
             manager.engine = tapped
             room = _ROOM + number
@@ -346,17 +352,17 @@ def _prove_prefill() -> None:
             guard.sender_made(senders[room])
             attempt: Attempt | None = guard.send(lambda *_: guard.put(None), senders[room], ())
             assert attempt is not None
-            _prove_write(manager, engine, once, attempt, ExecutorTap(pool, guard))
+            _prove_write(manager, engine, once, attempt, ExecutorInterposer(pool, guard))
     _prove_coverage(guard, read)
 
 
-def _prove_coverage(guard: PrefillGuard, read: Callable[[list[bytes]], Any]) -> None:
+def _prove_coverage(guard: PrefillSide, read: Callable[[list[bytes]], Any]) -> None:
     """A success of a prompt that is shorter than decode's must not leave as one."""
     decode, session = "tcp://192.0.2.2:9", "probe:3"
     for room, computed in ((_ROOM + 6, 9), (_ROOM + 7, 1)):
         stock = [str(room).encode(), b"", b"", session.encode(), b"", b"", b"", b"1"]
         bind = messages.Bind(decode, _RANK, str(room), str(room), pages=1, states=(), tokens=9)
-        read(messages.ride(stock, bind))
+        read(messages.attach_trailer(stock, bind))
         sender = _Sender(room)
         guard.sender_made(sender)
         guard.computes(SimpleNamespace(disagg_kv_sender=sender, origin_input_ids=[0] * computed))
@@ -368,7 +374,7 @@ def _prove_coverage(guard: PrefillGuard, read: Callable[[list[bytes]], Any]) -> 
 
 
 def _prove_write(
-    manager: Any, engine: _Engine, once: bool, attempt: Attempt, executor: ExecutorTap
+    manager: Any, engine: _Engine, once: bool, attempt: Attempt, executor: ExecutorInterposer
 ) -> None:
     """One way to write, called by stock: which one a server takes depends on its machine, and
     what starts on this one must start on all."""

@@ -13,14 +13,14 @@ from sglang_scaling_fixes.attach import require_in_place, unwrap_other_roles
 from sglang_scaling_fixes.errors import ConfigError
 from sglang_scaling_fixes.reclaim import layout, points
 from sglang_scaling_fixes.reclaim.decode import fence
-from sglang_scaling_fixes.reclaim.decode.side import DecodeGuard
-from sglang_scaling_fixes.reclaim.prefill.side import PrefillGuard
+from sglang_scaling_fixes.reclaim.decode.side import DecodeSide
+from sglang_scaling_fixes.reclaim.prefill.side import PrefillSide
 
 _TAP_WAIT = 5.0
 """Seconds for stock's worker threads to reach their first line after construction."""
 
 _ONE_SUBMISSION = ("batch_transfer_async_write", "get_batch_transfer_status")
-"""What `taps.EngineTap` calls on Mooncake's engine instead of stock's call."""
+"""What `taps.EngineInterposer` calls on Mooncake's engine instead of stock's call."""
 
 _REFUSED = {
     "use_ray": "Ray's scheduler actors do not load plugins",
@@ -99,7 +99,7 @@ def check_in_force(scheduler: Any) -> None:
     mode = scheduler.disaggregation_mode.value
     if mode == "decode":
         manager = scheduler.disagg_decode_prealloc_queue.kv_manager
-        guard = DecodeGuard.current
+        guard = DecodeSide.current
         if _is_mooncake(manager) and (guard is None or not guard.guards(manager)):
             raise ConfigError("the decode allocators of this scheduler are not gated")
         _check_transport(manager)
@@ -107,7 +107,7 @@ def check_in_force(scheduler: Any) -> None:
         manager = scheduler.disagg_prefill_bootstrap_queue.kv_manager
         deadline = time.monotonic() + _TAP_WAIT
         while _is_mooncake(manager) and not (
-            PrefillGuard.current is not None and PrefillGuard.current.guards(manager)
+            PrefillSide.current is not None and PrefillSide.current.guards(manager)
         ):
             if time.monotonic() >= deadline:
                 raise ConfigError("the transfer queues of this scheduler are not accounted for")

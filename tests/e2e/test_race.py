@@ -47,7 +47,7 @@ def lost() -> dict[str, Any]:
 
 
 def test_decode_repeats_a_stop_that_is_lost(lost: dict[str, Any]) -> None:
-    """The first three Asks never leave decode; had it not asked again, prefill would have
+    """The first three Aborts never leave decode; had it not asked again, prefill would have
     written every chunk. Stock of this release has no such message to lose: its half would be
     the one above."""
     assert [one["lost"] for one in lost["rounds"]["fixed"]] == [scenarios.LOST_MESSAGES]

@@ -45,7 +45,7 @@ WITHOUT_AGREEMENT = """
 import os
 from sglang_scaling_fixes.lab import import_hooks
 
-def patch(decode):
+def patch(ranks):
     agree = ranks.TpGroup.all_true
     ranks.TpGroup.all_true = lambda group, proven: (
         proven if os.path.exists({switch!r}) else agree(guard, proven)

@@ -26,7 +26,7 @@ def diagram(transitions: Mapping[tuple[enum.StrEnum, str], enum.StrEnum]) -> str
 
 def credence() -> str:
     """A Markdown table: what an answer is worth, by who gives it."""
-    lines = [f"| Answer | {' | '.join(Speaker)} |", "|---" * (len(Speaker) + 1) + "|"]
+    lines = [f"| AbortAck | {' | '.join(Speaker)} |", "|---" * (len(Speaker) + 1) + "|"]
     for verdict in dict.fromkeys(verdict for verdict, _ in CREDENCE):
         worth = ("proves P2" if CREDENCE[verdict, who] else "proves nothing" for who in Speaker)
         lines.append(f"| `{verdict}` | {' | '.join(worth)} |")

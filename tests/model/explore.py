@@ -138,9 +138,9 @@ SMALL: dict[str, Config] = {
     "two writers": Config(prefills=2, tick=1),
     "two writers, one silent": Config(prefills=2, plugged=(True, False), tick=1),
     "fan-in": Config(decodes=2, lose=1, tick=1),
-    "stranger at prefill": Config(rooms=(7, 7), plugged=(False,), fence=1),
-    "stranger at decode": Config(rooms=(7, 7), bare=(0,)),
-    "stranger at decode, later": Config(rooms=(7, 7), bare=(1,)),
+    "prefill without the plugin": Config(rooms=(7, 7), plugged=(False,), fence=1),
+    "decode without the plugin": Config(rooms=(7, 7), bare=(0,)),
+    "decode without the plugin, later": Config(rooms=(7, 7), bare=(1,)),
     "unknown peer": Config(greeted=False, tick=1, lose=1),
     "decode restart": replace(_REUSE, restart=1),
     "short memory": replace(_REUSE, memory=1),
@@ -184,7 +184,7 @@ BIG: dict[str, Config] = {
 
 CONTROLS: dict[str, Config] = {
     "no gate": Config(gate=False),
-    "no generations": replace(_REUSE, generations=False, tick=1),
+    "no leases": replace(_REUSE, leases=False, tick=1),
     "no poison": Config(poison=False, fail=1),
     "no marks": replace(_REUSE, marks=False, masks=False),
     "polls are not masked": replace(_REUSE, split_admit=True, masks=False),

@@ -19,7 +19,7 @@ with one prefill rank, to which decode is away. What is away has no attributes, 
 that looked there would not go unnoticed.
 
 Requests with a room of their own are alike until they are exposed, and no part of the
-world names one before: of those only the first may be exposed. Generations, slots and
+world names one before: of those only the first may be exposed. Leases, slots and
 rooms of what follows are the same with the requests renamed.
 
 python -m tests.model.factored [--big] [NAME ...]
@@ -70,7 +70,7 @@ class Told(NamedTuple):
     """What a step of the core means to one side, in this order."""
 
     cut: tuple[str, ...] = ()
-    gens: tuple[tuple[str, int], ...] = ()
+    leases: tuple[tuple[str, int], ...] = ()
     messages: tuple[tuple[str, Msg], ...] = ()
     arrivals: tuple[int, ...] = ()
 
@@ -89,9 +89,9 @@ class Core(World):
         """The core after `event`; `told` says what of it the sides have to learn."""
         twin = self._twin()
         twin.step(event)
-        new = tuple((g, i) for g, i in twin.gens.items() if g not in self.gens)
+        new = tuple((g, i) for g, i in twin.leases.items() if g not in self.leases)
         if new:
-            twin.told = {p: told._replace(gens=new) for p, told in twin.told.items()}
+            twin.told = {p: told._replace(leases=new) for p, told in twin.told.items()}
         return twin
 
     def shared(self, p: str, label: Label) -> Core | None:
@@ -136,7 +136,7 @@ class Core(World):
             self.strange,
             self.lost,
             self.back,
-            frozenset(self.gens.items()),
+            frozenset(self.leases.items()),
             frozenset(self.exposed_in.items()),
             *self.prefills.values(),
         )
@@ -188,7 +188,7 @@ class Side(World):
         for d in told.cut:
             twin.decodes[d] = Reachable(twin.decodes[d].epoch + 1)
             twin._cut_off(d)
-        twin.gens = {**twin.gens, **dict(told.gens)}
+        twin.leases = {**twin.leases, **dict(told.leases)}
         for channel, message in told.messages:
             twin.channels[channel] = (*twin.channels[channel], message)
         for i in told.arrivals:
@@ -228,7 +228,7 @@ class Side(World):
             self.prefills[self.rank].number,
             *self.channels.values(),
             frozenset(self.wire),
-            frozenset(self.gens.items()),
+            frozenset(self.leases.items()),
             self.arrived,
             *self.decodes.values(),
             self.broken,
@@ -249,7 +249,7 @@ class Side(World):
         return []
 
     def _owner(self, write: Any) -> str:
-        return str(write.gen)  # decode knows; `Nodes.wrong` looks before it can land
+        return str(write.lease)  # decode knows; `Nodes.wrong` looks before it can land
 
 
 # Splitting a world and putting it together again.
@@ -366,22 +366,22 @@ class Ranks:
         if not word:
             return members
         if (found := self._after.get((members, word))) is None:
-            found = self._closed({self._hear(state, word) for state in self.sets[members]})
+            found = self._closed({self._take(state, word) for state in self.sets[members]})
             self._after[members, word] = found
         return found
 
-    def _hear(self, state: int, word: int) -> int:
+    def _take(self, state: int, word: int) -> int:
         if (found := self._hears.get((state, word))) is None:
             found = self._number(self.states[state].hear(self.told[word]))
             self._hears[state, word] = found
         return found
 
     def watched(self, members: int) -> tuple[frozenset[str], str]:
-        """In any of them: generations something on the wire is for, and what is wrong."""
+        """In any of them: leases something on the wire is for, and what is wrong."""
         if (found := self._watched.get(members)) is None:
             states = [self.states[state] for state in self.sets[members]]
             found = self._watched[members] = (
-                frozenset(write.gen for side in states for write in side.wire),
+                frozenset(write.lease for side in states for write in side.wire),
                 next((side.broken for side in states if side.broken), ""),
             )
         return found

@@ -46,9 +46,9 @@ def state(world: World) -> str:
     parts = []
     for d in world.decodes.values():
         slots = []
-        for gen in d.slots:
-            exposure = d.ledger.find(gen) if gen else None
-            slots.append(f"{gen} {exposure.state.value}" if exposure else gen or "-")
+        for lease in d.slots:
+            exposure = d.ledger.find(lease) if lease else None
+            slots.append(f"{lease} {exposure.state.value}" if exposure else lease or "-")
         parts.append(f"{d.name} [{', '.join(slots)}]")
     parts += [_prefill_state(p) for p in world.prefills.values()]
     if world.wire:
@@ -67,7 +67,7 @@ def _prefill_state(p: Prefill) -> str:
         words += [f"{a.active} active"] * bool(a.active) + ["poisoned"] * bool(a.poisoned)
         rooms.append(" ".join(words))
     rooms += [f"r{i} waits" for i in p.ledger.waiting_senders()]
-    rooms += [f"deferred {m.gen}" for _, m in p.deferred]
+    rooms += [f"deferred {m.lease}" for _, m in p.deferred]
     return f"{p.incarnation} [{', '.join(rooms)}]"
 
 
@@ -77,7 +77,7 @@ def perform(world: World, command: str) -> list[str]:
         return [f"overdue: {late}" for late in world.overdue()]
     if command == "why":
         return [
-            f"{exposure.gen}: {why_held(exposure, d.ledger.peers)}"
+            f"{exposure.lease}: {why_held(exposure, d.ledger.peers)}"
             for d in world.decodes.values()
             for exposure in d.ledger.held
         ]

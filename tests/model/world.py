@@ -13,11 +13,11 @@ An event is a line of text (`"deliver d0>p0"`); `enabled` lists what can happen 
 `step` does it. What happens is logged in `said`. Nothing here knows a clock: every
 `tick` is later than any backoff.
 
-    names      r0 request   d0 decode rank   p0 prefill rank   d0-1 generation
+    names      r0 request   d0 decode rank   p0 prefill rank   d0-1 lease
                x0 a decode without the plugin: its slots are its own affair
-    channels   d0>p0  metadata with Bind, Ask, Hello     (one socket, one order)
-               p0>d0  Here, Answer                       (our reply socket)
-               p0*d0  stock's success status, marked     (stock's socket)
+    channels   d0>p0  metadata with Bind, Abort, Hello     (one socket, one order)
+               p0>d0  HelloAck, AbortAck                   (our reply socket)
+               p0*d0  stock's success status, tagged     (stock's socket)
 
 Exploring needs many worlds, so a clone shares everything with its origin. What an
 event changes is replaced, never changed in place; ranks are the exception, they hold
@@ -112,7 +112,7 @@ class Config:
     """A worker passes over a chunk that is not the last, and reports success in the end."""
 
     gate: bool = True
-    generations: bool = True
+    leases: bool = True
     poison: bool = True
     marks: bool = True
     masks: bool = True
@@ -137,7 +137,7 @@ class Unpoisoned(PrefillLedger):
 
 
 class Credulous(DecodeLedger):
-    """Negative control: whoever says Here is taken for who got the destinations."""
+    """Negative control: whoever sends a HelloAck is taken for who got the destinations."""
 
     def _served_before(self, rank: str, incarnation: str, seq: int) -> None:
         for exposure in self.exposures():
@@ -150,7 +150,7 @@ class Msg(NamedTuple):
 
     kind: str
     """hello, meta, ask, here, answer or success."""
-    gen: str = ""
+    lease: str = ""
     room: int = -1
     incarnation: str = ""
     """Whose word it is; in destinations, whom they are meant for."""
@@ -159,19 +159,19 @@ class Msg(NamedTuple):
     epoch: int = 0
     """Of the decode memory the address belongs to."""
     attempt: str = ""
-    """What the metadata of all decode ranks for one attempt share (`Exposure.epoch`)."""
+    """What the metadata of all decode ranks for one attempt share (`Exposure.attempt_id`)."""
     seq: int = 0
-    """Of a Hello and of the Here that answers it."""
+    """Of a Hello and of the HelloAck that answers it."""
 
     def __str__(self) -> str:
-        return f"{self.kind}({' '.join(filter(None, (self.gen, self.verdict)))})"
+        return f"{self.kind}({' '.join(filter(None, (self.lease, self.verdict)))})"
 
 
 class Write(NamedTuple):
     """Bytes posted for a destination: still in flight, or already failed."""
 
     decode: str
-    gen: str
+    lease: str
     slot: int
     epoch: int
     prefill: str
@@ -184,7 +184,7 @@ class Write(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{self.prefill}{'abcd'[self.life]}/{self.gen}/r{self.request}.{self.chunk}"
+        return f"{self.prefill}{'abcd'[self.life]}/{self.lease}/r{self.request}.{self.chunk}"
 
 
 @dataclass
@@ -208,7 +208,7 @@ class Decode:
     receivers: dict[int, tuple[int, set[str]]] = field(default_factory=dict)
     """room -> (request, prefill ranks that reported success): stock's tracker."""
     exposures: dict[int, str] = field(default_factory=dict)
-    """request -> its generation, until its slots are free."""
+    """request -> its lease, until its slots are free."""
     admitted: tuple[tuple[str, int], ...] = ()
     """Successes (prefill rank, room) let through that stock has not counted yet."""
     epoch: int = 0
@@ -260,7 +260,7 @@ class Prefill:
 ORDER = {"bootstrapping": 1, "waiting": 2, "success": 3}
 
 
-STRANGER = "x0"
+WITHOUT_PLUGIN = "x0"
 
 TOKENS = 100
 """Length of every prompt; a placeholder has one token."""
@@ -280,18 +280,18 @@ class World:
         """Kinds of messages that were."""
         self.left = {name: getattr(config, name) for name in BUDGETED}
         self.request = ("new",) * len(config.rooms)
-        self.gens: dict[str, int] = {}
-        """generation -> request."""
+        self.leases: dict[str, int] = {}
+        """lease -> request."""
         self.back: frozenset[str] = frozenset()
-        """Generations whose slots are ordinary or free: nothing may write there."""
+        """Leases whose slots are ordinary or free: nothing may write there."""
         self.wire: tuple[Write, ...] = ()
         self.landed: frozenset[tuple[str, str, int]] = frozenset()
-        """(generation, prefill rank, chunk) of a prompt's KV that is where it belongs; kept
+        """(lease, prefill rank, chunk) of a prompt's KV that is where it belongs; kept
         only where a success may be short."""
         self.arrived: frozenset[str] = frozenset()
         """Requests a prefill rank has a sender for, or had."""
         self.exposed_in: dict[tuple[str, str], int] = {}
-        """(generation, prefill rank) -> life of the process then."""
+        """(lease, prefill rank) -> life of the process then."""
         self.decodes = {f"d{i}": self._new_decode(f"d{i}", 0) for i in range(config.decodes)}
         self.prefills = {f"p{i}": self._new_prefill(f"p{i}", 0) for i in range(config.prefills)}
         self.strange: frozenset[tuple[str, str]] = frozenset()
@@ -303,9 +303,9 @@ class World:
                 if not config.greeted:
                     self._hello(d, p)
                 elif self.prefills[p].ledger is not None:
-                    self.decodes[d].ledger.here(p, self.prefills[p].incarnation)
+                    self.decodes[d].ledger.hello_acked(p, self.prefills[p].incarnation)
         if config.bare:
-            self.channels |= {f"{STRANGER}>{p}": () for p in self.prefills}
+            self.channels |= {f"{WITHOUT_PLUGIN}>{p}": () for p in self.prefills}
 
     def _new_decode(self, name: str, life: int) -> Decode:
         age = ("", "a", "b", "c")[life]
@@ -372,14 +372,14 @@ class World:
 
     def _check(self) -> None:
         for write in self.wire:
-            if write.gen in self.back:
+            if write.lease in self.back:
                 raise Violation(
-                    f"{write.name} can still land, but the slot of {write.gen} is "
-                    f"{'ordinary' if write.gen in self._owned() else 'free or reused'}"
+                    f"{write.name} can still land, but the slot of {write.lease} is "
+                    f"{'ordinary' if write.lease in self._owned() else 'free or reused'}"
                 )
 
     def _owned(self) -> set[str]:
-        return {gen for d in self.decodes.values() for gen in d.slots if gen is not None}
+        return {lease for d in self.decodes.values() for lease in d.slots if lease is not None}
 
     # -- what can happen ------------------------------------------------------------
 
@@ -546,7 +546,7 @@ class World:
     def _ready(self, p: Prefill, d: str, m: Msg) -> bool:
         """Trying this deferred metadata again will not just defer it again."""
         assert p.ledger is not None
-        return not p.ledger.keeps_waiting(m.room, m.attempt, m.gen)
+        return not p.ledger.keeps_waiting(m.room, m.attempt, m.lease)
 
     # -- decode -----------------------------------------------------------------------
 
@@ -555,30 +555,30 @@ class World:
         room = self.config.rooms[i]
         self._becomes(i, "exposed")
         if i in self.config.bare:
-            gen = f"{STRANGER}-{i}"
-            self.gens = {**self.gens, gen: i}
+            lease = f"{WITHOUT_PLUGIN}-{i}"
+            self.leases = {**self.leases, lease: i}
             for p in self.prefills:
-                self._send(STRANGER, p, Msg("meta", gen, room))
+                self._send(WITHOUT_PLUGIN, p, Msg("meta", lease, room))
         for d in map(self._decode, self.decodes if i not in self.config.bare else ()):
             exposure = d.ledger.expose(room, list(self.prefills))
             slot = d.slots.index(None)
-            d.slots[slot] = exposure.gen
-            d.exposures[i] = exposure.gen
+            d.slots[slot] = exposure.lease
+            d.exposures[i] = exposure.lease
             d.receivers[room] = (i, set())
-            self.gens = {**self.gens, exposure.gen: i}
-            self.say(f"{d.name}: slot {slot} exposed as {exposure.gen}, room {room}")
+            self.leases = {**self.leases, exposure.lease: i}
+            self.say(f"{d.name}: slot {slot} exposed as {exposure.lease}, room {room}")
             for p in self.prefills:
                 d.ledger.sent(exposure, p)
                 life = self.prefills[p].life
-                self.exposed_in = {**self.exposed_in, (exposure.gen, p): life}
+                self.exposed_in = {**self.exposed_in, (exposure.lease, p): life}
                 meta = Msg(
                     "meta",
-                    exposure.gen,
+                    exposure.lease,
                     room,
                     exposure.writers[p].incarnation or "",
                     slot=slot,
                     epoch=d.epoch,
-                    attempt=exposure.epoch,
+                    attempt=exposure.attempt_id,
                 )
                 self._send(d.name, p, meta)
         if not self.config.late_arrival:
@@ -601,7 +601,7 @@ class World:
             if not self.config.gate:
                 self._free(d, i)
                 continue
-            self.say(f"{d.name}: {exposure.gen} {exposure.state.value}")
+            self.say(f"{d.name}: {exposure.lease} {exposure.state.value}")
         self._ask(0.0)
 
     def do_accept(self, r: str) -> None:
@@ -612,16 +612,18 @@ class World:
             d.receivers.pop(self.config.rooms[i])
             self._check_landed(exposure)
             d.ledger.end(exposure, 0.0, committed=True)
-            self.back |= {exposure.gen}
-            self.say(f"{d.name}: {exposure.gen} landed")
+            self.back |= {exposure.lease}
+            self.say(f"{d.name}: {exposure.lease} landed")
 
     def _check_landed(self, exposure: Exposure) -> None:
         if not (self.config.short or self.config.skip):
             return
         for p in self.prefills:
             for n in range(self.config.chunks):
-                if (exposure.gen, p, n) not in self.landed:
-                    raise Violation(f"{exposure.gen} is used, and {p} never wrote chunk {n} of it")
+                if (exposure.lease, p, n) not in self.landed:
+                    raise Violation(
+                        f"{exposure.lease} is used, and {p} never wrote chunk {n} of it"
+                    )
 
     def do_free(self, r: str) -> None:
         self._becomes(int(r[1:]), "done")
@@ -636,13 +638,13 @@ class World:
                 exposure = d.exposure(i)
                 d.ledger.returned(exposure)
                 proofs = " ".join(f"{w.rank}:{w.proof}" for w in exposure.writers.values())
-                self.say(f"{d.name}: {exposure.gen} returned, proofs {proofs}")
+                self.say(f"{d.name}: {exposure.lease} returned, proofs {proofs}")
                 self._free(d, i)
 
     def _free(self, d: Decode, i: int) -> None:
-        gen = d.exposures.pop(i)
-        d.slots[d.slots.index(gen)] = None
-        self.back |= {gen}
+        lease = d.exposures.pop(i)
+        d.slots[d.slots.index(lease)] = None
+        self.back |= {lease}
 
     def do_tick(self) -> None:
         self._ask(LATER)
@@ -650,12 +652,12 @@ class World:
     def _ask(self, now: float) -> None:
         for d in map(self._decode, self.decodes):
             for ask in d.ledger.tick(now):
-                self._send(d.name, ask.rank, Msg("ask", ask.gen, ask.room))
-                self.say(f"{d.name}: asks {ask.rank} for {ask.gen}")
+                self._send(d.name, ask.rank, Msg("abort", ask.lease, ask.room))
+                self.say(f"{d.name}: abort({ask.lease}) to {ask.rank}")
                 # Time stands still, so that worlds which differ in it alone are one.
-                exposure = d.ledger.find(ask.gen)
+                exposure = d.ledger.find(ask.lease)
                 assert exposure is not None
-                exposure.writers[ask.rank].next_ask = LATER / 2
+                exposure.writers[ask.rank].next_abort = LATER / 2
 
     def do_restart(self, name: str) -> None:
         """Decode dies and returns at its address with memory nothing can reach."""
@@ -681,9 +683,9 @@ class World:
             d.epoch += 1
             self._cut_off(name)
         for exposure in d.ledger.fence():
-            self.say(f"{name}: {exposure.gen} cannot complete")
+            self.say(f"{name}: {exposure.lease} cannot complete")
         for exposure in d.ledger.held:
-            self.say(f"{name}: {exposure.gen} {exposure.state.value}")
+            self.say(f"{name}: {exposure.lease} {exposure.state.value}")
         for p in self.prefills:
             self._hello(name, p)
 
@@ -723,26 +725,26 @@ class World:
             self._at_decode(self._decode(target), source, message)
 
     def _at_decode(self, d: Decode, p: str, m: Msg) -> None:
-        if m.kind == "here":
-            d.ledger.here(p, m.incarnation, m.gen or None, m.seq or None)
-        elif m.kind == "answer":
-            for gen in self._meant(d, m):
-                d.ledger.answer(p, m.incarnation, gen, m.verdict, "a write failed")
+        if m.kind == "hello_ack":
+            d.ledger.hello_acked(p, m.incarnation, m.lease or None, m.seq or None)
+        elif m.kind == "abort_ack":
+            for lease in self._meant(d, m):
+                d.ledger.ack(p, m.incarnation, lease, m.verdict, "a write failed")
                 for e in d.ledger.held:
-                    if e.gen == gen:
-                        self.say(f"{d.name}: {gen} {e.state.value}")
+                    if e.lease == lease:
+                        self.say(f"{d.name}: {lease} {e.state.value}")
         else:
             self._success(d, p, m)
 
     def _success(self, d: Decode, p: str, m: Msg) -> None:
         """What the ledger, and then stock, makes of a success."""
-        gen = m.gen or None
-        unproven = {e.gen for e in d.ledger.held if e.unproven}
-        admitted = d.ledger.successes.reports(m.room, gen, p, p)
-        proven = [e for e in d.ledger.held if e.gen in unproven and not e.unproven]
-        if gen is not None and any(e.gen == gen and not e.unproven for e in d.ledger.held):
-            self.say(f"{d.name}: {gen} proven")
-        elif gen is None and proven:
+        lease = m.lease or None
+        unproven = {e.lease for e in d.ledger.held if e.unproven}
+        admitted = d.ledger.successes.reports(m.room, lease, p, p)
+        proven = [e for e in d.ledger.held if e.lease in unproven and not e.unproven]
+        if lease is not None and any(e.lease == lease and not e.unproven for e in d.ledger.held):
+            self.say(f"{d.name}: {lease} proven")
+        elif lease is None and proven:
             self.say(f"{d.name}: room {m.room} proven by stock's success")
         if self.config.marks and not admitted:
             self.say(f"{d.name}: kept from stock")
@@ -759,33 +761,35 @@ class World:
             d.receivers[room][1].add(p)
 
     def _meant(self, d: Decode, m: Msg) -> list[str]:
-        if self.config.generations:
-            return [m.gen]
-        # Negative control: an answer names a room and no generation.
-        return [e.gen for e in d.ledger.held if e.room == m.room]
+        if self.config.leases:
+            return [m.lease]
+        # Negative control: an answer names a room and no lease.
+        return [e.lease for e in d.ledger.held if e.room == m.room]
 
     def _at_prefill(self, p: Prefill, d: str, m: Msg) -> None:
         if p.ledger is None:
-            if m.kind == "ask":
-                raise Violation(f"{p.name} runs without the plugin: an Ask kills its thread")
+            if m.kind == "abort":
+                raise Violation(f"{p.name} runs without the plugin: an Abort kills its thread")
             if m.kind == "meta":
                 self._store(p, d, m)
             return
         if m.kind == "hello":
-            self._send(p.name, d, Msg("here", incarnation=p.incarnation, seq=m.seq))
-        elif m.kind == "ask":
-            self._act(p, p.ledger.ask(m.room, m.gen, d, p.name))
+            self._send(p.name, d, Msg("hello_ack", incarnation=p.incarnation, seq=m.seq))
+        elif m.kind == "abort":
+            self._act(p, p.ledger.abort(m.room, m.lease, d, p.name))
         else:
             self._bind(p, d, m)
 
     def _bind(self, p: Prefill, d: str, m: Msg) -> None:
         assert p.ledger is not None
-        if d == STRANGER:
-            delivery, actions = p.ledger.bind_stranger(m.room, d, Extent(d, self.config.chunks))
+        if d == WITHOUT_PLUGIN:
+            delivery, actions = p.ledger.bind_without_plugin(
+                m.room, d, Extent(d, self.config.chunks)
+            )
         else:
             extent = Extent(d, self.config.chunks, (), TOKENS)
-            delivery, actions = p.ledger.bind(m.room, m.attempt, m.gen, d, p.name, extent=extent)
-        self.say(f"{p.name}: bind {m.gen}: {delivery.name.lower()}")
+            delivery, actions = p.ledger.bind(m.room, m.attempt, m.lease, d, p.name, extent=extent)
+        self.say(f"{p.name}: bind {m.lease}: {delivery.name.lower()}")
         if delivery is Delivery.DELIVER:
             if not self.config.split_forget:
                 self._act(p, actions)
@@ -798,11 +802,11 @@ class World:
         if delivery is Delivery.DEFER:
             p.deferred.append((d, m))
         else:
-            self._here(p, d, m)
+            self._send_hello_ack(p, d, m)
 
-    def _here(self, p: Prefill, d: str, m: Msg) -> None:
-        if d != STRANGER and m.incarnation != p.incarnation:
-            self._send(p.name, d, Msg("here", m.gen, m.room, p.incarnation))
+    def _send_hello_ack(self, p: Prefill, d: str, m: Msg) -> None:
+        if d != WITHOUT_PLUGIN and m.incarnation != p.incarnation:
+            self._send(p.name, d, Msg("hello_ack", m.lease, m.room, p.incarnation))
 
     def do_retry(self, name: str) -> None:
         p = self._prefill(name)
@@ -817,7 +821,7 @@ class World:
         d, m, actions = p.handing
         p.handing = None
         self._act(p, actions)
-        self._here(p, d, m)
+        self._send_hello_ack(p, d, m)
         self._store(p, d, m)
 
     def _store(self, p: Prefill, d: str, m: Msg) -> None:
@@ -852,12 +856,12 @@ class World:
                 if p.infos.pop(action.room, None):
                     self.say(f"{p.name}: room {action.room}: old destinations forgotten")
             else:
-                room = self.config.rooms[self.gens[action.gen]]
-                self.say(f"{p.name}: answers {action.gen} {action.verdict}")
+                room = self.config.rooms[self.leases[action.lease]]
+                self.say(f"{p.name}: abort_ack({action.lease} {action.verdict})")
                 self._send(
                     p.name,
                     action.reply_to,
-                    Msg("answer", action.gen, room, p.incarnation, action.verdict),
+                    Msg("abort_ack", action.lease, room, p.incarnation, action.verdict),
                 )
 
     def do_apply(self, name: str) -> None:
@@ -942,7 +946,7 @@ class World:
                 chunk.failed = True
                 self._status(p, chunk.room, "failed")
                 return
-            write = Write(d, m.gen, m.slot, m.epoch, name, p.life, chunk.request, chunk.n)
+            write = Write(d, m.lease, m.slot, m.epoch, name, p.life, chunk.request, chunk.n)
             write = write._replace(whole=chunk.request not in p.placeholders)
             self.wire = (*self.wire, write)
             self.say(f"{name}: posts {write.name}")
@@ -960,26 +964,26 @@ class World:
         write = self._find(name)
         self.wire = tuple(w for w in self.wire if w is not write)
         owner = self._owner(write)
-        if owner != write.gen:
+        if owner != write.lease:
             raise Violation(f"{name} landed in the slot of {owner}")
         if (
             self.config.foreign
-            and write.decode != STRANGER
-            and self.gens[write.gen] != write.request
+            and write.decode != WITHOUT_PLUGIN
+            and self.leases[write.lease] != write.request
         ):
-            raise Violation(f"KV of r{write.request} landed in the slot of {write.gen}")
-        slot = "its slot" if write.decode == STRANGER else f"slot {write.slot}"
-        self.say(f"{write.decode}: {slot} written for {write.gen}")
+            raise Violation(f"KV of r{write.request} landed in the slot of {write.lease}")
+        slot = "its slot" if write.decode == WITHOUT_PLUGIN else f"slot {write.slot}"
+        self.say(f"{write.decode}: {slot} written for {write.lease}")
         if write.whole and (self.config.short or self.config.skip):
-            self.landed |= {(write.gen, write.prefill, write.chunk)}
+            self.landed |= {(write.lease, write.prefill, write.chunk)}
         if self._watched(write):
             self._wrote(write)
             self._helper_done(write)
 
     def _owner(self, write: Write) -> str:
-        """The generation whose slot it is, by now."""
-        if write.decode == STRANGER:
-            return write.gen
+        """The lease whose slot it is, by now."""
+        if write.decode == WITHOUT_PLUGIN:
+            return write.lease
         return self.decodes[write.decode].slots[write.slot] or "nobody"
 
     def do_fail(self, name: str) -> None:
@@ -1022,16 +1026,16 @@ class World:
         self._status(p, chunk.room, "success")
         for d in sorted(p.infos.get(chunk.room, {})):
             if chunk.attempt is not None and not self._leaves(p, chunk.attempt, d):
-                self.say(f"{name}: success leaves as failed")  # `StatusTap`
-            elif d != STRANGER:
+                self.say(f"{name}: success leaves as failed")  # `StatusInterposer`
+            elif d != WITHOUT_PLUGIN:
                 mark = None
                 if p.ledger is not None and chunk.attempt is not None:
                     mark = p.ledger.bound_for(chunk.attempt, d)
-                gen = mark[0] if mark is not None else ""
-                self._send(name, d, Msg("success", gen, chunk.room), stock=True)
+                lease = mark[0] if mark is not None else ""
+                self._send(name, d, Msg("success", lease, chunk.room), stock=True)
 
     def _leaves(self, p: Prefill, attempt: Attempt, d: str) -> bool:
-        """`StatusTap`, after the metadata slot was written."""
+        """`StatusInterposer`, after the metadata slot was written."""
         assert p.ledger is not None
         attempt.coverage.writes.append(d)
         leaves = p.ledger.success_leaves(attempt, d, lambda _: True)
@@ -1117,12 +1121,12 @@ class World:
                 if not why or all(self._hopeless(d, exposure, w.rank) is None for w in unproven):
                     others = [x.ledger.held for x in self.decodes.values() if x is not d]
                     if not unproven and any(
-                        e.gen != exposure.gen and e.room == exposure.room and e.unproven
+                        e.lease != exposure.lease and e.room == exposure.room and e.unproven
                         for x in others
                         for e in x
                     ):
                         continue  # proven here; another TP rank is not
-                    late.append(f"{exposure.gen} is held: {why or 'no reason given'}")
+                    late.append(f"{exposure.lease} is held: {why or 'no reason given'}")
         return late
 
     def _hopeless(self, d: Decode, exposure: Exposure, rank: str) -> str | None:
@@ -1131,15 +1135,15 @@ class World:
         if p.ledger is None:
             return "no plugin"
         more = d.ledger.hellos(rank) > 1 or self.left["lose"] < self.config.lose - 1
-        if rank not in d.ledger.peers and self.lost & {"hello", "here"} and more:
+        if rank not in d.ledger.peers and self.lost & {"hello", "hello_ack"} and more:
             return "its words were lost; the next exposure heals it"
         if exposure.writers[rank].disputed:
             return "two processes have them"
         known = exposure.writers[rank].incarnation
-        if p.life != self.exposed_in[exposure.gen, rank] or known not in (None, p.incarnation):
+        if p.life != self.exposed_in[exposure.lease, rank] or known not in (None, p.incarnation):
             return "replaced"
-        attempt = p.ledger.attempt_of(exposure.gen)
-        if attempt is None and known is None and (p.life or self.lost & {"hello", "here"}):
+        attempt = p.ledger.attempt_of(exposure.lease)
+        if attempt is None and known is None and (p.life or self.lost & {"hello", "hello_ack"}):
             return "nobody knows which process would have had them"
         return "poisoned" if attempt is not None and attempt.poisoned else None
 
@@ -1158,7 +1162,7 @@ class World:
             self.arrived,
             self.strange,
             self.lost,
-            frozenset(self.gens.items()),
+            frozenset(self.leases.items()),
             frozenset(self.exposed_in.items()),
             *(d.number for d in self.decodes.values()),
             *(p.number for p in self.prefills.values()),
@@ -1201,9 +1205,9 @@ def decode_key(d: Decode) -> Any:
 def attempt_key(a: Attempt) -> Any:
     return (
         a.room,
-        a.epoch,
+        a.attempt_id,
         tuple(a.bindings.items()),
-        tuple(sorted(a.asked)),
+        tuple(sorted(a.awaiting_ack)),
         a.sender,
         a.phase,
         a.active,

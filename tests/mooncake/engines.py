@@ -23,7 +23,7 @@ from typing import Any
 from mooncake.engine import TransferEngine
 
 from sglang_scaling_fixes.reclaim.decode import fence
-from sglang_scaling_fixes.reclaim.prefill.taps import IN_HAND, EngineTap
+from sglang_scaling_fixes.reclaim.prefill.interposers import IN_HAND, EngineInterposer
 
 SIZE = 384 << 20
 SMALL = 1 << 20
@@ -116,7 +116,7 @@ class Counted:
 
 def send(once: bool) -> None:
     ledger = Counted()
-    engine: Any = EngineTap(StockEngine(HOST, 0, ""), ledger, once=once)  # type: ignore[arg-type]
+    engine: Any = EngineInterposer(StockEngine(HOST, 0, ""), ledger, once=once)  # type: ignore[arg-type]
     memory = Memory(255)
     engine.batch_register([memory.address], [SIZE])
     IN_HAND.attempt = object()  # type: ignore[assignment]

@@ -21,7 +21,7 @@ from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.errors import AttachError
 from sglang_scaling_fixes.reclaim import FIX, probe
 from sglang_scaling_fixes.reclaim.decode import gate, peers, side as decode
-from sglang_scaling_fixes.reclaim.prefill import side as prefill, taps
+from sglang_scaling_fixes.reclaim.prefill import interposers, side as prefill
 from sglang_scaling_fixes.reclaim.rules import coverage, prefill_ledger
 
 def verdict():
@@ -32,32 +32,35 @@ def verdict():
     return "armed"
 
 def forgets(stock, guard, once):
-    return taps.EngineTap(stock, guard)
+    return interposers.EngineInterposer(stock, guard)
 
 def deaf(self, write, name):
     return write
 
+def retried(self, *write):
+    return self._stock.batch_transfer_sync(*write)
+
 FIX.arm(Config())
 found = {"nothing": verdict()}
 for name, owner, attribute, broken in (
-    ("success", decode.DecodeGuard, "_complete", lambda *a: True),
+    ("success", decode.DecodeSide, "_complete", lambda *a: True),
     ("gate", gate.Gate, "_kept", lambda *a: False),
     ("trailer", peers.Peers, "outgoing", lambda self, rank, route, frames, *_: frames),
     ("drop", prefill_ledger.PrefillLedger, "take", lambda self, a, *_: a.begin() or True),
     ("poison", prefill_ledger.PrefillLedger, "failed", lambda *a: []),
-    ("deaf", taps.EngineTap, "_watched", deaf),
-    ("once", taps.EngineTap, "_once", lambda self, session, *write: 0),
-    ("retried", taps.EngineTap, "_once", lambda self, *w: self._stock.batch_transfer_sync(*w)),
-    ("pessimist", taps.EngineTap, "_once", lambda self, *write: -1),
+    ("deaf", interposers.EngineInterposer, "_watched", deaf),
+    ("once", interposers.EngineInterposer, "_once", lambda self, session, *write: 0),
+    ("retried", interposers.EngineInterposer, "_once", retried),
+    ("pessimist", interposers.EngineInterposer, "_once", lambda self, *write: -1),
     ("covers", coverage.Coverage, "missing", lambda *a: ""),
-    ("computes", prefill.PrefillGuard, "computes", lambda *a: None),
+    ("computes", prefill.PrefillSide, "computes", lambda *a: None),
     ("stingy", coverage.Coverage, "missing", lambda *a: "everything"),
-    ("arguments", taps.EngineTap, "_once", lambda self, session, sources: -1),
+    ("arguments", interposers.EngineInterposer, "_once", lambda self, session, sources: -1),
 ):
     with mock.patch.object(owner, attribute, broken):
         found[name] = verdict()
 claim(sys.argv[1], {}, {})
-with mock.patch.object(prefill, "EngineTap", forgets):
+with mock.patch.object(prefill, "EngineInterposer", forgets):
     found["forgets"] = verdict()
 print("found:" + json.dumps(found))
 """
@@ -111,7 +114,7 @@ def test_safe_reclaims_probe_notices_each_missing_part(old: Environment, tmp_pat
     found = verdicts(old, RECLAIM, str(MACHINES["one HCA"].under(tmp_path / "root")))
     assert "success of another attempt" in found["success"]
     assert "past the gate" in found["gate"]  # the gate's own check is first
-    assert "without a generation" in found["trailer"]
+    assert "without a lease" in found["trailer"]
     assert "did not skip" in found["drop"]
     assert "failed write" in found["poison"]
     assert "a failed write was not noticed" in found["deaf"]

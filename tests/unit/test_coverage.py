@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from sglang_scaling_fixes.reclaim import layout, messages
-from sglang_scaling_fixes.reclaim.prefill.side import PrefillGuard
-from sglang_scaling_fixes.reclaim.prefill.taps import AUX_DATA, IN_HAND, StatusTap
+from sglang_scaling_fixes.reclaim.prefill.interposers import AUX_DATA, IN_HAND, StatusInterposer
+from sglang_scaling_fixes.reclaim.prefill.side import PrefillSide
 from sglang_scaling_fixes.reclaim.rules.coverage import Coverage, Extent
 
 DECODE, RANK, SESSION = "tcp://192.0.2.2:9", "192.0.2.1:9", "192.0.2.2:77"
@@ -109,12 +109,12 @@ class Stock:
             record_failure=lambda *_: None,
             update_status=lambda *_: None,
         )
-        self.guard = PrefillGuard(self.manager).install()
+        self.guard = PrefillSide(self.manager).install()
         self.guard._replies = SimpleNamespace(send=lambda *_: True)  # type: ignore[assignment]
         stock_queue = SimpleNamespace(put=self.queue.append, get=self.queue.popleft)
         self.tap = self.guard.tap_queue(stock_queue)
         to_decode = SimpleNamespace(send_multipart=self.sent.append)
-        self.socket = StatusTap(to_decode, DECODE, self.guard)
+        self.socket = StatusInterposer(to_decode, DECODE, self.guard)
 
     def run(self) -> bytes:
         """The status that decode is told."""
@@ -142,7 +142,7 @@ class Stock:
         bind = messages.Bind(
             DECODE, RANK, "g", "e", pages=case.pages, states=case.states, tokens=case.tokens
         )
-        return messages.ride(stock, bind)
+        return messages.attach_trailer(stock, bind)
 
     def rows(self) -> list[list[int]]:
         return [[0] * count for count in self.case.rows]
@@ -167,10 +167,10 @@ class Stock:
 
 @pytest.fixture(autouse=True)
 def _as_before() -> Iterator[None]:
-    saved = PrefillGuard.current
+    saved = PrefillSide.current
     IN_HAND.attempt = None
     yield
-    PrefillGuard.current, IN_HAND.attempt = saved, None
+    PrefillSide.current, IN_HAND.attempt = saved, None
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -186,7 +186,7 @@ def test_a_short_success_leaves_as_a_failure(name: str, caplog: pytest.LogCaptur
     assert stock.run() == FAILED
     assert stock.guard.report()["short_sends"] == 1
     assert "decode waits for" in caplog.text or "skipped" in caplog.text
-    ask = messages.Ask(DECODE, RANK, ROOM, "g")
+    ask = messages.Abort(DECODE, RANK, ROOM, "g")
     answers: list[Any] = []
     stock.guard._replies.send = lambda _, frame: answers.append(messages.decode(frame))  # type: ignore
     stock.guard.read([messages.encode(ask)])
@@ -212,7 +212,7 @@ def test_a_rank_whose_equal_sends_the_kv_is_known_by_stocks_flags(
 def test_an_attempt_that_is_over_keeps_no_list_of_its_writes() -> None:
     stock = Stock(Case())
     assert stock.run() == SUCCESS
-    (attempt,) = stock.guard._ledger._by_gen.values()
+    (attempt,) = stock.guard._ledger._by_lease.values()
     assert attempt.coverage.writes
     sender = SimpleNamespace(sglang_scaling_fixes_ticket=None)
     (sender.sglang_scaling_fixes_ticket,) = stock.tickets

@@ -1,4 +1,4 @@
-"""DecodeGuard past the bound, over stand-ins for stock's manager and queue."""
+"""DecodeSide past the bound, over stand-ins for stock's manager and queue."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.reclaim import layout, messages
 from sglang_scaling_fixes.reclaim.decode import fence
 from sglang_scaling_fixes.reclaim.decode.peers import OutgoingSocket
-from sglang_scaling_fixes.reclaim.decode.side import DecodeGuard
+from sglang_scaling_fixes.reclaim.decode.side import DecodeSide
 from sglang_scaling_fixes.reclaim.rules.exposure import Exposure, ExposureState
 from sglang_scaling_fixes.reclaim.rules.pace import UNHEARD
 from sglang_scaling_fixes.reclaim.rules.quarantine import GRACE, IDLE_AFTER
@@ -75,7 +75,7 @@ class Decode:
         self.port = self.prefill.getsockname()[1]
         self.rank = f"127.0.0.1:{self.port}"
         self.manager = Manager(**server_args)
-        self.guard = DecodeGuard(self.manager, config).install()
+        self.guard = DecodeSide(self.manager, config).install()
         self.tokens = allocators.TokenToKVPoolAllocator(POOL, torch.float32, "cpu", None, False)
         self.aux = utils.ReqToMetadataIdxAllocator(8)
         self.guard.install_gate(
@@ -119,12 +119,12 @@ class Decode:
         self.aux.free(aux)
         return exposure
 
-    def hears(self, message: messages.Here | messages.Answer) -> None:
+    def hears(self, message: messages.HelloAck | messages.AbortAck) -> None:
         assert self.guard.inbox.read([messages.encode(message)]) is None
 
     def asks(self) -> int:
-        said = (messages.split(frames)[1] for frames in self.socket.sent)
-        return sum(isinstance(message, messages.Ask) for message in said)
+        said = (messages.strip_trailer(frames)[1] for frames in self.socket.sent)
+        return sum(isinstance(message, messages.Abort) for message in said)
 
     def free(self) -> tuple[int, int]:
         return self.tokens.available_size(), self.aux.available_size()
@@ -137,7 +137,7 @@ def fenced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def renew(manager: Any, of_all_ranks: Any) -> tuple[str, str]:
         assert of_all_ranks({1}) == {1}
-        held = DecodeGuard.current.ledger.held if DecodeGuard.current is not None else []
+        held = DecodeSide.current.ledger.held if DecodeSide.current is not None else []
         seen.append(",".join(str(w.proof) for e in held for w in e.writers.values()))
         manager.session = NEW
         return OLD, NEW
@@ -148,9 +148,9 @@ def fenced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def restored() -> Iterator[None]:
-    saved = DecodeGuard.current
+    saved = DecodeSide.current
     yield
-    DecodeGuard.current = saved
+    DecodeSide.current = saved
 
 
 def test_destinations_name_the_process_they_are_meant_for() -> None:
@@ -160,16 +160,16 @@ def test_destinations_name_the_process_they_are_meant_for() -> None:
     def sent(room: int) -> tuple[int, str | None]:
         decode.expose(room, 1)
         frames = decode.socket.sent[-1]
-        bind = messages.split(frames)[1]
+        bind = messages.strip_trailer(frames)[1]
         assert isinstance(bind, messages.Bind) and bind.stock == 8
         return len(frames), bind.expects
 
     assert sent(7) == (messages.TRAILER_AT + 1, None)
-    decode.hears(messages.Here(decode.rank, "first", seq=1))
+    decode.hears(messages.HelloAck(decode.rank, "first", seq=1))
     assert sent(8) == (messages.KNOWN_TRAILER_AT + 1, "first")
     decode.tap.send_multipart([b"None", b"192.0.2.2", b"1", OLD.encode(), b"pointers"])
     assert sent(9) == (messages.TRAILER_AT + 1, None), "it registered anew: who is there now?"
-    decode.hears(messages.Here(decode.rank, "second", seq=2))
+    decode.hears(messages.HelloAck(decode.rank, "second", seq=2))
     assert sent(10) == (messages.KNOWN_TRAILER_AT + 1, "second")
 
 
@@ -177,7 +177,7 @@ def test_destinations_say_what_they_stand_for() -> None:
     """Prefill compares it with what it wrote, before it reports success (`coverage`)."""
     decode = Decode(Config())
     receiver, _, _ = decode.expose(7, 3)
-    _, bind = messages.split(decode.socket.sent[-1])
+    _, bind = messages.strip_trailer(decode.socket.sent[-1])
     assert isinstance(bind, messages.Bind)
     assert (bind.pages, bind.states, bind.tokens) == (3, (), None)
     receiver.sglang_scaling_fixes_tokens = lambda: 170
@@ -188,7 +188,7 @@ def test_destinations_say_what_they_stand_for() -> None:
         1,
         [],
     )
-    _, bind = messages.split(decode.socket.sent[-1])
+    _, bind = messages.strip_trailer(decode.socket.sent[-1])
     assert isinstance(bind, messages.Bind)
     assert (bind.pages, bind.states, bind.tokens) == (2, (), 170)
 
@@ -205,7 +205,7 @@ def test_a_rejected_request_asks_for_nothing() -> None:
         1,
         [],
     )
-    _, bind = messages.split(decode.socket.sent[-1])
+    _, bind = messages.strip_trailer(decode.socket.sent[-1])
     assert isinstance(bind, messages.Bind)
     assert (bind.pages, bind.states, bind.tokens) == (0, None, None)
 
@@ -226,15 +226,15 @@ def test_a_placeholder_is_read_by_nobody_but_a_radix_cache(
 def test_a_successor_nobody_announced_says_who_it_is(fenced: list[str]) -> None:
     """It got destinations meant for its predecessor: nobody can tell who else has them."""
     decode = Decode(Config(max_held=1.0))
-    decode.hears(messages.Here(decode.rank, "first", seq=1))
+    decode.hears(messages.HelloAck(decode.rank, "first", seq=1))
     lost = decode.give_up(*decode.expose(7, 1), age=IDLE_AFTER + 1)
     receiver, slots, aux = decode.expose(8, 1)
-    gen = receiver.sglang_scaling_fixes_exposure.gen
-    decode.hears(messages.Here(decode.rank, "second", gen))
+    lease = receiver.sglang_scaling_fixes_exposure.lease
+    decode.hears(messages.HelloAck(decode.rank, "second", lease))
     assert decode.guard.ledger.peers == {decode.rank: "second"}
     taken = decode.give_up(receiver, slots, aux)
-    decode.hears(messages.Answer(decode.rank, "second", taken.gen, "drained"))
-    decode.hears(messages.Answer(decode.rank, "second", lost.gen, "unknown"))
+    decode.hears(messages.AbortAck(decode.rank, "second", taken.lease, "drained"))
+    decode.hears(messages.AbortAck(decode.rank, "second", lost.lease, "unknown"))
     assert (taken.state, lost.state) == (ExposureState.HELD, ExposureState.HELD)
     decode.guard.tick()
     assert len(fenced) == 1, "the first is gone"
@@ -270,12 +270,12 @@ def test_a_gone_writers_hold_below_the_bound_ends_when_nothing_flies(fenced: lis
 def test_a_writer_whose_rank_another_process_serves_is_gone(fenced: list[str]) -> None:
     """Its port is open: its successor's."""
     decode = Decode(Config(max_held=1.0))
-    decode.hears(messages.Here(decode.rank, "first", seq=1))
+    decode.hears(messages.HelloAck(decode.rank, "first", seq=1))
     decode.give_up(*decode.expose(7, 50), age=IDLE_AFTER + 1)
     decode.guard.tick()
     assert not fenced
     decode.tap.send_multipart([b"None", b"192.0.2.2", b"1", OLD.encode(), b"pointers"])
-    decode.hears(messages.Here(decode.rank, "second", seq=2))
+    decode.hears(messages.HelloAck(decode.rank, "second", seq=2))
     decode.guard.tick()
     assert len(fenced) == 1
 
@@ -284,7 +284,7 @@ def test_a_hold_that_may_still_end_by_itself_calls_for_no_fence(fenced: list[str
     """What is past the bound has its proof, and is back after this tick."""
     decode = Decode(Config(fence=True))
     old = decode.give_up(*decode.expose(7, 50))
-    decode.hears(messages.Answer(decode.rank, "process", old.gen, "drained"))
+    decode.hears(messages.AbortAck(decode.rank, "process", old.lease, "drained"))
     decode.give_up(*decode.expose(8, 1), age=0.0)
     decode.guard.tick()
     assert not fenced
@@ -303,8 +303,8 @@ def test_a_success_the_owner_does_not_take_is_given_up() -> None:
     """Another TP rank has failed: this one's success frees nothing before they agree."""
     decode = Decode(Config())
     receiver, slots, aux = decode.expose(7, 50)
-    gen = receiver.sglang_scaling_fixes_exposure.gen
-    mark = messages.encode(messages.Mark(gen, decode.rank))
+    lease = receiver.sglang_scaling_fixes_exposure.lease
+    mark = messages.encode(messages.SuccessTag(lease, decode.rank))
     assert decode.guard.inbox.read([b"7", b"4", b"0", mark]) is not None
     decode.manager.request_status[7] = 4
     exposure = decode.give_up(receiver, slots, aux, age=0.0)
@@ -316,19 +316,19 @@ def test_a_success_the_owner_does_not_take_is_given_up() -> None:
 
 def test_a_prefill_that_says_nothing_is_asked_rarely_until_it_does() -> None:
     decode = Decode(Config())
-    decode.hears(messages.Here(decode.rank, "process", seq=1))
+    decode.hears(messages.HelloAck(decode.rank, "process", seq=1))
     exposure = decode.give_up(*decode.expose(7, 50), age=0.0)
 
     def ask_again() -> None:
-        exposure.writers[decode.rank].next_ask = 0.0
-        decode.guard.peers.ask()
+        exposure.writers[decode.rank].next_abort = 0.0
+        decode.guard.peers.send_aborts()
 
     for _ in range(UNHEARD + 10):
         ask_again()
     assert decode.asks() == UNHEARD
     report = decode.guard.metrics.report()
-    assert (report["asks"], report["asks_resent"]) == (UNHEARD, UNHEARD - 1)
-    mark = messages.encode(messages.Mark("another's", decode.rank))
+    assert (report["aborts_sent"], report["aborts_resent"]) == (UNHEARD, UNHEARD - 1)
+    mark = messages.encode(messages.SuccessTag("another's", decode.rank))
     decode.guard.inbox.read([b"8", b"4", b"0", mark])
     ask_again()
     assert decode.asks() == UNHEARD + 1, "a success says that it reads what it is sent"
@@ -387,7 +387,7 @@ def test_a_fence_ends_what_is_in_flight_and_tells_every_prefill_the_new_session(
     decode.guard.tick()
     assert decode.manager.request_status[8] == 0
     assert "fenced" in decode.manager.failures[8] and "retry" in decode.manager.failures[8]
-    stock, hello = messages.split(decode.socket.sent[-1])
+    stock, hello = messages.strip_trailer(decode.socket.sent[-1])
     assert stock == [b"None", b"192.0.2.2", b"1", NEW.encode(), b"pointers"]
     assert isinstance(hello, messages.Hello)
     # Its owner gives up: proven at once, for the write can no longer land.
@@ -396,10 +396,10 @@ def test_a_fence_ends_what_is_in_flight_and_tells_every_prefill_the_new_session(
     # A receiver made before the fence still names the old session; prefill must not see it,
     # neither with destinations nor, if it meets a prefill only now, in the registration.
     decode.expose(9, 10, session=OLD)
-    stock, _ = messages.split(decode.socket.sent[-1])
+    stock, _ = messages.strip_trailer(decode.socket.sent[-1])
     assert stock[3] == NEW.encode()
     decode.tap.send_multipart([b"None", b"192.0.2.2", b"1", OLD.encode(), b"pointers"])
-    stock, _ = messages.split(decode.socket.sent[-1])
+    stock, _ = messages.strip_trailer(decode.socket.sent[-1])
     assert stock[3] == NEW.encode()
 
 
@@ -418,7 +418,7 @@ def test_a_prefill_that_could_not_be_told_gets_no_destinations(fenced: list[str]
     assert [w.proof for w in exposure.writers.values()] == [Proof.NEVER_SENT]
     decode.socket.full = False
     decode.expose(9, 10, session=NEW)
-    told, destinations = (messages.split(frames)[0] for frames in decode.socket.sent[-2:])
+    told, destinations = (messages.strip_trailer(frames)[0] for frames in decode.socket.sent[-2:])
     assert told[0] == b"None" and told[3] == destinations[3] == NEW.encode()
     sent = len(decode.socket.sent)
     decode.expose(10, 10, session=NEW)
@@ -486,8 +486,8 @@ def test_an_end_that_cannot_be_recorded_frees_nothing_and_ends_the_server() -> N
 def test_a_metadata_message_that_came_late_is_not_for_stock(stale: str | None) -> None:
     decode = Decode(Config())
     receiver, _, aux = decode.expose(7, 4)
-    gen = receiver.sglang_scaling_fixes_exposure.gen
-    mark = messages.Mark("an older one" if stale == "other attempt" else gen, decode.rank)
+    lease = receiver.sglang_scaling_fixes_exposure.lease
+    mark = messages.SuccessTag("an older one" if stale == "other attempt" else lease, decode.rank)
     room = b"8" if stale == "other room" else b"7"
     stock = [b"AUX_DATA", room, b"0", str(aux).encode(), b"\0\0\0\1", b"x"]
     seen = decode.guard.inbox.read([*stock, messages.encode(mark)])

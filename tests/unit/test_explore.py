@@ -15,14 +15,15 @@ from sglang_scaling_fixes.reclaim.rules.prefill_ledger import PrefillLedger
 from tests.model.explore import CONTROLS, OPEN, SMALL, explore, reached, story
 
 KNOWN = {
-    Writer: "rank incarnation hello bound_by disputed sent reported proof stuck asks next_ask",
-    Exposure: "gen epoch room writers state gave_up_at unmarked late slots next_log",
-    Attempt: "room epoch bindings exposed coverage short asked phase sender active poisoned",
+    Writer: "rank incarnation hello bound_by disputed sent reported proof stuck aborts next_abort",
+    Exposure: "lease attempt_id room writers state gave_up_at untagged late slots next_log",
+    Attempt: "room attempt_id bindings exposed coverage short awaiting_ack phase sender active "
+    "poisoned",
     Coverage: "pages states tokens writes unwritten in_hand",
     DecodeLedger: "_incarnation group _number _first_wait _max_wait peers _hellos _exposed _held "
     "_given_up_rooms _memory successes",
-    PrefillLedger: "incarnation _memory _rooms _by_epoch _by_gen _senders _waiting _finished "
-    "_unsent _aborted_unseen _deferred",
+    PrefillLedger: "incarnation _memory _rooms _by_attempt_id _by_lease _senders _waiting "
+    "_finished _unsent _aborted_unseen _deferred",
 }
 """What `decode_key` and `prefill_key` tell apart, or may leave out."""
 

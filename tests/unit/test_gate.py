@@ -34,7 +34,7 @@ class Decode:
         self.aux = utils.ReqToMetadataIdxAllocator(4)
         self.gate = Gate(self.tokens, self.aux, audit=audit).install()
         self.ledger = DecodeLedger("d")
-        self.ledger.here(RANK, "p")
+        self.ledger.hello_acked(RANK, "p")
 
     def expose(self, room: int, tokens: int = 8) -> tuple[Exposure, torch.Tensor, int]:
         slots, slot = self.tokens.alloc(tokens), self.aux.alloc()
@@ -48,7 +48,7 @@ class Decode:
         self.gate.gave_up(exposure)
 
     def prove(self, exposure: Exposure) -> None:
-        self.ledger.answer(RANK, "p", exposure.gen, "drained")
+        self.ledger.ack(RANK, "p", exposure.lease, "drained")
         self.ledger.returned(exposure)
         self.gate.give_back(exposure)
 

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.reclaim import messages as m
-from sglang_scaling_fixes.reclaim.decode.side import DecodeGuard
-from sglang_scaling_fixes.reclaim.prefill.side import PrefillGuard
+from sglang_scaling_fixes.reclaim.decode.side import DecodeSide
+from sglang_scaling_fixes.reclaim.prefill.side import PrefillSide
 from sglang_scaling_fixes.reclaim.transport import ReplySockets
 
 REPLY, RANK = "tcp://127.0.0.1:1", "127.0.0.1:2"
@@ -29,15 +29,15 @@ SUCCESS = [b"7", b"4", b"0"]
 
 
 @pytest.fixture
-def guards() -> Iterator[tuple[DecodeGuard, PrefillGuard]]:
-    saved = DecodeGuard.current, PrefillGuard.current
+def guards() -> Iterator[tuple[DecodeSide, PrefillSide]]:
+    saved = DecodeSide.current, PrefillSide.current
     yield decode_guard(), prefill_guard()
-    DecodeGuard.current, PrefillGuard.current = saved
+    DecodeSide.current, PrefillSide.current = saved
 
 
-def decode_guard() -> DecodeGuard:
+def decode_guard() -> DecodeSide:
     """With one exposure held, of a rank that is known."""
-    guard = DecodeGuard(
+    guard = DecodeSide(
         SimpleNamespace(
             server_socket=SimpleNamespace(),
             local_ip="127.0.0.1",
@@ -52,14 +52,14 @@ def decode_guard() -> DecodeGuard:
     held, waits = (guard.ledger.expose(room, [RANK]) for room in (7, 8))
     for exposure in (held, waits):
         guard.ledger.sent(exposure, RANK)
-    guard.ledger.here(RANK, "process", held.gen, 1)
+    guard.ledger.hello_acked(RANK, "process", held.lease, 1)
     guard.ledger.give_up(held, now=0.0)
     return guard
 
 
-def prefill_guard() -> PrefillGuard:
+def prefill_guard() -> PrefillSide:
     """With one attempt bound."""
-    guard = PrefillGuard(
+    guard = PrefillSide(
         SimpleNamespace(
             engine=SimpleNamespace(),
             transfer_queues=[],
@@ -71,20 +71,20 @@ def prefill_guard() -> PrefillGuard:
         )
     ).install()
     guard._replies = SimpleNamespace(send=lambda to, frame: True)  # type: ignore[assignment]
-    assert guard.read(m.ride(STOCK, m.Bind(REPLY, RANK, "g1", "e1"))) == STOCK
+    assert guard.read(m.attach_trailer(STOCK, m.Bind(REPLY, RANK, "g1", "e1"))) == STOCK
     return guard
 
 
-def valid(gen: str) -> list[list[bytes]]:
+def valid(lease: str) -> list[list[bytes]]:
     """Messages as they should be, of either direction."""
     return [
-        m.ride(REGISTRATION, m.Hello(REPLY, RANK, seq=2)),
-        m.ride(STOCK, m.Bind(REPLY, RANK, "g2", "e2")),
-        m.ride(STOCK, m.Bind(REPLY, RANK, "g3", "e3", expects="process")),
-        [m.encode(m.Ask(REPLY, RANK, 7, "g1"))],
-        [m.encode(m.Here(RANK, "process", gen, 1))],
-        [m.encode(m.Answer(RANK, "process", gen, "drained"))],
-        [*SUCCESS, m.encode(m.Mark(gen, RANK))],
+        m.attach_trailer(REGISTRATION, m.Hello(REPLY, RANK, seq=2)),
+        m.attach_trailer(STOCK, m.Bind(REPLY, RANK, "g2", "e2")),
+        m.attach_trailer(STOCK, m.Bind(REPLY, RANK, "g3", "e3", expects="process")),
+        [m.encode(m.Abort(REPLY, RANK, 7, "g1"))],
+        [m.encode(m.HelloAck(RANK, "process", lease, 1))],
+        [m.encode(m.AbortAck(RANK, "process", lease, "drained"))],
+        [*SUCCESS, m.encode(m.SuccessTag(lease, RANK))],
     ]
 
 
@@ -150,27 +150,27 @@ fuzzed = settings(max_examples=500, suppress_health_check=[HealthCheck.function_
 @given(arrives=ARRIVES)
 def test_decode_outlives_it_and_frees_nothing(arrives: list[bytes], guards: Any) -> None:
     guard = guards[0]
-    before = {e.gen: len(e.unproven) for e in guard.ledger.exposures()}
+    before = {e.lease: len(e.unproven) for e in guard.ledger.exposures()}
     assert set(before.values()) == {1}
     counted = guard.metrics.report()["garbage"] + guard.metrics.report()["stale"]
     passed = guard.inbox.read(list(arrives))
-    assert {e.gen: len(e.unproven) for e in guard.ledger.exposures()} == before
+    assert {e.lease: len(e.unproven) for e in guard.ledger.exposures()} == before
     assert set(guard.ledger.peers) == {RANK}
     if passed is not None:
         assert passed and passed == arrives[: len(passed)]
         assert not any(frame.startswith(m.TAG) for frame in (passed[0], passed[-1]))
-    elif not isinstance(m.split(arrives)[1], m.Here):
+    elif not isinstance(m.strip_trailer(arrives)[1], m.HelloAck):
         assert guard.metrics.report()["garbage"] + guard.metrics.report()["stale"] == counted + 1
 
 
 @fuzzed
 @given(arrives=ARRIVES)
 def test_prefill_outlives_it_and_vouches_for_nothing(arrives: list[bytes]) -> None:
-    saved = PrefillGuard.current
+    saved = PrefillSide.current
     try:
         guard = prefill_guard()
     finally:
-        PrefillGuard.current = saved
+        PrefillSide.current = saved
     sent: list[tuple[str, Any]] = []
     guard._replies = SimpleNamespace(  # type: ignore[assignment]
         send=lambda to, frame: sent.append((to, m.decode(frame)))
@@ -182,15 +182,15 @@ def test_prefill_outlives_it_and_vouches_for_nothing(arrives: list[bytes]) -> No
     passed = guard.read(list(arrives))
     assert attempt.active == 1
     for _, said in sent:
-        assert isinstance(said, m.Here | m.Answer)
-        assert not (isinstance(said, m.Answer) and said.gen == "g1"), "it is being written"
+        assert isinstance(said, m.HelloAck | m.AbortAck)
+        assert not (isinstance(said, m.AbortAck) and said.lease == "g1"), "it is being written"
     if passed is not None:
         assert passed == arrives[: len(passed)]
-    elif not isinstance(m.split(arrives)[1], m.Ask | m.Bind):
+    elif not isinstance(m.strip_trailer(arrives)[1], m.Abort | m.Bind):
         assert guard.metrics.report()["garbage"] == 1 or guard._deferred
 
 
-def test_what_is_dropped_is_counted(guards: tuple[DecodeGuard, PrefillGuard]) -> None:
+def test_what_is_dropped_is_counted(guards: tuple[DecodeSide, PrefillSide]) -> None:
     decode, prefill = guards
     rubbish = [m.TAG + b"rubbish"]
     huge = [m.TAG + b"\0" * (m.MAX_FRAME + 1)]
@@ -198,30 +198,32 @@ def test_what_is_dropped_is_counted(guards: tuple[DecodeGuard, PrefillGuard]) ->
         assert decode.inbox.read(frames) is None
         assert prefill.read(frames) is None
     assert decode.metrics.report()["garbage"] == prefill.metrics.report()["garbage"] == 4
-    ours, theirs = m.Here("elsewhere:1", "inc"), m.Ask(REPLY, RANK, 7, "g1")
+    ours, theirs = m.HelloAck("elsewhere:1", "inc"), m.Abort(REPLY, RANK, 7, "g1")
     for message in (ours, theirs):
         assert decode.inbox.read([m.encode(message)]) is None
     assert prefill.read([m.encode(ours)]) is None
     assert (decode.metrics.report()["garbage"], prefill.metrics.report()["garbage"]) == (6, 5)
     assert prefill.read(STOCK[:5]) is None, "destinations cut short"
-    assert prefill.read(m.ride(STOCK[:5], m.Bind(REPLY, RANK, "g2", "e2"))) is None
-    assert prefill.read(m.ride(STOCK, m.Hello(REPLY, RANK))) is None, "a Hello on destinations"
+    assert prefill.read(m.attach_trailer(STOCK[:5], m.Bind(REPLY, RANK, "g2", "e2"))) is None
+    assert prefill.read(m.attach_trailer(STOCK, m.Hello(REPLY, RANK))) is None, (
+        "a Hello on destinations"
+    )
     assert prefill.metrics.report()["garbage"] == 8
 
 
-def test_the_genuine_answer_still_frees(guards: tuple[DecodeGuard, PrefillGuard]) -> None:
+def test_the_genuine_answer_still_frees(guards: tuple[DecodeSide, PrefillSide]) -> None:
     guard = guards[0]
     (held,) = guard.ledger.held
-    stale = m.encode(m.Answer(RANK, "process", "older", "drained"))
+    stale = m.encode(m.AbortAck(RANK, "process", "older", "drained"))
     assert guard.inbox.read([stale]) is None
     assert held.unproven and guard.metrics.report()["stale"] == 1
-    assert guard.inbox.read([m.encode(m.Answer(RANK, "process", held.gen, "drained"))]) is None
+    assert guard.inbox.read([m.encode(m.AbortAck(RANK, "process", held.lease, "drained"))]) is None
     assert not held.unproven
     assert guard.metrics.report()["garbage"] == 0
 
 
 def test_a_hello_is_answered_with_its_number(
-    guards: tuple[DecodeGuard, PrefillGuard],
+    guards: tuple[DecodeSide, PrefillSide],
 ) -> None:
     decode, prefill = guards
     said: list[bytes] = []
@@ -234,7 +236,7 @@ def test_a_hello_is_answered_with_its_number(
     assert decode.inbox.read(said) is None
     assert set(decode.ledger.peers) == {RANK}
     here = m.decode(said[0])
-    assert isinstance(here, m.Here) and here.seq == 2
+    assert isinstance(here, m.HelloAck) and here.seq == 2
 
 
 def test_replies_to_addresses_that_are_none_are_not_sent() -> None:

@@ -16,7 +16,7 @@ from sglang_scaling_fixes.reclaim.rules.prefill_ledger import (
     FailRoom,
     ForgetRoom,
     PrefillLedger,
-    SendAnswer,
+    SendAck,
 )
 from sglang_scaling_fixes.reclaim.rules.reasons import why_held
 from sglang_scaling_fixes.reclaim.rules.types import LedgerError, Proof
@@ -29,7 +29,7 @@ ILLEGAL = [pair for pair in itertools.product(ExposureState, EVENTS) if pair not
 def decode(*peers: str) -> DecodeLedger:
     ledger = DecodeLedger("d", first_wait=0.1, max_wait=5.0)
     for rank in peers:
-        ledger.here(rank, f"{rank}-process")
+        ledger.hello_acked(rank, f"{rank}-process")
     return ledger
 
 
@@ -47,7 +47,7 @@ def held(ledger: DecodeLedger, room: int = 7, *ranks: str) -> Exposure:
 
 
 def answers(actions: list[Action]) -> list[tuple[str, str]]:
-    return [(a.gen, a.verdict) for a in actions if isinstance(a, SendAnswer)]
+    return [(a.lease, a.verdict) for a in actions if isinstance(a, SendAck)]
 
 
 class TestTable:
@@ -113,9 +113,9 @@ class TestProofs:
     def test_p2_needs_every_writer(self) -> None:
         ledger = decode("p0", "p1")
         exposure = held(ledger, 7, "p0", "p1")
-        ledger.answer("p0", "p0-process", exposure.gen, "drained")
+        ledger.ack("p0", "p0-process", exposure.lease, "drained")
         assert [w.rank for w in exposure.unproven] == ["p1"]
-        ledger.answer("p1", "p1-process", exposure.gen, "drained")
+        ledger.ack("p1", "p1-process", exposure.lease, "drained")
         assert exposure.state is ExposureState.PROVEN
 
     @pytest.mark.parametrize(
@@ -138,29 +138,29 @@ class TestProofs:
         ledger = decode("p0")
         exposure = exposed(ledger)
         if bound_by:
-            ledger.here("p0", bound_by, exposure.gen)
+            ledger.hello_acked("p0", bound_by, exposure.lease)
         ledger.give_up(exposure, now=0.0)
-        ledger.answer("p0", who, exposure.gen, verdict)
+        ledger.ack("p0", who, exposure.lease, verdict)
         assert (exposure.state is ExposureState.PROVEN) == proves
         assert proves or why_held(exposure, ledger.peers)
 
     def test_foreign_repeated_and_early_answers_change_nothing(self) -> None:
         ledger = decode("p0", "p1")
         exposure = exposed(ledger)
-        ledger.answer("p0", "p0-process", exposure.gen, "drained")
+        ledger.ack("p0", "p0-process", exposure.lease, "drained")
         assert exposure.unproven, "nobody asked"
         ledger.give_up(exposure, now=0.0)
-        ledger.answer("p1", "p1-process", exposure.gen, "drained")
-        ledger.answer("p0", "p0-process", "other-gen", "drained")
+        ledger.ack("p1", "p1-process", exposure.lease, "drained")
+        ledger.ack("p0", "p0-process", "other-lease", "drained")
         assert exposure.unproven
-        ledger.answer("p0", "p0-process", exposure.gen, "drained")
-        ledger.answer("p0", "p0-process", exposure.gen, "poisoned")
+        ledger.ack("p0", "p0-process", exposure.lease, "drained")
+        ledger.ack("p0", "p0-process", exposure.lease, "poisoned")
         assert exposure.state is ExposureState.PROVEN
 
     def test_p3_success_before_the_failure(self) -> None:
         ledger = decode("p0")
         exposure = exposed(ledger, 7, "p0", "stock")
-        ledger.successes.marked(exposure.gen, "p0")
+        ledger.successes.tagged(exposure.lease, "p0")
         assert ledger.successes.admits(7, None, 1)
         ledger.give_up(exposure, now=0.0, success_seen=True)
         assert exposure.state is ExposureState.PROVEN
@@ -175,7 +175,7 @@ class TestProofs:
     def test_p3_each_writers_own_word_counts_when_the_owner_gives_up(self) -> None:
         ledger = decode("p0", "p1")
         exposure = exposed(ledger, 7, "p0", "p1")
-        ledger.successes.marked(exposure.gen, "p1")
+        ledger.successes.tagged(exposure.lease, "p1")
         ledger.give_up(exposure, now=0.0)
         assert [w.rank for w in exposure.unproven] == ["p0"]
 
@@ -209,25 +209,25 @@ class TestProofs:
     def test_p2_stocks_own_acknowledgement_of_an_abort(self) -> None:
         ledger = decode()
         exposure = held(ledger, 7, "p0", "p1")
-        assert not ledger.successes.acked(8, 2), "another room"
-        assert not ledger.successes.acked(7, 1), "one of two ranks"
-        assert ledger.successes.acked(7, 2)
+        assert not ledger.successes.stock_acked(8, 2), "another room"
+        assert not ledger.successes.stock_acked(7, 1), "one of two ranks"
+        assert ledger.successes.stock_acked(7, 2)
         assert exposure.state is ExposureState.PROVEN
         assert {w.proof for w in exposure.writers.values()} == {Proof.DRAINED}
-        assert not ledger.successes.acked(7, 2)
+        assert not ledger.successes.stock_acked(7, 2)
 
     def test_p2_stocks_acknowledgement_proves_nothing_of_a_room_used_again(self) -> None:
         ledger = decode()
         first = held(ledger)
         second = exposed(ledger)
-        assert not ledger.successes.acked(7, 1), "which of the two?"
+        assert not ledger.successes.stock_acked(7, 1), "which of the two?"
         ledger.give_up(second, now=0.0)
-        assert not ledger.successes.acked(7, 1)
+        assert not ledger.successes.stock_acked(7, 1)
         ledger.fence()
         ledger.returned(first)
         ledger.returned(second)
         held(ledger)
-        assert not ledger.successes.acked(7, 1), "it may be the first one's"
+        assert not ledger.successes.stock_acked(7, 1), "it may be the first one's"
 
     def test_p2_stocks_acknowledgement_counts_for_nothing_from_a_rank_that_can_be_asked(
         self,
@@ -236,19 +236,19 @@ class TestProofs:
         exposure = exposed(ledger, 7, "p0", "stock")
         ledger.hello("p0")
         ledger.give_up(exposure, now=0.0)
-        assert not ledger.successes.acked(7, 2), "it spoke when it was sent the destinations"
-        ledger.here("p0", "p0-process", seq=1)
-        ledger.answer("p0", "p0-process", exposure.gen, "drained")
-        assert ledger.successes.acked(7, 2)
+        assert not ledger.successes.stock_acked(7, 2), "it spoke when it was sent the destinations"
+        ledger.hello_acked("p0", "p0-process", seq=1)
+        ledger.ack("p0", "p0-process", exposure.lease, "drained")
+        assert ledger.successes.stock_acked(7, 2)
 
     def test_p2_whoever_answered_the_hello_before_them_would_have_had_them(self) -> None:
         ledger = decode()
         seq = ledger.hello("p0")
         exposure = held(ledger)
-        ledger.here("p0", "first", seq=seq)
-        ledger.answer("p0", "successor", exposure.gen, "unknown")
+        ledger.hello_acked("p0", "first", seq=seq)
+        ledger.ack("p0", "successor", exposure.lease, "unknown")
         assert exposure.unproven
-        ledger.answer("p0", "first", exposure.gen, "unknown")
+        ledger.ack("p0", "first", exposure.lease, "unknown")
         assert exposure.state is ExposureState.PROVEN
 
     @pytest.mark.parametrize("after_hello", [True, False])
@@ -262,8 +262,8 @@ class TestProofs:
         second = ledger.hello("p0")
         assert second == first + 1
         ledger.give_up(exposure, now=0.0)
-        ledger.here("p0", "process", seq=first if not after_hello else second)
-        ledger.answer("p0", "process", exposure.gen, "unknown")
+        ledger.hello_acked("p0", "process", seq=first if not after_hello else second)
+        ledger.ack("p0", "process", exposure.lease, "unknown")
         assert exposure.unproven
 
     def test_a_late_word_from_before_the_last_hello_makes_no_peer(self) -> None:
@@ -271,34 +271,34 @@ class TestProofs:
         first = ledger.hello("p0")
         exposure = exposed(ledger)
         ledger.hello("p0")
-        ledger.here("p0", "process", seq=first)
-        ledger.here("p0", "process", exposure.gen)
+        ledger.hello_acked("p0", "process", seq=first)
+        ledger.hello_acked("p0", "process", exposure.lease)
         assert ledger.peers == {}
         assert exposure.writers["p0"].bound_by == "process"
-        ledger.here("p0", "process", seq=2)
+        ledger.hello_acked("p0", "process", seq=2)
         assert ledger.peers == {"p0": "process"}
 
     def test_two_processes_that_claim_one_generation_are_not_believed(self) -> None:
         ledger = decode("p0")
         exposure = exposed(ledger)
-        ledger.here("p0", "p0-process", exposure.gen)
-        ledger.here("p0", "successor", exposure.gen)
+        ledger.hello_acked("p0", "p0-process", exposure.lease)
+        ledger.hello_acked("p0", "successor", exposure.lease)
         ledger.give_up(exposure, now=0.0)
         for who in ("p0-process", "successor"):
-            ledger.answer("p0", who, exposure.gen, "drained")
+            ledger.ack("p0", who, exposure.lease, "drained")
         assert exposure.state is ExposureState.HELD
         assert "cannot vouch" in why_held(exposure, ledger.peers)
 
     def test_p4_a_fence_proves_a_poisoned_writer(self) -> None:
         ledger = decode("p0")
         exposure = held(ledger)
-        ledger.answer("p0", "p0-process", exposure.gen, "poisoned", "write returned -1")
+        ledger.ack("p0", "p0-process", exposure.lease, "poisoned", "write returned -1")
         assert "write returned -1" in why_held(exposure, ledger.peers)
         assert ledger.fence() == []
         assert exposure.writers["p0"].proof is Proof.FENCED
         assert exposure.state is ExposureState.PROVEN
         assert ledger.fence() == []
-        ledger.answer("p0", "p0-process", exposure.gen, "poisoned", "late")
+        ledger.ack("p0", "p0-process", exposure.lease, "poisoned", "late")
         ledger.returned(exposure)
 
     def test_p4_a_fence_is_for_what_was_sent_before_it(self) -> None:
@@ -327,18 +327,18 @@ class TestProofs:
         ledger = decode("p0")
         exposure = exposed(ledger)
         ledger.fence()
-        ledger.successes.marked(exposure.gen, "p0")
+        ledger.successes.tagged(exposure.lease, "p0")
         assert ledger.complete(exposure)
         ledger.landed(exposure)
 
     def test_generations_are_never_reused(self) -> None:
         ledger = decode("p0")
-        gens = set()
+        leases = set()
         for _ in range(100):
             exposure = exposed(ledger)
-            gens.add(exposure.gen)
+            leases.add(exposure.lease)
             ledger.landed(exposure)
-        assert len(gens) == 100
+        assert len(leases) == 100
         assert ledger.exposures() == []
 
     def test_tp_ranks_share_the_epoch_and_not_the_generation(self) -> None:
@@ -346,8 +346,8 @@ class TestProofs:
         first.group = second.group = "d"
         for _ in range(3):
             ours, theirs = exposed(first), exposed(second)
-            assert ours.epoch == theirs.epoch
-            assert ours.gen != theirs.gen
+            assert ours.attempt_id == theirs.attempt_id
+            assert ours.lease != theirs.lease
 
 
 class TestWhatStockMaySee:
@@ -357,11 +357,11 @@ class TestWhatStockMaySee:
         ledger = decode("p0")
         first = held(ledger)
         second = exposed(ledger)
-        assert not ledger.successes.admits(7, first.gen)
-        assert ledger.successes.admits(7, second.gen)
-        assert not ledger.successes.admits(8, second.gen + "0")
+        assert not ledger.successes.admits(7, first.lease)
+        assert ledger.successes.admits(7, second.lease)
+        assert not ledger.successes.admits(8, second.lease + "0")
         ledger.landed(second)
-        assert not ledger.successes.admits(7, second.gen)
+        assert not ledger.successes.admits(7, second.lease)
 
     def test_an_unmarked_one_counts_unless_the_room_was_given_up(self) -> None:
         ledger = decode()
@@ -384,17 +384,17 @@ class TestWhatStockMaySee:
         held(ledger, 7, "p0", "p1")
         exposure = exposed(ledger, 7, "p0", "p1")
         assert not ledger.complete(exposure)
-        ledger.successes.marked(exposure.gen, "p0")
-        ledger.successes.marked(exposure.gen, "stranger")
-        ledger.successes.marked("other", "p1")
+        ledger.successes.tagged(exposure.lease, "p0")
+        ledger.successes.tagged(exposure.lease, "stranger")
+        ledger.successes.tagged("other", "p1")
         assert not ledger.complete(exposure)
-        ledger.successes.marked(exposure.gen, "p1")
+        ledger.successes.tagged(exposure.lease, "p1")
         assert ledger.complete(exposure)
 
     def test_complete_with_one_unmarked_success_per_rank_without_safe_reclaim(self) -> None:
         ledger = decode("p0")
         exposure = exposed(ledger, 7, "p0", "stock", "stock2")
-        ledger.successes.marked(exposure.gen, "p0")
+        ledger.successes.tagged(exposure.lease, "p0")
         for reporter, complete in ((1, False), (1, False), (2, True)):
             assert ledger.successes.admits(7, None, reporter)
             assert ledger.complete(exposure) == complete
@@ -410,7 +410,7 @@ class TestWhatStockMaySee:
 class TestAsking:
     def test_backoff_doubles_up_to_the_longest_wait(self) -> None:
         ledger = DecodeLedger("d", first_wait=1.0, max_wait=50.0)
-        ledger.here("p0", "p0-process")
+        ledger.hello_acked("p0", "p0-process")
         held(ledger)
         asked = [second for second in range(300) if ledger.tick(float(second))]
         waits = [later - earlier for earlier, later in itertools.pairwise(asked)]
@@ -422,7 +422,7 @@ class TestAsking:
         exposure = held(ledger, 7, "p0", "p1", "stock")
         assert [a.rank for a in ledger.tick(0.0)] == ["p0", "p1"]
         assert "stock: runs without safe-reclaim" in why_held(exposure, ledger.peers)
-        ledger.answer("p0", "p0-process", exposure.gen, "drained")
+        ledger.ack("p0", "p0-process", exposure.lease, "drained")
         assert [a.rank for a in ledger.tick(100.0)] == ["p1"]
         assert "p1: asked 2 times" in why_held(exposure, ledger.peers)
 
@@ -430,8 +430,10 @@ class TestAsking:
         ledger = decode()
         exposure = held(ledger)
         assert ledger.tick(100.0) == []
-        ledger.here("p0", "p0-process", exposure.gen)
-        assert [(a.rank, a.room, a.gen) for a in ledger.tick(100.0)] == [("p0", 7, exposure.gen)]
+        ledger.hello_acked("p0", "p0-process", exposure.lease)
+        assert [(a.rank, a.room, a.lease) for a in ledger.tick(100.0)] == [
+            ("p0", 7, exposure.lease)
+        ]
 
     def test_the_exposed_and_the_landed_are_not_asked_about(self) -> None:
         ledger = decode("p0")
@@ -446,10 +448,10 @@ class TestAsking:
         for exposure in (second, third, first):
             ledger.give_up(exposure, now=0.0)
         assert ledger.held == [second, third, first]
-        ledger.answer("p0", "p0-process", third.gen, "drained")
+        ledger.ack("p0", "p0-process", third.lease, "drained")
         ledger.returned(third)
         assert ledger.held == [second, first]
-        assert {e.gen for e in ledger.exposures()} == {first.gen, second.gen}
+        assert {e.lease for e in ledger.exposures()} == {first.lease, second.lease}
 
 
 def prefill(memory: int = 100) -> PrefillLedger:
@@ -483,7 +485,7 @@ class TestPrefill:
         attempt = taken(ledger)
         ledger.opened(attempt)
         assert ledger.busy("s1")
-        assert ledger.ask(7, "g1", "d0", "p0") == [FailRoom(7, "aborted by the decode side")]
+        assert ledger.abort(7, "g1", "d0", "p0") == [FailRoom(7, "aborted by the decode side")]
         assert ledger.done(attempt) == []
         assert answers(ledger.done(attempt)) == [("g1", "drained")]
         assert not ledger.busy("s1")
@@ -492,20 +494,20 @@ class TestPrefill:
         ledger = prefill()
         sender = bound(ledger)
         queued = ledger.put(sender)
-        ledger.ask(7, "g1", "d0", "p0")
+        ledger.abort(7, "g1", "d0", "p0")
         assert queued is not None and not ledger.take(queued)
         assert ledger.put(sender) is None
 
     def test_repeated_questions_are_answered_and_fail_the_room_once(self) -> None:
         ledger = prefill()
         bound(ledger)
-        first, second = ledger.ask(7, "g1", "d0", "p0"), ledger.ask(7, "g1", "d0", "p0")
-        assert [type(a) for a in first] == [FailRoom, SendAnswer]
-        assert [type(a) for a in second] == [SendAnswer]
+        first, second = ledger.abort(7, "g1", "d0", "p0"), ledger.abort(7, "g1", "d0", "p0")
+        assert [type(a) for a in first] == [FailRoom, SendAck]
+        assert [type(a) for a in second] == [SendAck]
 
     def test_destinations_whose_question_came_first_are_dropped(self) -> None:
         ledger = prefill()
-        assert answers(ledger.ask(7, "g1", "d0", "p0")) == [("g1", "unknown")]
+        assert answers(ledger.abort(7, "g1", "d0", "p0")) == [("g1", "unknown")]
         assert bind(ledger) == (Delivery.DROP, [])
 
     def test_a_duplicate_is_dropped(self) -> None:
@@ -521,17 +523,17 @@ class TestPrefill:
         ledger.sender_made("s", 7)
         attempt = ledger.put("s")
         assert attempt is not None and ledger.take(attempt)
-        ledger.ask(7, "g-d1", "d1", "p0")
-        ledger.ask(7, "g-d0", "d0", "p0")
+        ledger.abort(7, "g-d1", "d1", "p0")
+        ledger.abort(7, "g-d0", "d0", "p0")
         replies = ledger.done(attempt)
-        assert [a.reply_to for a in replies if isinstance(a, SendAnswer)] == ["d0", "d1"]
+        assert [a.reply_to for a in replies if isinstance(a, SendAck)] == ["d0", "d1"]
 
     def test_destinations_that_come_after_their_attempt_was_closed_are_dropped(self) -> None:
         ledger = prefill()
         ledger.bind(7, "e", "g-d0", "d0", "p0", extent=EXTENT)
-        ledger.ask(7, "g-d0", "d0", "p0")
+        ledger.abort(7, "g-d0", "d0", "p0")
         assert ledger.bind(7, "e", "g-d1", "d1", "p0", extent=EXTENT) == (Delivery.DROP, [])
-        assert answers(ledger.ask(7, "g-d1", "d1", "p0")) == [("g-d1", "drained")]
+        assert answers(ledger.abort(7, "g-d1", "d1", "p0")) == [("g-d1", "drained")]
 
     def test_poison_stays_and_ends_the_attempt(self) -> None:
         ledger = prefill(memory=1)
@@ -546,8 +548,8 @@ class TestPrefill:
         ledger.retire("s1", 7)
         for n in range(100, 110):
             ledger.retire(bound(ledger, n, room=n), n)
-        (answer,) = ledger.ask(7, "g1", "d0", "p0")
-        assert isinstance(answer, SendAnswer)
+        (answer,) = ledger.abort(7, "g1", "d0", "p0")
+        assert isinstance(answer, SendAck)
         assert (answer.verdict, answer.reason) == ("poisoned", "write returned -1")
 
     def test_more_ends_than_beginnings_raise(self) -> None:
@@ -561,17 +563,17 @@ class TestPrefill:
         ledger = prefill(memory=10)
         for i in range(100):
             ledger.retire(bound(ledger, i, room=i), i)
-            ledger.ask(i, f"never-{i}", "d0", "p0")
+            ledger.abort(i, f"never-{i}", "d0", "p0")
             unsent = 1000 + i
             bind(ledger, unsent, room=unsent)
-            ledger.ask(unsent, f"g{unsent}", "d0", "p0")
+            ledger.abort(unsent, f"g{unsent}", "d0", "p0")
         assert len(ledger._rooms) == len(ledger._unsent) == 10, "their request never came"
         assert len(ledger._finished) == len(ledger._aborted_unseen) == 10
-        assert len(ledger._by_gen) == len(ledger._by_epoch) == 20
+        assert len(ledger._by_lease) == len(ledger._by_attempt_id) == 20
         assert not ledger._senders and not ledger._waiting
         # The forgotten are answered truthfully, the remembered precisely.
-        assert answers(ledger.ask(0, "g0", "d0", "p0")) == [("g0", "unknown")]
-        assert answers(ledger.ask(99, "g99", "d0", "p0")) == [("g99", "drained")]
+        assert answers(ledger.abort(0, "g0", "d0", "p0")) == [("g0", "unknown")]
+        assert answers(ledger.abort(99, "g99", "d0", "p0")) == [("g99", "drained")]
 
 
 class TestRoomReuse:
@@ -611,13 +613,13 @@ class TestRoomReuse:
     def test_one_that_never_had_a_sender_is_over_when_closed(self) -> None:
         ledger = prefill()
         bind(ledger)
-        ledger.ask(7, "g1", "d0", "p0")
+        ledger.abort(7, "g1", "d0", "p0")
         assert bind(ledger, 2)[0] is Delivery.DELIVER
 
     def test_a_request_that_comes_after_its_attempt_was_closed_is_failed(self) -> None:
         ledger = prefill()
         bind(ledger)
-        ledger.ask(7, "g1", "d0", "p0")
+        ledger.abort(7, "g1", "d0", "p0")
         (failed,) = ledger.sender_made("s1", 7)
         assert isinstance(failed, FailRoom)
         assert ledger.put("s1") is None
@@ -627,7 +629,7 @@ class TestRoomReuse:
         ledger = prefill()
         taken(ledger)
         assert bind(ledger, 2)[0] is Delivery.DEFER
-        assert answers(ledger.ask(7, "g2", "d0", "p0")) == [("g2", "unknown")]
+        assert answers(ledger.abort(7, "g2", "d0", "p0")) == [("g2", "unknown")]
         assert bind(ledger, 2) == (Delivery.DROP, [])
 
     def test_a_sender_that_waits_may_be_retired(self) -> None:
@@ -644,27 +646,29 @@ class TestRoomReuse:
 class TestDecodeWithoutThePlugin:
     def test_it_is_accounted_for_and_its_success_is_not_marked(self) -> None:
         ledger = prefill()
-        assert ledger.bind_stranger(7, "x0", EXTENT) == (Delivery.DELIVER, [ForgetRoom(7)])
-        assert ledger.bind_stranger(7, "x1", EXTENT) == (Delivery.DELIVER, []), "a second TP rank"
+        assert ledger.bind_without_plugin(7, "x0", EXTENT) == (Delivery.DELIVER, [ForgetRoom(7)])
+        assert ledger.bind_without_plugin(7, "x1", EXTENT) == (Delivery.DELIVER, []), (
+            "a second TP rank"
+        )
         ledger.sender_made("s1", 7)
         attempt = ledger.put("s1")
         assert attempt is not None and ledger.take(attempt)
         assert ledger.bound_for(attempt, "x0") is None
         assert ledger.retire("s1", 7) == []
         assert ledger.busy("s1") is False, "nobody asks for a sender that is gone"
-        assert ledger.bind_stranger(7, "x2", EXTENT)[0] is Delivery.DEFER
+        assert ledger.bind_without_plugin(7, "x2", EXTENT)[0] is Delivery.DEFER
         assert ledger.done(attempt) == []
-        assert ledger.bind_stranger(7, "x2", EXTENT)[0] is Delivery.DELIVER
+        assert ledger.bind_without_plugin(7, "x2", EXTENT)[0] is Delivery.DELIVER
 
     def test_its_second_attempt_and_a_protected_one_wait_for_the_first(self) -> None:
         ledger = prefill()
-        ledger.bind_stranger(7, "x0", EXTENT)
+        ledger.bind_without_plugin(7, "x0", EXTENT)
         ledger.sender_made("s1", 7)
         assert ledger.bind(7, "e1", "g1", "d0", "p0", extent=EXTENT)[0] is Delivery.DEFER
-        assert ledger.bind_stranger(7, "x0", EXTENT)[0] is Delivery.DEFER
+        assert ledger.bind_without_plugin(7, "x0", EXTENT)[0] is Delivery.DEFER
         ledger.retire("s1", 7)
         assert ledger.bind(7, "e1", "g1", "d0", "p0", extent=EXTENT)[0] is Delivery.DELIVER
-        assert ledger.bind_stranger(7, "x0", EXTENT)[0] is Delivery.DEFER
+        assert ledger.bind_without_plugin(7, "x0", EXTENT)[0] is Delivery.DEFER
 
     def test_the_mark_is_the_generation_of_who_listens(self) -> None:
         ledger = prefill()

@@ -15,12 +15,12 @@ MESSAGES = [
     m.Hello("tcp://[::1]:1", RANK, seq=3),
     m.Bind(REPLY, RANK, "g-1", "e-1"),
     m.Bind(REPLY, RANK, "g-1", "e-1", expects="inc"),
-    m.Mark("g-1", RANK),
-    m.Ask(REPLY, RANK, 2**63 - 1, "g-1"),
-    m.Here(RANK, "inc"),
-    m.Here(RANK, "inc", "g-1"),
-    m.Here(RANK, "inc", seq=3),
-    m.Answer(RANK, "inc", "g-1", "poisoned", "returned -1"),
+    m.SuccessTag("g-1", RANK),
+    m.Abort(REPLY, RANK, 2**63 - 1, "g-1"),
+    m.HelloAck(RANK, "inc"),
+    m.HelloAck(RANK, "inc", "g-1"),
+    m.HelloAck(RANK, "inc", seq=3),
+    m.AbortAck(RANK, "inc", "g-1", "poisoned", "returned -1"),
 ]
 LONG = "x" * 300
 OUT_OF_BOUNDS = [
@@ -37,13 +37,13 @@ OUT_OF_BOUNDS = [
     m.Bind(REPLY, RANK, "g-1", "e-1", expects=LONG),
     m.Bind(REPLY, RANK, "g-1", "e-1", stock=-1),
     m.Bind(REPLY, RANK, "g-1", "e-1", stock=m.TRAILER_AT + 1),
-    m.Mark(LONG, RANK),
-    m.Ask(REPLY, RANK, -1, "g-1"),
-    m.Here(RANK, LONG),
-    m.Here(RANK, "inc", seq=-1),
-    m.Answer(RANK, "inc", "g-1", "gone"),  # type: ignore[arg-type]
-    m.Answer(RANK, "inc", "g-1", "poisoned", "x" * 5000),
-    m.Answer(RANK, "inc", "g-1", "poisoned", "x" * m.MAX_FRAME),
+    m.SuccessTag(LONG, RANK),
+    m.Abort(REPLY, RANK, -1, "g-1"),
+    m.HelloAck(RANK, LONG),
+    m.HelloAck(RANK, "inc", seq=-1),
+    m.AbortAck(RANK, "inc", "g-1", "gone"),  # type: ignore[arg-type]
+    m.AbortAck(RANK, "inc", "g-1", "poisoned", "x" * 5000),
+    m.AbortAck(RANK, "inc", "g-1", "poisoned", "x" * m.MAX_FRAME),
 ]
 
 
@@ -52,17 +52,17 @@ def test_round_trip(message: m.Message) -> None:
     frame = m.encode(message)
     assert m.decode(frame) == message
     if isinstance(message, m.Hello | m.Bind):
-        frames = m.ride([b"77", b"127.0.0.1"], message)
+        frames = m.attach_trailer([b"77", b"127.0.0.1"], message)
         known = isinstance(message, m.Bind) and message.expects == "inc"
         assert len(frames) == 1 + (m.KNOWN_TRAILER_AT if known else m.TRAILER_AT)
         assert set(frames[2:-1]) == {b""}
-        stock, received = m.split(frames)
+        stock, received = m.strip_trailer(frames)
         assert stock == [b"77", b"127.0.0.1"]
         assert type(received) is type(message)
-    elif isinstance(message, m.Mark):
-        assert m.split([b"77", b"4", b"0", frame]) == ([b"77", b"4", b"0"], message)
+    elif isinstance(message, m.SuccessTag):
+        assert m.strip_trailer([b"77", b"4", b"0", frame]) == ([b"77", b"4", b"0"], message)
     else:
-        assert m.split([frame]) == ([], message)
+        assert m.strip_trailer([frame]) == ([], message)
 
 
 @pytest.mark.parametrize("message", OUT_OF_BOUNDS, ids=lambda x: type(x).__name__)
@@ -73,31 +73,35 @@ def test_out_of_bounds_is_garbage(message: m.Message) -> None:
 @pytest.mark.parametrize("message", MESSAGES, ids=repr)
 def test_in_the_wrong_place_is_garbage(message: m.Message) -> None:
     frame = m.encode(message)
-    assert m.split([frame, b"1"]) == ([], m.GARBAGE)
+    assert m.strip_trailer([frame, b"1"]) == ([], m.GARBAGE)
     if isinstance(message, m.Hello | m.Bind):
         more = msgspec.structs.replace(message, stock=3)
-        assert m.split([b"77", b"x", m.encode(more)]) == ([], m.GARBAGE), "fewer than it says"
+        assert m.strip_trailer([b"77", b"x", m.encode(more)]) == ([], m.GARBAGE), (
+            "fewer than it says"
+        )
         less = msgspec.structs.replace(message, stock=1)
-        assert m.split([b"77", b"x", m.encode(less)]) == ([], m.GARBAGE), "it cuts stock's off"
-    elif isinstance(message, m.Mark):
-        assert m.split([frame]) == ([], m.GARBAGE)
+        assert m.strip_trailer([b"77", b"x", m.encode(less)]) == ([], m.GARBAGE), (
+            "it cuts stock's off"
+        )
+    elif isinstance(message, m.SuccessTag):
+        assert m.strip_trailer([frame]) == ([], m.GARBAGE)
     else:
-        assert m.split([b"77", frame]) == ([], m.GARBAGE)
+        assert m.strip_trailer([b"77", frame]) == ([], m.GARBAGE)
 
 
 def test_peers_of_before_the_numbers_are_understood() -> None:
-    """A Hello without a number, a Here without an echo, a Bind to whoever gets it."""
+    """A Hello without a number, a HelloAck without an echo, a Bind to whoever gets it."""
 
     def bare(kind: str, **fields: object) -> bytes:
         return m.TAG + msgspec.msgpack.encode({"type": kind, **fields})
 
     hello = m.decode(bare("hello", reply_to=REPLY, rank=RANK, stock=2))
     assert isinstance(hello, m.Hello) and hello.seq == 0
-    bind = m.decode(bare("bind", reply_to=REPLY, rank=RANK, gen="g", epoch="e", stock=2))
+    bind = m.decode(bare("bind", reply_to=REPLY, rank=RANK, lease="g", attempt_id="e", stock=2))
     assert isinstance(bind, m.Bind) and bind.expects is None
-    here = m.decode(bare("here", rank=RANK, incarnation="inc"))
-    assert isinstance(here, m.Here) and here.seq is None
-    newer = m.decode(bare("here", rank=RANK, incarnation="inc", more=1))
+    here = m.decode(bare("hello_ack", rank=RANK, incarnation="inc"))
+    assert isinstance(here, m.HelloAck) and here.seq is None
+    newer = m.decode(bare("hello_ack", rank=RANK, incarnation="inc", more=1))
     assert newer == here, "what we do not know yet is skipped"
 
 
@@ -105,10 +109,10 @@ def test_peers_of_before_the_numbers_are_understood() -> None:
 def test_stock_messages_pass_untouched(frames: list[bytes]) -> None:
     if frames and (frames[-1].startswith(m.TAG) or frames[0].startswith(m.TAG)):
         return
-    assert m.split(frames) == (frames, None)
+    assert m.strip_trailer(frames) == (frames, None)
 
 
 @given(st.binary(max_size=64))
 def test_our_tag_and_rubbish_is_garbage(rubbish: bytes) -> None:
     if m.decode(m.TAG + rubbish) is m.GARBAGE:
-        assert m.split([b"1", m.TAG + rubbish]) == ([], m.GARBAGE)
+        assert m.strip_trailer([b"1", m.TAG + rubbish]) == ([], m.GARBAGE)

@@ -26,7 +26,7 @@ manager = SimpleNamespace(
     system_dp_rank=1,
 )
 found = of_process(DECODE, manager)
-found.inc("asks")
+found.inc("aborts_sent")
 found.inc("frees", "P2")
 found.set("held_tokens", 12)
 found.set("holds", 1, "no answer yet")
@@ -43,7 +43,7 @@ def test_series_carry_role_rank_and_their_own_label() -> None:
     ).stdout
     common = 'dp_rank="1",'
     for line in (
-        f'sglang_scaling_fixes_reclaim_asks_total{{{common}rank="3",role="decode"}} 1.0',
+        f'sglang_scaling_fixes_reclaim_aborts_sent_total{{{common}rank="3",role="decode"}} 1.0',
         'sglang_scaling_fixes_reclaim_frees_total{dp_rank="1",proof="P2",rank="3",role="decode"}',
         f'sglang_scaling_fixes_reclaim_held_tokens{{{common}rank="3",role="decode"}} 12.0',
         'reason="no answer yet"',
@@ -80,12 +80,12 @@ def test_counters_that_alerts_watch_begin_at_zero() -> None:
 
 def test_without_stocks_metrics_counts_go_to_server_info_only() -> None:
     found = of_process(DECODE, SimpleNamespace(server_args=SimpleNamespace(enable_metrics=False)))
-    found.inc("asks")
+    found.inc("aborts_sent")
     found.inc("frees", "P4")
     found.set("held_tokens", 3)
     found.observe("ack_seconds", 0.1)
     report = found.report()
-    assert report["asks"] == 1 and report["frees"] == {"P4": 1} and report["fences"] == 0
+    assert report["aborts_sent"] == 1 and report["frees"] == {"P4": 1} and report["fences"] == 0
 
 
 @pytest.mark.parametrize("family", [*(f for fix in FIXES for f in fix.metrics), RETRY_PROXY])

@@ -1,4 +1,4 @@
-"""PrefillGuard over a stand-in manager: senders that come, go and are forgotten."""
+"""PrefillSide over a stand-in manager: senders that come, go and are forgotten."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from sglang_scaling_fixes.reclaim import messages
-from sglang_scaling_fixes.reclaim.prefill.side import PrefillGuard
+from sglang_scaling_fixes.reclaim.prefill.side import PrefillSide
 
 REPLY, RANK = "tcp://127.0.0.1:1", "127.0.0.1:2"
 FAILED, SUCCESS = 0, 4
@@ -37,19 +37,19 @@ class Prefill:
             record_failure=lambda room, reason: None,
             update_status=self.status.__setitem__,
         )
-        self.guard = PrefillGuard(self.manager).install()
+        self.guard = PrefillSide(self.manager).install()
         self.said: list[Any] = []
         self.guard._replies = SimpleNamespace(  # type: ignore[assignment]
             send=lambda to, frame: self.said.append(messages.decode(frame))
         )
 
-    def bind(self, room: int, gen: str, expects: str | None = None) -> list[bytes] | None:
+    def bind(self, room: int, lease: str, expects: str | None = None) -> list[bytes] | None:
         stock = [str(room).encode(), b"127.0.0.1", b"1", b"s:1", b"\0" * 4, b"0", b"", b"1"]
-        bind = messages.Bind(REPLY, RANK, gen, f"e-{gen}", expects=expects)
-        return self.guard.read(messages.ride(stock, bind))
+        bind = messages.Bind(REPLY, RANK, lease, f"e-{lease}", expects=expects)
+        return self.guard.read(messages.attach_trailer(stock, bind))
 
-    def ask(self, room: int, gen: str) -> str:
-        ask = messages.Ask(REPLY, RANK, room, gen)
+    def ask(self, room: int, lease: str) -> str:
+        ask = messages.Abort(REPLY, RANK, room, lease)
         assert self.guard.read([messages.encode(ask)]) is None
         return str(self.said[-1].verdict)
 
@@ -62,9 +62,9 @@ class Prefill:
 
 @pytest.fixture
 def prefill() -> Any:
-    saved = PrefillGuard.current
+    saved = PrefillSide.current
     yield Prefill()
-    PrefillGuard.current = saved
+    PrefillSide.current = saved
 
 
 def test_destinations_meant_for_this_process_cost_no_message(prefill: Prefill) -> None:
@@ -77,7 +77,7 @@ def test_destinations_meant_for_this_process_cost_no_message(prefill: Prefill) -
     assert prefill.said == []
     for room, expects in enumerate((None, "its predecessor"), 8):
         assert prefill.bind(room, f"g{room}", expects) is not None
-        assert prefill.said.pop() == messages.Here(RANK, own, f"g{room}")
+        assert prefill.said.pop() == messages.HelloAck(RANK, own, f"g{room}")
 
 
 def test_an_abort_before_the_request_arrives_ends_it_when_it_does(prefill: Prefill) -> None:

@@ -49,8 +49,8 @@ def stop_message(frames: Sequence[Any]) -> tuple[str, int] | None:
         from sglang_scaling_fixes.reclaim import messages  # msgspec: a server's, not the lab's
 
         message = messages.decode(first)
-        if isinstance(message, messages.Ask):
-            return "Ask", message.room
+        if isinstance(message, messages.Abort):
+            return "Abort", message.room
     return None
 
 

@@ -15,7 +15,7 @@ from sglang_scaling_fixes.kv_poll import SUCCESS
 from sglang_scaling_fixes.reclaim import layout, points
 from sglang_scaling_fixes.reclaim.decode import fence
 from sglang_scaling_fixes.reclaim.decode.peers import OutgoingSocket, rank_of
-from sglang_scaling_fixes.reclaim.decode.side import DecodeGuard
+from sglang_scaling_fixes.reclaim.decode.side import DecodeSide
 
 
 def attach(config: Config) -> None:
@@ -27,14 +27,14 @@ def attach(config: Config) -> None:
 
 def _attach_manager(config: Config) -> None:
     def start_decode_thread(stock: Callable[..., Any], manager: Any) -> Any:
-        DecodeGuard(manager, config).install()
+        DecodeSide(manager, config).install()
         return stock(manager)
 
     def queue_init(stock: Callable[..., Any], queue: Any, *args: Any, **kwargs: Any) -> Any:
-        DecodeGuard.current = None
+        DecodeSide.current = None
         stock(queue, *args, **kwargs)
-        if DecodeGuard.current is not None:
-            DecodeGuard.current.install_gate(queue)
+        if DecodeSide.current is not None:
+            DecodeSide.current.install_gate(queue)
 
     def engine_init(stock: Callable[..., Any], engine: Any, *args: Any, **kwargs: Any) -> None:
         """What an engine opens, a fence must see closed."""
@@ -65,7 +65,7 @@ def _attach_receiver() -> None:
     def connect(stock: Callable[..., Any]) -> Callable[..., Any]:
         def connected(cls: Any, bootstrap_info: dict[str, Any]) -> Any:
             socket, lock = stock(cls, bootstrap_info)
-            guard = DecodeGuard.current
+            guard = DecodeSide.current
             if guard is None:
                 return socket, lock
             rank = rank_of(bootstrap_info)
@@ -76,7 +76,7 @@ def _attach_receiver() -> None:
 
     def send_metadata(stock: Callable[..., Any]) -> Callable[..., Any]:
         def sent(receiver: Any, *args: Any, **kwargs: Any) -> Any:
-            guard = DecodeGuard.current
+            guard = DecodeSide.current
             if guard is None:
                 return stock(receiver, *args, **kwargs)
             return guard.send_metadata(stock, receiver, *args, **kwargs)
@@ -87,23 +87,23 @@ def _attach_receiver() -> None:
         def polled(receiver: Any) -> Any:
             # Every receiver in every turn of the loop, and nearly always one that waits.
             status = stock(receiver)
-            if status != SUCCESS or DecodeGuard.current is None:
+            if status != SUCCESS or DecodeSide.current is None:
                 return status
-            return DecodeGuard.current.succeeded(stock, receiver)
+            return DecodeSide.current.succeeded(stock, receiver)
 
         return polled
 
     def clear(stock: Callable[..., Any]) -> Callable[..., Any]:
         def cleared(receiver: Any) -> Any:
-            if DecodeGuard.current is not None:
-                DecodeGuard.current.clearing(receiver)
+            if DecodeSide.current is not None:
+                DecodeSide.current.clearing(receiver)
             return stock(receiver)
 
         return cleared
 
     def commit(stock: Callable[..., Any]) -> Callable[..., Any]:
         def committed(queue: Any, request: Any) -> Any:
-            guard = DecodeGuard.current
+            guard = DecodeSide.current
             return stock(queue, request) if guard is None else guard.commit(stock, queue, request)
 
         return committed
@@ -125,7 +125,7 @@ def _attach_scheduler() -> None:
         **kwargs: Any,
     ) -> Any:
         """Admission, before a request has anything. One that comes back is not refused."""
-        guard = DecodeGuard.current
+        guard = DecodeSide.current
         back = is_retracted or is_rebootstrap
         if guard is not None and guard.refusing and not back and not layout.is_fake(req):
             return guard.refuse(queue, req)
@@ -136,15 +136,15 @@ def _attach_scheduler() -> None:
     def process_input_requests(stock: Callable[..., Any]) -> Callable[..., Any]:
         def processed(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
             # Every iteration of every loop, on all TP ranks alike, paused or not.
-            if DecodeGuard.current is not None:
-                DecodeGuard.current.tick()
+            if DecodeSide.current is not None:
+                DecodeSide.current.tick()
             return stock(scheduler, *args, **kwargs)
 
         return processed
 
     def is_fully_idle(stock: Callable[..., Any]) -> Callable[..., Any]:
         def idle(scheduler: Any, for_health_check: bool = False, **kwargs: Any) -> Any:
-            guard = DecodeGuard.current
+            guard = DecodeSide.current
             fully = stock(scheduler, for_health_check, **kwargs)
             return fully and (for_health_check or guard is None or not guard.holding())
 

@@ -51,8 +51,8 @@ class Kept:
     call: Callable[[], None]
     waits: set[str]
 
-    def release(self, gen: str) -> None:
-        self.waits.discard(gen)
+    def release(self, lease: str) -> None:
+        self.waits.discard(lease)
         if not self.waits:
             self.call()
 
@@ -118,14 +118,14 @@ class Gate:
     ) -> None:
         """Remember what `exposure` makes reachable: page numbers, any order, and `aux`."""
         slots = Slots(exposure, np.array(own), shared, aux)
-        exposure.slots = self._open[exposure.gen] = slots
+        exposure.slots = self._open[exposure.lease] = slots
         if aux is not None:
             self._aux[aux] = slots
 
     def landed(self, exposure: Exposure) -> None:
         """The slots are ordinary from now on."""
         for kept in self._forget(exposure).kept:  # only the audit keeps any this early
-            kept.release(exposure.gen)
+            kept.release(exposure.lease)
 
     def gave_up(self, exposure: Exposure) -> None:
         """From here until complete, every free is looked at."""
@@ -153,7 +153,7 @@ class Gate:
         if slots in self._watched:
             self._watched.remove(slots)
         for kept in slots.kept:
-            kept.release(exposure.gen)
+            kept.release(exposure.lease)
         return slots.tokens
 
     def owns_aux(self, aux: int, room: int) -> bool:
@@ -176,17 +176,17 @@ class Gate:
 
     def check_integrity(self, exposures: Sequence[Exposure]) -> None:
         """`LedgerError` where this gate and a ledger with these exposures contradict each other."""
-        known = {exposure.gen: exposure for exposure in exposures}
+        known = {exposure.lease: exposure for exposure in exposures}
         if strays := known.keys() ^ self._open.keys():
             raise LedgerError(f"open in the ledger or at the gate only: {sorted(strays)}")
-        for gen, slots in self._open.items():
-            if slots is not known[gen].slots:
-                raise LedgerError(f"{gen}: its slots are another exposure's")
+        for lease, slots in self._open.items():
+            if slots is not known[lease].slots:
+                raise LedgerError(f"{lease}: its slots are another exposure's")
             if slots.aux is not None and slots.aux_back and slots.aux not in self._aux:
-                raise LedgerError(f"{gen}: metadata slot {slots.aux} is withheld for nobody")
+                raise LedgerError(f"{lease}: metadata slot {slots.aux} is withheld for nobody")
         for slots in self._watched:
-            if slots.exposure.gen not in known or not slots.exposure.given_up:
-                raise LedgerError(f"{slots.exposure.gen}: watched, and nobody gave it up")
+            if slots.exposure.lease not in known or not slots.exposure.given_up:
+                raise LedgerError(f"{slots.exposure.lease}: watched, and nobody gave it up")
 
     # -- internals --------------------------------------------------------------
 
@@ -196,7 +196,7 @@ class Gate:
         return exposure.slots
 
     def _forget(self, exposure: Exposure) -> Slots:
-        slots = self._open.pop(exposure.gen)
+        slots = self._open.pop(exposure.lease)
         if slots.aux is not None and self._aux.get(slots.aux) is slots:
             del self._aux[slots.aux]
         return slots
@@ -258,7 +258,7 @@ class Gate:
         # The indices may be a view of a request's row, which is reused long before
         # the replay.
         call = functools.partial(stock, indices.clone(), *args, **kwargs)
-        kept = Kept(call, {slots.exposure.gen for slots, _ in touched})
+        kept = Kept(call, {slots.exposure.lease for slots, _ in touched})
         for slots, hit in touched:
             if not slots.exposure.given_up:
                 # Only the audit looks this far. Stock freed slots whose owner is
@@ -282,4 +282,4 @@ class Gate:
                 "its transfer is open and nobody gave it up"
             )
         slots.aux_back = True
-        slots.kept.append(Kept(call, {slots.exposure.gen}))
+        slots.kept.append(Kept(call, {slots.exposure.lease}))

@@ -33,17 +33,17 @@ class Inbox:
 
     def read(self, frames: list[bytes]) -> list[bytes] | None:
         """The frames for stock, None when the message was ours or must not reach it."""
-        stock, message = messages.split(frames)
+        stock, message = messages.strip_trailer(frames)
         if message is messages.GARBAGE or not self._readable(stock, message):
             self._metrics.inc("garbage")
             return None
         if is_success(stock):
-            mark = message if isinstance(message, messages.Mark) else None
+            mark = message if isinstance(message, messages.SuccessTag) else None
             return stock if self._admits(int(stock[0]), mark, stock[2]) else None
-        if isinstance(message, messages.Here | messages.Answer):
+        if isinstance(message, messages.HelloAck | messages.AbortAck):
             self._peers.pace.heard(message.rank)
             with self._lock:
-                self._hear(message)
+                self._take(message)
             return None
         if stock[0] == b"ABORT_ACK" and self._stock_aborts is not None:
             self._acked(self._stock_aborts, stock)
@@ -53,12 +53,12 @@ class Inbox:
 
     def _readable(self, stock: list[bytes], message: messages.Message | None) -> bool:
         """Something a prefill rank says, as far as it is read here."""
-        if isinstance(message, messages.Here | messages.Answer):
+        if isinstance(message, messages.HelloAck | messages.AbortAck):
             return self._peers.knows(message.rank)
-        marked = isinstance(message, messages.Mark)
-        if not stock or (message is not None and not marked):
+        tagged = isinstance(message, messages.SuccessTag)
+        if not stock or (message is not None and not tagged):
             return False
-        if marked and not is_success(stock) and stock[0] != AUX_DATA:
+        if tagged and not is_success(stock) and stock[0] != AUX_DATA:
             return False
         if stock[0] == AUX_DATA:
             return len(stock) > 3 and is_number(stock[1]) and is_number(stock[3])
@@ -66,23 +66,23 @@ class Inbox:
         status = len(stock) > 2 and all(is_number(frame) for frame in stock[:3])
         return status if stock[0].isdigit() else stock[0].isascii()
 
-    def _admits(self, room: int, mark: messages.Mark | None, prefill_rank: bytes) -> bool:
-        """A success: stock learns of it only if it is the open generation's."""
-        gen, rank = (None, "") if mark is None else (mark.gen, mark.rank)
+    def _admits(self, room: int, mark: messages.SuccessTag | None, prefill_rank: bytes) -> bool:
+        """A success: stock learns of it only if it is the open lease's."""
+        lease, rank = (None, "") if mark is None else (mark.lease, mark.rank)
         if mark is not None:
             self._peers.pace.heard(mark.rank)
         with self._lock:
-            admitted = self._ledger.successes.reports(room, gen, rank, prefill_rank)
+            admitted = self._ledger.successes.reports(room, lease, rank, prefill_rank)
         if not admitted:
             self._metrics.inc("stale")
         return admitted
 
-    def _hear(self, message: messages.Here | messages.Answer) -> None:
-        if isinstance(message, messages.Here):
-            self._ledger.here(message.rank, message.incarnation, message.gen, message.seq)
+    def _take(self, message: messages.HelloAck | messages.AbortAck) -> None:
+        if isinstance(message, messages.HelloAck):
+            self._ledger.hello_acked(message.rank, message.incarnation, message.lease, message.seq)
             return
-        exposure = self._ledger.answer(
-            message.rank, message.incarnation, message.gen, message.verdict, message.reason
+        exposure = self._ledger.ack(
+            message.rank, message.incarnation, message.lease, message.verdict, message.reason
         )
         if exposure is None:
             self._metrics.inc("stale")
@@ -93,11 +93,11 @@ class Inbox:
         """Stock's acknowledgement that a room has drained, believed under `stock-ack`."""
         if (acked := stock_aborts.acked(frames)) is not None:
             with self._lock:
-                self._ledger.successes.acked(*acked)
+                self._ledger.successes.stock_acked(*acked)
 
     def _takes_aux(self, stock: list[bytes], message: messages.Message | None) -> bool:
         room, aux = int(stock[1]), int(stock[3])
-        gen = message.gen if isinstance(message, messages.Mark) else None
+        lease = message.lease if isinstance(message, messages.SuccessTag) else None
         owned = self._owns_aux(aux, room)
         with self._lock:
-            return self._ledger.successes.admits_metadata(room, gen, owned=owned)
+            return self._ledger.successes.admits_metadata(room, lease, owned=owned)

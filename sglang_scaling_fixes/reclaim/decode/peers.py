@@ -71,9 +71,9 @@ class Peers:
         tokens: int | None = None,
     ) -> messages.Bind:
         """What is said of destinations of `exposure`, but for the rank they are for."""
-        gen, epoch = exposure.gen, exposure.epoch
+        lease, attempt_id = exposure.lease, exposure.attempt_id
         return messages.Bind(
-            self._reply_to, "", gen, epoch, pages=pages, states=states, tokens=tokens
+            self._reply_to, "", lease, attempt_id, pages=pages, states=states, tokens=tokens
         )
 
     def send_destinations(
@@ -109,14 +109,14 @@ class Peers:
         with self._lock:
             self._ledger.sent(exposure, rank, after_hello=self._hello_on.get(rank) is socket)
             expects = exposure.writers[rank].incarnation
-        return messages.ride(frames, structs.replace(bind, rank=rank, expects=expects))
+        return messages.attach_trailer(frames, structs.replace(bind, rank=rank, expects=expects))
 
     def _with_hello(self, rank: Rank, frames: list[bytes], socket: Any) -> list[bytes]:
         """Stock's registration with a numbered Hello: who serves `rank` is asked anew."""
         self._hello_on[rank] = socket
         with self._lock:
             seq = self._ledger.hello(rank)
-        return messages.ride(frames, messages.Hello(self._reply_to, rank, seq=seq))
+        return messages.attach_trailer(frames, messages.Hello(self._reply_to, rank, seq=seq))
 
     def _stock_abort(self, room: int, rank: Rank, frames: list[bytes]) -> None:
         if self._stock_aborts is None:
@@ -130,7 +130,7 @@ class Peers:
 
     # -- questions -----------------------------------------------------------------------
 
-    def ask(self) -> None:
+    def send_aborts(self) -> None:
         """Send the questions that are due, and stock's own ABORTs again."""
         now = time.monotonic()
         with self._lock:
@@ -138,11 +138,11 @@ class Peers:
         for ask in asks:
             if not self.pace.may(ask.rank, now):
                 continue  # its queue, which is stock's as well, must not fill up
-            message = messages.Ask(self._reply_to, ask.rank, ask.room, ask.gen)
+            message = messages.Abort(self._reply_to, ask.rank, ask.room, ask.lease)
             self._send(ask.rank, [messages.encode(message)])
-            self._metrics.inc("asks")
+            self._metrics.inc("aborts_sent")
             if ask.again:
-                self._metrics.inc("asks_resent")
+                self._metrics.inc("aborts_resent")
         if self._stock_aborts is not None:
             for rank, frames in self._stock_aborts.due(now):
                 self._send(rank, frames)

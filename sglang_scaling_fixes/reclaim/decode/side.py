@@ -1,6 +1,6 @@
 """Decode side: from stock SGLang's calls to the ledger's events, and back.
 
-One `DecodeGuard` per scheduler process. It is made with the KV manager, learns of exposures from
+One `DecodeSide` per scheduler process. It is made with the KV manager, learns of exposures from
 `send_metadata`, of endings from `clear`, and acts once per scheduler tick. Its parts:
 
     peers      the way to the prefill ranks               scheduler thread
@@ -11,7 +11,7 @@ One `DecodeGuard` per scheduler process. It is made with the KV manager, learns 
 
     scheduler        send_metadata -> expose     clear -> end
                      tick: questions out; proven exposures agreed among the TP ranks and given back
-    receive thread   answers -> ledger; a success of another generation never reaches stock
+    receive thread   answers -> ledger; a success of another lease never reaches stock
 
 Whatever changes the ledger does so under one lock. The scheduler thread reads without it what
 only it changes: which exposures there are.
@@ -39,7 +39,7 @@ from sglang_scaling_fixes.reclaim.decode.inbox import Inbox
 from sglang_scaling_fixes.reclaim.decode.peers import Peers, rank_of
 from sglang_scaling_fixes.reclaim.decode.pressure import Relief
 from sglang_scaling_fixes.reclaim.decode.records import Records
-from sglang_scaling_fixes.reclaim.interposers import ReceiveTap
+from sglang_scaling_fixes.reclaim.interposers import ReceivingSocket
 from sglang_scaling_fixes.reclaim.metrics import DECODE
 from sglang_scaling_fixes.reclaim.rules.decode_ledger import DecodeLedger
 from sglang_scaling_fixes.reclaim.rules.exposure import Exposure
@@ -50,10 +50,10 @@ from sglang_scaling_fixes.reclaim.transport import new_incarnation
 logger = logging.getLogger(__name__)
 
 
-class DecodeGuard:
+class DecodeSide:
     """Safe reclaim of one decode rank."""
 
-    current: DecodeGuard | None = None
+    current: DecodeSide | None = None
     """The guard of this process: SGLang makes one KV manager per scheduler process."""
 
     def __init__(self, manager: Any, config: Config) -> None:
@@ -76,11 +76,11 @@ class DecodeGuard:
 
     # -- wiring ---------------------------------------------------------------
 
-    def install(self) -> DecodeGuard:
+    def install(self) -> DecodeSide:
         """Read the manager's messages before stock does, and be the guard of this process."""
         manager = self._manager
-        manager.server_socket = ReceiveTap(manager.server_socket, self.inbox.read)
-        DecodeGuard.current = self
+        manager.server_socket = ReceivingSocket(manager.server_socket, self.inbox.read)
+        DecodeSide.current = self
         return self
 
     def install_gate(self, queue: Any) -> None:
@@ -245,17 +245,17 @@ class DecodeGuard:
         if self._stock_aborts is not None:
             self._stock_aborts.watch(room, len(receiver.bootstrap_infos or ()))
         self.metrics.inc("gave_up")
-        self.peers.ask()
+        self.peers.send_aborts()
 
     # -- once per scheduler tick ---------------------------------------------------
 
     def tick(self) -> None:
-        """Ask again, give back what is proven on every TP rank, fence past the bound."""
+        """Abort again, give back what is proven on every TP rank, fence past the bound."""
         if not self.ledger.holding:
             return
         assert self.gate is not None and self._quarantine is not None
         self.gate.settle()
-        self.peers.ask()
+        self.peers.send_aborts()
         with self._lock:
             held = self.ledger.held
             proven = [not exposure.unproven for exposure in held]

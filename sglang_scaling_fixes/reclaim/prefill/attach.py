@@ -11,8 +11,8 @@ from typing import Any
 from sglang_scaling_fixes.attach import replace, wrap
 from sglang_scaling_fixes.kv_poll import FAILED, TRANSFERRING
 from sglang_scaling_fixes.reclaim import points
-from sglang_scaling_fixes.reclaim.prefill.side import PrefillGuard
-from sglang_scaling_fixes.reclaim.prefill.taps import StatusTap
+from sglang_scaling_fixes.reclaim.prefill.interposers import StatusInterposer
+from sglang_scaling_fixes.reclaim.prefill.side import PrefillSide
 
 
 def attach() -> None:
@@ -21,40 +21,40 @@ def attach() -> None:
     def init_engine(stock: Callable[..., Any], manager: Any) -> Any:
         result = stock(manager)
         if manager.disaggregation_mode.value == "prefill":
-            PrefillGuard(manager).install()
+            PrefillSide(manager).install()
         return result
 
     def start_prefill_thread(stock: Callable[..., Any], manager: Any) -> Any:
-        if (guard := PrefillGuard.current) is not None:
+        if (guard := PrefillSide.current) is not None:
             guard.tap_socket()
         return stock(manager)
 
     def transfer_worker(
         stock: Callable[..., Any], manager: Any, queue: Any, executor: Any, *args: Any, **kw: Any
     ) -> Any:
-        if (guard := PrefillGuard.current) is None:
+        if (guard := PrefillSide.current) is None:
             return stock(manager, queue, executor, *args, **kw)
         return guard.work(stock, manager, queue, executor, *args, **kw)
 
     def connect(stock: Callable[..., Any]) -> Callable[..., Any]:
         def connected(manager: Any, to: str, *args: Any, **kwargs: Any) -> Any:
             socket = stock(manager, to, *args, **kwargs)
-            guard = PrefillGuard.current
-            return socket if guard is None else StatusTap(socket, to, guard)
+            guard = PrefillSide.current
+            return socket if guard is None else StatusInterposer(socket, to, guard)
 
         return connected
 
     def sender_init(stock: Callable[..., Any]) -> Callable[..., Any]:
         def made(sender: Any, *args: Any, **kwargs: Any) -> None:
             stock(sender, *args, **kwargs)
-            if PrefillGuard.current is not None:
-                PrefillGuard.current.sender_made(sender)
+            if PrefillSide.current is not None:
+                PrefillSide.current.sender_made(sender)
 
         return made
 
     def send(stock: Callable[..., Any]) -> Callable[..., Any]:
         def sent(sender: Any, *args: Any, **kwargs: Any) -> Any:
-            guard = PrefillGuard.current
+            guard = PrefillSide.current
             if guard is None:
                 return stock(sender, *args, **kwargs)
             return guard.send(stock, sender, *args, **kwargs)
@@ -63,8 +63,8 @@ def attach() -> None:
 
     def send_kv_chunk(stock: Callable[..., Any]) -> Callable[..., Any]:
         def sent(scheduler: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-            if PrefillGuard.current is not None:
-                PrefillGuard.current.computes(request)
+            if PrefillSide.current is not None:
+                PrefillSide.current.computes(request)
             return stock(scheduler, request, *args, **kwargs)
 
         return sent
@@ -79,7 +79,7 @@ def attach() -> None:
         def polled(sender: Any) -> Any:
             # Every sender in every turn of the loop.
             status = stock(sender)
-            if status == FAILED and (guard := PrefillGuard.current) is not None:
+            if status == FAILED and (guard := PrefillSide.current) is not None:
                 return type(status)(TRANSFERRING) if guard.busy(sender) else status
             return status
 
@@ -88,8 +88,8 @@ def attach() -> None:
     def clear(stock: Callable[..., Any]) -> Callable[..., Any]:
         def cleared(sender: Any) -> Any:
             result = stock(sender)
-            if PrefillGuard.current is not None:
-                PrefillGuard.current.retire(sender)
+            if PrefillSide.current is not None:
+                PrefillSide.current.retire(sender)
             return result
 
         return cleared

@@ -1,11 +1,11 @@
 """Prefill side: what is being written, what may no longer be, and when nothing is left.
 
-One `PrefillGuard` per scheduler process, created with the KV manager's engine.
+One `PrefillSide` per scheduler process, created with the KV manager's engine.
 Three kinds of threads meet here, so every ledger call is made under one lock:
 
-    receive thread   ReceiveTap: Bind (destinations arrive), Ask (an owner gave up)
-    workers          QueueTap, ExecutorTap, EngineTap: chunks begin, end, fail
-    scheduler        a sender is made, sends (QueueTap.put: a chunk is queued), is cleared
+    receive thread   ReceivingSocket: Bind (destinations arrive), Abort (an owner gave up)
+    workers          QueueInterposer, ExecutorInterposer, EngineInterposer: chunks begin, end, fail
+    scheduler        a sender is made, sends (QueueInterposer.put: a chunk is queued), is cleared
 """
 
 from __future__ import annotations
@@ -22,9 +22,13 @@ from sglang_scaling_fixes import release
 from sglang_scaling_fixes.kv_poll import FAILED, SUCCESS
 from sglang_scaling_fixes.metrics import of_process
 from sglang_scaling_fixes.reclaim import layout, messages
-from sglang_scaling_fixes.reclaim.interposers import ReceiveTap
+from sglang_scaling_fixes.reclaim.interposers import ReceivingSocket
 from sglang_scaling_fixes.reclaim.metrics import PREFILL
-from sglang_scaling_fixes.reclaim.prefill.taps import EngineTap, ExecutorTap, QueueTap
+from sglang_scaling_fixes.reclaim.prefill.interposers import (
+    EngineInterposer,
+    ExecutorInterposer,
+    QueueInterposer,
+)
 from sglang_scaling_fixes.reclaim.rules.attempt import Attempt
 from sglang_scaling_fixes.reclaim.rules.coverage import Extent
 from sglang_scaling_fixes.reclaim.rules.prefill_ledger import (
@@ -33,7 +37,7 @@ from sglang_scaling_fixes.reclaim.rules.prefill_ledger import (
     FailRoom,
     ForgetRoom,
     PrefillLedger,
-    SendAnswer,
+    SendAck,
     ends_room,
 )
 from sglang_scaling_fixes.reclaim.stock_wire import (
@@ -65,10 +69,10 @@ class Ticket:
         self._dropped.append((self.key, self.room))
 
 
-class PrefillGuard:
+class PrefillSide:
     """Safe reclaim of one prefill rank."""
 
-    current: PrefillGuard | None = None
+    current: PrefillSide | None = None
     """The guard of this process: SGLang makes one KV manager per scheduler process."""
 
     def __init__(self, manager: Any) -> None:
@@ -77,7 +81,7 @@ class PrefillGuard:
         self._ledger = PrefillLedger(new_incarnation())
         self._replies = ReplySockets()
         self._deferred: deque[Callable[[], list[bytes] | None]] = deque()
-        self._queues: dict[int, QueueTap] = {}
+        self._queues: dict[int, QueueInterposer] = {}
         self._sender: int | None = None
         self._keys = itertools.count(1)
         self._dropped: deque[tuple[int, int]] = deque()
@@ -86,23 +90,23 @@ class PrefillGuard:
 
     # -- wiring -------------------------------------------------------------------
 
-    def install(self) -> PrefillGuard:
+    def install(self) -> PrefillSide:
         """Watch every write of the manager's engine, and be the guard of this process."""
         engine = self._manager.engine
-        self._manager.engine = EngineTap(engine, self, once=release.mooncake_retries())
-        PrefillGuard.current = self
+        self._manager.engine = EngineInterposer(engine, self, once=release.mooncake_retries())
+        PrefillSide.current = self
         return self
 
     def tap_socket(self) -> None:
         manager = self._manager
-        manager.server_socket = ReceiveTap(
+        manager.server_socket = ReceivingSocket(
             manager.server_socket, self.read, self._next_deferred, lambda: bool(self._deferred)
         )
 
-    def tap_queue(self, queue: Any) -> QueueTap:
+    def tap_queue(self, queue: Any) -> QueueInterposer:
         """The tap of one transfer queue, also put where stock's scheduler finds it."""
         with self._lock:
-            tap = self._queues.setdefault(id(queue), QueueTap(queue, self))
+            tap = self._queues.setdefault(id(queue), QueueInterposer(queue, self))
         queues = self._manager.transfer_queues
         for i, candidate in enumerate(queues):
             if candidate is queue:
@@ -121,43 +125,43 @@ class PrefillGuard:
         """Stock's transfer worker over the tapped queue and executor, in its own thread."""
         tap = self.tap_queue(queue)
         try:
-            return stock(manager, tap, ExecutorTap(executor, self), *args, **kwargs)
+            return stock(manager, tap, ExecutorInterposer(executor, self), *args, **kwargs)
         finally:
             tap.end()  # it ends at any exception, and writes nothing from here on
 
     def guards(self, manager: Any) -> bool:
         """True when every transfer queue of `manager` is tapped: no chunk can pass unseen."""
         return self._manager is manager and all(
-            isinstance(queue, QueueTap) for queue in manager.transfer_queues
+            isinstance(queue, QueueInterposer) for queue in manager.transfer_queues
         )
 
     # -- messages from decode --------------------------------------------------------
 
     def read(self, frames: list[bytes]) -> list[bytes] | None:
-        stock, message = messages.split(frames)
+        stock, message = messages.strip_trailer(frames)
         if message is messages.GARBAGE or not self._for_prefill(stock, message):
             self.metrics.inc("garbage")
             return None
         if isinstance(message, messages.Bind):
             return self._bind(stock, message)
-        if isinstance(message, messages.Ask):
-            self.metrics.inc("asked")
+        if isinstance(message, messages.Abort):
+            self.metrics.inc("aborts_received")
             with self._lock:
-                actions = self._ledger.ask(
-                    message.room, message.gen, message.reply_to, message.rank
+                actions = self._ledger.abort(
+                    message.room, message.lease, message.reply_to, message.rank
                 )
             self._act(actions)
             return None
         if isinstance(message, messages.Hello):
-            self._here(message.reply_to, message.rank, seq=message.seq)
+            self._send_hello_ack(message.reply_to, message.rank, seq=message.seq)
             return stock
-        return self._bind_stranger(stock) if stock[0].isdigit() else stock
+        return self._bind_without_plugin(stock) if stock[0].isdigit() else stock
 
     def _for_prefill(self, stock: list[bytes], message: messages.Message | None) -> bool:
         """Something a decode rank says, as far as it is read here."""
         if isinstance(message, messages.Bind):
             return is_metadata(stock)
-        if isinstance(message, messages.Ask):
+        if isinstance(message, messages.Abort):
             return True
         if isinstance(message, messages.Hello):
             return stock[:1] == [b"None"]
@@ -173,7 +177,7 @@ class PrefillGuard:
         extent = Extent(session, bind.pages, bind.states, bind.tokens)
         with self._lock:
             delivery, actions = self._ledger.bind(
-                int(stock[0]), bind.epoch, bind.gen, bind.reply_to, bind.rank, extent=extent
+                int(stock[0]), bind.attempt_id, bind.lease, bind.reply_to, bind.rank, extent=extent
             )
             self._forget_rooms(actions)
         self._act(actions)
@@ -181,12 +185,12 @@ class PrefillGuard:
             self._deferred.append(lambda: self._bind(stock, bind))
             return None
         if bind.expects != self._ledger.incarnation:
-            self._here(bind.reply_to, bind.rank, bind.gen)
+            self._send_hello_ack(bind.reply_to, bind.rank, bind.lease)
         self.metrics.inc("bound")
         return stock if delivery is Delivery.DELIVER else None
 
-    def _bind_stranger(self, stock: list[bytes]) -> list[bytes] | None:
-        """Destinations without a generation.
+    def _bind_without_plugin(self, stock: list[bytes]) -> list[bytes] | None:
+        """Destinations without a lease.
 
         From a decode that runs without safe-reclaim (say so, once each), or none at
         all: the empty ones of a rank that only has to know of the request.
@@ -204,11 +208,11 @@ class PrefillGuard:
         pages = len(stock[PAGES_FRAME]) // PAGE_BYTES
         extent = Extent(session, 0 if layout.counts_rows(self._manager, session) else pages)
         with self._lock:
-            delivery, actions = self._ledger.bind_stranger(int(stock[0]), source, extent)
+            delivery, actions = self._ledger.bind_without_plugin(int(stock[0]), source, extent)
             self._forget_rooms(actions)
         self._act(actions)
         if delivery is Delivery.DEFER:
-            self._deferred.append(lambda: self._bind_stranger(stock))
+            self._deferred.append(lambda: self._bind_without_plugin(stock))
         return stock if delivery is Delivery.DELIVER else None
 
     def _next_deferred(self) -> list[bytes] | None:
@@ -221,10 +225,10 @@ class PrefillGuard:
         self._deferred.extend(waiting)
         return frames
 
-    def _here(
-        self, reply_to: str, rank: str, gen: str | None = None, seq: int | None = None
+    def _send_hello_ack(
+        self, reply_to: str, rank: str, lease: str | None = None, seq: int | None = None
     ) -> None:
-        here = messages.Here(rank, self._ledger.incarnation, gen, seq)
+        here = messages.HelloAck(rank, self._ledger.incarnation, lease, seq)
         self._replies.send(reply_to, messages.encode(here))
 
     # -- stock's senders ---------------------------------------------------------------
@@ -331,7 +335,7 @@ class PrefillGuard:
         """The trailer of a success that goes to decode endpoint `to`."""
         with self._lock:
             bound = self._ledger.bound_for(attempt, to)
-        return None if bound is None else messages.encode(messages.Mark(*bound))
+        return None if bound is None else messages.encode(messages.SuccessTag(*bound))
 
     def success_leaves(self, to: str, attempt: Attempt) -> bool:
         """May the success leave for the decode rank at endpoint `to`, or is it a failure?"""
@@ -362,8 +366,8 @@ class PrefillGuard:
         for action in actions:
             if isinstance(action, FailRoom):
                 self._fail(action.room, action.reason)
-            elif isinstance(action, SendAnswer):
-                self._answer(action)
+            elif isinstance(action, SendAck):
+                self._send_ack(action)
 
     def _forget_rooms(self, actions: list[Action]) -> None:
         """Under the lock of the bind that asks for it: until the old destinations are
@@ -372,12 +376,12 @@ class PrefillGuard:
             if isinstance(action, ForgetRoom):
                 self._manager.transfer_infos.pop(action.room, None)
 
-    def _answer(self, action: SendAnswer) -> None:
-        self.metrics.inc("answers", action.verdict)
-        answer = messages.Answer(
+    def _send_ack(self, action: SendAck) -> None:
+        self.metrics.inc("abort_acks", action.verdict)
+        answer = messages.AbortAck(
             action.rank,
             self._ledger.incarnation,
-            action.gen,
+            action.lease,
             action.verdict,
             action.reason[: messages.MAX_REASON],
         )

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from sglang_scaling_fixes.reclaim.rules.coverage import Coverage, Extent
 from sglang_scaling_fixes.reclaim.rules.types import LedgerError, Rank, Verdict
 
-STRANGER = "stranger"
-"""The epoch of every attempt by a decode without the plugin."""
+WITHOUT_PLUGIN = "without the plugin"
+"""The attempt_id of every attempt by a decode without the plugin."""
 
 
 class Phase(enum.StrEnum):
@@ -52,16 +52,16 @@ class Attempt:
     """All destinations of one attempt at a room, and what is being done with them."""
 
     room: int
-    epoch: str
+    attempt_id: str
     """What the destinations of one attempt have in common, on all its decode ranks."""
     bindings: dict[str, tuple[str, Rank]] = field(default_factory=dict)
-    """gen -> (reply_to, rank); of a decode without the plugin, its address twice."""
+    """lease -> (reply_to, rank); of a decode without the plugin, its address twice."""
     exposed: dict[str, Extent] = field(default_factory=dict)
-    """gen -> what its destinations stand for."""
+    """lease -> what its destinations stand for."""
     coverage: Coverage = field(default_factory=Coverage)
     short: str = ""
     """Why its success did not leave as one, see `coverage`."""
-    asked: set[str] = field(default_factory=set)
+    awaiting_ack: set[str] = field(default_factory=set)
     phase: Phase = Phase.WAITING
     sender: Hashable | None = None
     """Stock's sender of this attempt; its chunks, and no others, are this attempt's."""
@@ -101,9 +101,9 @@ class Attempt:
 
     def exposed_at(self, to: str) -> Extent | None:
         """What the decode rank at `to` exposed to it."""
-        for gen, (address, _) in self.bindings.items():
+        for lease, (address, _) in self.bindings.items():
             if address == to:
-                return self.exposed.get(gen)
+                return self.exposed.get(lease)
         return None
 
     def adopt(self, sender: Hashable) -> None:

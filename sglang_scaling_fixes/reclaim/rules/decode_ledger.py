@@ -9,7 +9,7 @@ A KV slot or metadata slot whose address was ever sent to a prefill rank does no
 re-enter a free list until, for every such rank (a *writer*), one of these holds:
 
     P1  the destination was never sent to it
-    P2  it acknowledged this room *and this generation* as drained: nothing of it
+    P2  it acknowledged this room *and this lease* as drained: nothing of it
         is posted, nothing will be
     P3  it reported success of all its writes, and success means landed
         (and the writes were all that was exposed: see `coverage`)
@@ -17,7 +17,7 @@ re-enter a free list until, for every such rank (a *writer*), one of these holds
 
 Theory of operation
 -------------------
-Each time decode sends destinations it opens an *exposure* with a generation that
+Each time decode sends destinations it opens an *exposure* with a lease that
 is never used again, so a reused room cannot be confused with its predecessor.
 Most exposures end in `landed`: KV arrived, the slots are ordinary from then on.
 When the owner gives up first (abort, timeout, failure: whatever stock calls it),
@@ -26,14 +26,14 @@ backoff, until it answers. Only then do the slots go back.
 
     decode                                   prefill
     ------                                   -------
-    EXPOSED --- Bind(gen), destinations --->  bound
+    EXPOSED --- Bind(lease), destinations --->  bound
        |                                        | chunks: put, take, done
        |  owner gives up
        v
-     HELD  ---------- Ask(gen) ------------->  closed: queued chunks are dropped,
+     HELD  ---------- Abort(lease) ------------->  closed: queued chunks are dropped,
        |   (repeated until answered)            | no new chunk is taken
        |                                        | the chunk in hand finishes
-       |   <-------- Answer(drained) ---------  quiet
+       |   <-------- AbortAck(drained) ---------  quiet
        v
     PROVEN -- every TP rank agrees --> RETURNED
 
@@ -55,12 +55,12 @@ from sglang_scaling_fixes.reclaim.rules.types import LedgerError, Proof, Rank, V
 
 
 @dataclass(frozen=True)
-class SendAsk:
-    """Action: send `Ask` for this generation to this rank."""
+class SendAbort:
+    """Action: send `Abort` for this lease to this rank."""
 
     rank: Rank
     room: int
-    gen: str
+    lease: str
     again: bool = False
     """This rank was asked before."""
 
@@ -68,7 +68,7 @@ class SendAsk:
 class DecodeLedger:
     """The exposures of one decode rank.
 
-    `first_wait` and `max_wait` (seconds) bound the backoff between two Asks to
+    `first_wait` and `max_wait` (seconds) bound the backoff between two Aborts to
     the same writer; it doubles each time.
     """
 
@@ -94,7 +94,7 @@ class DecodeLedger:
         self._exposed: dict[str, Exposure] = {}
         self._held: OrderedDict[str, Exposure] = OrderedDict()
         self._given_up_rooms: OrderedDict[int, str] = OrderedDict()
-        """Room -> the generation given up, empty when more than one was: the last
+        """Room -> the lease given up, empty when more than one was: the last
         `memory` rooms. A room in here may still get a success of the old attempt."""
         self._memory = memory
         self.successes = Successes(self)
@@ -112,14 +112,14 @@ class DecodeLedger:
         self._hellos[rank] = self._hellos.get(rank, 0) + 1
         return self._hellos[rank]
 
-    def here(
-        self, rank: Rank, incarnation: str, gen: str | None = None, seq: int | None = None
+    def hello_acked(
+        self, rank: Rank, incarnation: str, lease: str | None = None, seq: int | None = None
     ) -> None:
         """A prefill process said it serves `rank`.
 
-        With `gen` it bound that generation; with `seq` it received that Hello.
+        With `lease` it bound that lease; with `seq` it received that Hello.
         """
-        exposure = self.find(gen) if gen is not None else None
+        exposure = self.find(lease) if lease is not None else None
         writer = exposure.writers.get(rank) if exposure is not None else None
         number = seq or (writer.hello if writer is not None else 0)
         if number in (0, self._hellos.get(rank, 0)):  # later Hellos: it may be gone by now
@@ -135,7 +135,7 @@ class DecodeLedger:
         """This process received the Hello that went ahead of these destinations.
 
         Then its "unknown" proves: on one ordered socket the destinations lie between
-        that Hello and the Ask it answers, a port has one owner at a time, so nobody
+        that Hello and the Abort it answers, a port has one owner at a time, so nobody
         but this process can have received them.
         """
         for exposure in self.exposures():
@@ -147,9 +147,9 @@ class DecodeLedger:
         """Destinations are about to be sent to `ranks`. Call before the first send."""
         # TP ranks expose the same requests in the same order: the number is common.
         self._number = number = self._number + 1
-        gen, epoch = f"{self._incarnation}-{number}", f"{self.group}-{number}"
-        exposure = Exposure(gen, epoch, room, {rank: Writer(rank) for rank in ranks})
-        self._exposed[gen] = exposure
+        lease, attempt_id = f"{self._incarnation}-{number}", f"{self.group}-{number}"
+        exposure = Exposure(lease, attempt_id, room, {rank: Writer(rank) for rank in ranks})
+        self._exposed[lease] = exposure
         return exposure
 
     def sent(self, exposure: Exposure, rank: Rank, *, after_hello: bool = True) -> None:
@@ -164,20 +164,20 @@ class DecodeLedger:
         writer.hello = self._hellos.get(rank, 0) if after_hello else 0
 
     def complete(self, exposure: Exposure) -> bool:
-        """Has every writer's success been admitted for this very generation?
+        """Has every writer's success been admitted for this very lease?
 
         Stock counts successes by room alone, some time after `admits_success`: one
         of the attempt before may be counted for this one.
         """
         silent = [w for w in exposure.writers.values() if w.sent and not w.reported]
-        return len(silent) <= len(exposure.unmarked)
+        return len(silent) <= len(exposure.untagged)
 
     def landed(self, exposure: Exposure) -> None:
         """Every writer reported success and the owner takes the KV: P3 for all."""
         exposure.move("landed")
         for writer in exposure.writers.values():
             writer.proof = writer.proof or Proof.LANDED
-        del self._exposed[exposure.gen]
+        del self._exposed[exposure.lease]
 
     def end(
         self,
@@ -214,15 +214,15 @@ class DecodeLedger:
                 writer.proof = Proof.NEVER_SENT
             elif writer.reported or landed:
                 writer.proof = writer.proof or Proof.LANDED
-            writer.next_ask = now
+            writer.next_abort = now
         exposure.gave_up_at = now
         exposure.move(
             "gave up, a writer unproven" if exposure.unproven else "gave up, every writer proven"
         )
-        del self._exposed[exposure.gen]
-        self._held[exposure.gen] = exposure
+        del self._exposed[exposure.lease]
+        self._held[exposure.lease] = exposure
         again = exposure.room in self._given_up_rooms
-        self._given_up_rooms[exposure.room] = "" if again else exposure.gen
+        self._given_up_rooms[exposure.room] = "" if again else exposure.lease
         self._given_up_rooms.move_to_end(exposure.room)
         if len(self._given_up_rooms) > self._memory:
             self._given_up_rooms.popitem(last=False)
@@ -231,17 +231,17 @@ class DecodeLedger:
         """Stock had counted the success of these prefill ranks when the owner gave up."""
         exposure.late.update(reporters)
 
-    def answer(
-        self, rank: Rank, incarnation: str, gen: str, verdict: Verdict, reason: str = ""
+    def ack(
+        self, rank: Rank, incarnation: str, lease: str, verdict: Verdict, reason: str = ""
     ) -> Exposure | None:
-        """A prefill rank answered an Ask. Late, repeated and foreign answers change nothing.
+        """A prefill rank answered an Abort. Late, repeated and foreign answers change nothing.
 
         Returns the exposure it is about, None when it was one of those.
         """
-        writer = self._in_question(gen, rank)
+        writer = self._in_question(lease, rank)
         if writer is None:
             return None
-        exposure = self._held[gen]
+        exposure = self._held[lease]
         if writer.proven_by(incarnation, verdict):
             exposure.prove(writer, Proof.DRAINED)
         elif verdict == "poisoned":
@@ -268,33 +268,33 @@ class DecodeLedger:
     def returned(self, exposure: Exposure) -> None:
         """Every TP rank agreed; the adapter puts the slots back right after this call."""
         exposure.move("every TP rank agrees")
-        del self._held[exposure.gen]
+        del self._held[exposure.lease]
 
-    def tick(self, now: float) -> list[SendAsk]:
+    def tick(self, now: float) -> list[SendAbort]:
         """Questions that are due. Only ranks that speak safe reclaim are asked."""
-        due: list[SendAsk] = []
+        due: list[SendAbort] = []
         for exposure in self._held.values():
             for writer in exposure.unproven:
-                if writer.rank in self.peers and writer.next_ask <= now:
-                    wait = min(self._max_wait, self._first_wait * 2.0 ** min(writer.asks, 30))
-                    writer.next_ask = now + wait
-                    again = writer.asks > 0
-                    writer.asks += 1
-                    due.append(SendAsk(writer.rank, exposure.room, exposure.gen, again))
+                if writer.rank in self.peers and writer.next_abort <= now:
+                    wait = min(self._max_wait, self._first_wait * 2.0 ** min(writer.aborts, 30))
+                    writer.next_abort = now + wait
+                    again = writer.aborts > 0
+                    writer.aborts += 1
+                    due.append(SendAbort(writer.rank, exposure.room, exposure.lease, again))
         return due
 
     # -- queries --------------------------------------------------------------
 
-    def find(self, gen: str) -> Exposure | None:
-        """The exposure of this generation, while its slots are not ordinary."""
-        return self._exposed.get(gen) or self._held.get(gen)
+    def find(self, lease: str) -> Exposure | None:
+        """The exposure of this lease, while its slots are not ordinary."""
+        return self._exposed.get(lease) or self._held.get(lease)
 
     def waiting(self, room: int) -> list[Exposure]:
         """Exposures of `room` whose owners wait for their KV."""
         return [e for e in self._exposed.values() if e.room == room]
 
     def given_up(self, room: int) -> str | None:
-        """The generation given up of `room`, empty when more than one was, None when none."""
+        """The lease given up of `room`, empty when more than one was, None when none."""
         return self._given_up_rooms.get(room)
 
     def hellos(self, rank: Rank) -> int:
@@ -321,9 +321,9 @@ class DecodeLedger:
 
     # -- internals ------------------------------------------------------------
 
-    def _in_question(self, gen: str, rank: Rank) -> Writer | None:
+    def _in_question(self, lease: str, rank: Rank) -> Writer | None:
         """The writer of a held exposure that is still unproven, None when there is none."""
-        exposure = self._held.get(gen)
+        exposure = self._held.get(lease)
         writer = exposure.writers.get(rank) if exposure is not None else None
         return writer if writer is not None and writer.proof is None else None
 
@@ -347,11 +347,13 @@ class DecodeLedger:
 
     def check_integrity(self) -> None:
         """`LedgerError` where the ledger contradicts itself."""
-        for gen, exposure in self._exposed.items():
-            if exposure.gen != gen or exposure.state is not ExposureState.EXPOSED:
-                raise LedgerError(f"{gen}: {exposure.state} among the exposed")
-        for gen, exposure in self._held.items():
-            if exposure.gen != gen or not exposure.given_up:
-                raise LedgerError(f"{gen}: {exposure.state} among the held")
+        for lease, exposure in self._exposed.items():
+            if exposure.lease != lease or exposure.state is not ExposureState.EXPOSED:
+                raise LedgerError(f"{lease}: {exposure.state} among the exposed")
+        for lease, exposure in self._held.items():
+            if exposure.lease != lease or not exposure.given_up:
+                raise LedgerError(f"{lease}: {exposure.state} among the held")
             if (exposure.state is ExposureState.PROVEN) == bool(exposure.unproven):
-                raise LedgerError(f"{gen}: {exposure.state} with {len(exposure.unproven)} unproven")
+                raise LedgerError(
+                    f"{lease}: {exposure.state} with {len(exposure.unproven)} unproven"
+                )

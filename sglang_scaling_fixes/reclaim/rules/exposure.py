@@ -72,12 +72,12 @@ class Writer:
     """Two processes may have received the same destinations: only a fence proves it."""
     sent: bool = False
     reported: bool = False
-    """It reported success of this generation."""
+    """It reported success of this lease."""
     proof: Proof | None = None
     stuck: str = ""
     """Why an answer did not prove anything, for the operator. Empty: no answer yet."""
-    asks: int = 0
-    next_ask: float = 0.0
+    aborts: int = 0
+    next_abort: float = 0.0
 
     @property
     def meant_for(self) -> str | None:
@@ -103,14 +103,14 @@ class Writer:
 class Exposure:
     """Destinations of one attempt, as decode sent them."""
 
-    gen: str
-    epoch: str
-    """Common to all TP ranks of this decode for this attempt; `gen` is this rank's own."""
+    lease: str
+    attempt_id: str
+    """Common to all TP ranks of this decode for this attempt; `lease` is this rank's own."""
     room: int
     writers: dict[Rank, Writer]
     state: ExposureState = ExposureState.EXPOSED
     gave_up_at: float = 0.0
-    unmarked: set[Hashable] = field(default_factory=set)
+    untagged: set[Hashable] = field(default_factory=set)
     """Prefill ranks, as stock numbers them, whose success of it was admitted without a mark."""
     late: set[Hashable] = field(default_factory=set)
     """The same, whose success of the room came before or after its owner gave up."""
@@ -131,11 +131,11 @@ class Exposure:
         try:
             self.state = TRANSITIONS[self.state, event]
         except KeyError:
-            raise LedgerError(f"{self.gen}: {event!r} in state {self.state}") from None
+            raise LedgerError(f"{self.lease}: {event!r} in state {self.state}") from None
 
     def snapshot(self, now: float) -> Hashable:
         """All that decides what becomes of it, and whether a writer is asked at `now`."""
-        told = (tuple(sorted(told, key=str)) for told in (self.unmarked, self.late))
+        told = (tuple(sorted(told, key=str)) for told in (self.untagged, self.late))
         writers = tuple(
             (
                 w.rank,
@@ -147,11 +147,11 @@ class Exposure:
                 w.reported,
                 w.proof,
                 bool(w.stuck),
-                w.proof is None and w.next_ask > now,
+                w.proof is None and w.next_abort > now,
             )
             for w in self.writers.values()
         )
-        return (self.gen, self.epoch, self.room, self.state, *told, writers)
+        return (self.lease, self.attempt_id, self.room, self.state, *told, writers)
 
     def prove(self, writer: Writer, proof: Proof) -> None:
         """This writer of a held exposure can no longer write."""

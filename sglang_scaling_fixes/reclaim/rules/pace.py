@@ -1,6 +1,6 @@
 """How often a prefill rank may be asked while it says nothing.
 
-An Ask travels on the socket stock uses for its own messages, because only there does
+An Abort travels on the socket stock uses for its own messages, because only there does
 its place behind the destinations mean something. The socket's queue takes 1000
 messages; one that a stalled rank does not empty must not fill up with questions, or
 stock's next message blocks the scheduler.
@@ -13,18 +13,18 @@ import threading
 from sglang_scaling_fixes.reclaim.rules.types import Rank
 
 UNHEARD = 64
-"""Asks to a rank without a word from it, before it is asked rarely."""
+"""Aborts to a rank without a word from it, before it is asked rarely."""
 RARELY = 60.0
-"""Seconds between two Asks to it from then on: the queue then lasts for half a day."""
+"""Seconds between two Aborts to it from then on: the queue then lasts for half a day."""
 
 
 class Pace:
-    """Asks per rank since its last word. `heard` comes from the receive thread."""
+    """Aborts per rank since its last word. `heard` comes from the receive thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._unheard: dict[Rank, tuple[int, float]] = {}
-        """Asks since the last word, and when the last one left (seconds, monotonic)."""
+        """Aborts since the last word, and when the last one left (seconds, monotonic)."""
 
     def may(self, rank: Rank, now: float) -> bool:
         """Whether to ask `rank` now; the answer yes counts as asked."""

@@ -16,18 +16,18 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
-from sglang_scaling_fixes.reclaim.rules.attempt import STRANGER, Attempt
+from sglang_scaling_fixes.reclaim.rules.attempt import WITHOUT_PLUGIN, Attempt
 from sglang_scaling_fixes.reclaim.rules.coverage import Extent
 from sglang_scaling_fixes.reclaim.rules.types import LedgerError, Rank, Verdict
 
 
 @dataclass(frozen=True)
-class SendAnswer:
-    """Action: send `Answer` to `reply_to`."""
+class SendAck:
+    """Action: send `AbortAck` to `reply_to`."""
 
     reply_to: str
     rank: Rank
-    gen: str
+    lease: str
     verdict: Verdict
     reason: str = ""
 
@@ -47,7 +47,7 @@ class ForgetRoom:
     room: int
 
 
-Action = SendAnswer | FailRoom | ForgetRoom
+Action = SendAck | FailRoom | ForgetRoom
 
 
 def ends_room(*, known: bool, succeeded: bool) -> bool:
@@ -76,7 +76,7 @@ class PrefillLedger:
     before is over.
 
     `memory` bounds how many finished, quiet, unpoisoned attempts and how many
-    never-seen aborted generations are remembered. Forgetting a finished one is
+    never-seen aborted leases are remembered. Forgetting a finished one is
     safe: it is answered "unknown", which the same process may truthfully say.
     """
 
@@ -85,8 +85,8 @@ class PrefillLedger:
         self._memory = memory
         self._rooms: dict[int, Attempt] = {}
         """The attempt each room serves now."""
-        self._by_epoch: dict[tuple[int, str], Attempt] = {}
-        self._by_gen: dict[str, Attempt] = {}
+        self._by_attempt_id: dict[tuple[int, str], Attempt] = {}
+        self._by_lease: dict[str, Attempt] = {}
         self._senders: dict[Hashable, Attempt] = {}
         self._waiting: dict[int, deque[Hashable]] = {}
         """Senders that came before the destinations of their attempt, by room."""
@@ -95,62 +95,62 @@ class PrefillLedger:
         """Attempts aborted before their request reached prefill."""
         self._aborted_unseen: OrderedDict[str, None] = OrderedDict()
         self._deferred: dict[str, bool] = {}
-        """Generations whose destinations wait, and whether their owner gave up meanwhile."""
+        """Leases whose destinations wait, and whether their owner gave up meanwhile."""
 
     # -- messages from decode ---------------------------------------------------
 
     def bind(
-        self, room: int, epoch: str, gen: str, reply_to: str, rank: Rank, *, extent: Extent
+        self, room: int, attempt_id: str, lease: str, reply_to: str, rank: Rank, *, extent: Extent
     ) -> tuple[Delivery, list[Action]]:
-        """Destinations of `gen` arrived. The verdict comes before stock sees them."""
-        if self._deferred.pop(gen, False):
-            self._remember_aborted(gen)
-        if gen in self._aborted_unseen or gen in self._by_gen:
+        """Destinations of `lease` arrived. The verdict comes before stock sees them."""
+        if self._deferred.pop(lease, False):
+            self._remember_aborted(lease)
+        if lease in self._aborted_unseen or lease in self._by_lease:
             return Delivery.DROP, []
         delivery, actions = Delivery.DELIVER, list[Action]()
-        attempt = self._by_epoch.get((room, epoch))
+        attempt = self._by_attempt_id.get((room, attempt_id))
         if attempt is None:
-            delivery, actions, attempt = self._next_attempt(room, epoch)
+            delivery, actions, attempt = self._next_attempt(room, attempt_id)
         if attempt is None:
-            self._deferred[gen] = False
+            self._deferred[lease] = False
             return delivery, actions
-        attempt.bindings[gen] = (reply_to, rank)
-        attempt.exposed[gen] = extent
-        self._by_gen[gen] = attempt
+        attempt.bindings[lease] = (reply_to, rank)
+        attempt.exposed[lease] = extent
+        self._by_lease[lease] = attempt
         return (Delivery.DROP if attempt.closed else delivery), actions
 
-    def bind_stranger(
+    def bind_without_plugin(
         self, room: int, source: str, extent: Extent
     ) -> tuple[Delivery, list[Action]]:
         """Destinations from a decode rank without the plugin. It is never asked for."""
         attempt = self._rooms.get(room)
         if (
             attempt is not None
-            and attempt.epoch == STRANGER
+            and attempt.attempt_id == WITHOUT_PLUGIN
             and not attempt.closed
             and source not in attempt.bindings
         ):
             attempt.bindings[source] = (source, "")
             attempt.exposed[source] = extent
             return Delivery.DELIVER, []
-        delivery, actions, attempt = self._next_attempt(room, STRANGER)
+        delivery, actions, attempt = self._next_attempt(room, WITHOUT_PLUGIN)
         if attempt is not None:
             attempt.bindings[source] = (source, "")
             attempt.exposed[source] = extent
         return delivery, actions
 
-    def ask(self, room: int, gen: str, reply_to: str, rank: Rank) -> list[Action]:
-        """The owner of `gen` gave up. Repeats are answered again: the answer may be lost."""
-        attempt = self._by_gen.get(gen)
-        if gen in self._deferred:
-            self._deferred[gen] = True
+    def abort(self, room: int, lease: str, reply_to: str, rank: Rank) -> list[Action]:
+        """The owner of `lease` gave up. Repeats are answered again: the answer may be lost."""
+        attempt = self._by_lease.get(lease)
+        if lease in self._deferred:
+            self._deferred[lease] = True
         elif attempt is None:
-            self._remember_aborted(gen)
+            self._remember_aborted(lease)
         if attempt is None:
-            return [SendAnswer(reply_to, rank, gen, "unknown")]
-        attempt.bindings[gen] = (reply_to, rank)
-        attempt.asked.add(gen)
-        return [*self._close(attempt, "aborted by the decode side"), *self._answers(attempt)]
+            return [SendAck(reply_to, rank, lease, "unknown")]
+        attempt.bindings[lease] = (reply_to, rank)
+        attempt.awaiting_ack.add(lease)
+        return [*self._close(attempt, "aborted by the decode side"), *self._acks(attempt)]
 
     # -- stock's senders and their chunks -----------------------------------------
 
@@ -194,7 +194,7 @@ class PrefillLedger:
         """
         extent = attempt.exposed_at(to)
         if extent is None:  # of a decode with the plugin it is known
-            return attempt.epoch == STRANGER and not attempt.poisoned
+            return attempt.attempt_id == WITHOUT_PLUGIN and not attempt.poisoned
         attempt.coverage.settle(attempt.sessions)
         missing = attempt.coverage.missing(extent, sends_kv)
         attempt.short = missing or attempt.short
@@ -209,7 +209,7 @@ class PrefillLedger:
         attempt.end()
         if attempt.over:
             self._finish(attempt)
-        return self._answers(attempt)
+        return self._acks(attempt)
 
     def failed(self, attempt: Attempt, reason: str) -> list[Action]:
         """A write reported failure: it may still be running. Nothing more is written."""
@@ -229,7 +229,7 @@ class PrefillLedger:
         attempt.lose_sender()
         if attempt.over:
             self._finish(attempt)
-        return self._answers(attempt)
+        return self._acks(attempt)
 
     # -- queries ----------------------------------------------------------------
 
@@ -239,28 +239,28 @@ class PrefillLedger:
         return attempt is not None and not attempt.quiet
 
     def bound_for(self, attempt: Attempt, reply_to: str) -> tuple[str, Rank] | None:
-        """Generation and rank of the owner at `reply_to`, None without the plugin."""
-        if attempt.epoch == STRANGER:
+        """Lease and rank of the owner at `reply_to`, None without the plugin."""
+        if attempt.attempt_id == WITHOUT_PLUGIN:
             return None
-        for gen, (to, rank) in attempt.bindings.items():
+        for lease, (to, rank) in attempt.bindings.items():
             if to == reply_to:
-                return gen, rank
+                return lease, rank
         return None
 
     def attempts(self) -> list[Attempt]:
         """The attempts that rooms serve now, by room."""
         return [attempt for _, attempt in sorted(self._rooms.items())]
 
-    def attempt_of(self, gen: str) -> Attempt | None:
-        """The attempt that this generation's destinations belong to, while it is remembered."""
-        return self._by_gen.get(gen)
+    def attempt_of(self, lease: str) -> Attempt | None:
+        """The attempt that this lease's destinations belong to, while it is remembered."""
+        return self._by_lease.get(lease)
 
-    def keeps_waiting(self, room: int, epoch: str, gen: str) -> bool:
+    def keeps_waiting(self, room: int, attempt_id: str, lease: str) -> bool:
         """Would these destinations, kept back before, still have to wait?"""
         before = self._rooms.get(room)
-        if before is None or before.over or gen in self._aborted_unseen:
+        if before is None or before.over or lease in self._aborted_unseen:
             return False
-        return (room, epoch) not in self._by_epoch
+        return (room, attempt_id) not in self._by_attempt_id
 
     def waiting_senders(self) -> list[Hashable]:
         """Senders that came before the destinations of their attempt."""
@@ -273,8 +273,8 @@ class PrefillLedger:
         """
         return (
             tuple((room, name(a)) for room, a in sorted(self._rooms.items())),
-            tuple((gen, name(a)) for gen, a in sorted(self._by_gen.items())),
-            tuple((key, name(a)) for key, a in sorted(self._by_epoch.items())),
+            tuple((lease, name(a)) for lease, a in sorted(self._by_lease.items())),
+            tuple((key, name(a)) for key, a in sorted(self._by_attempt_id.items())),
             tuple((sender, name(a)) for sender, a in sorted(self._senders.items(), key=str)),
             tuple((room, *waiting) for room, waiting in sorted(self._waiting.items())),
             tuple(name(a) for a in self._unsent),
@@ -285,11 +285,11 @@ class PrefillLedger:
 
     def check_integrity(self) -> None:
         """`LedgerError` where the ledger contradicts itself."""
-        for (room, epoch), attempt in self._by_epoch.items():
-            if (attempt.room, attempt.epoch) != (room, epoch):
+        for (room, attempt_id), attempt in self._by_attempt_id.items():
+            if (attempt.room, attempt.attempt_id) != (room, attempt_id):
                 raise LedgerError(f"room {room}: an attempt of room {attempt.room} stands for it")
         for room, attempt in self._rooms.items():
-            if self._by_epoch.get((room, attempt.epoch)) is not attempt:
+            if self._by_attempt_id.get((room, attempt.attempt_id)) is not attempt:
                 raise LedgerError(f"room {room}: its attempt is not the one its destinations name")
         for sender, attempt in self._senders.items():
             if attempt.sender != sender:
@@ -303,12 +303,14 @@ class PrefillLedger:
 
     # -- internals ---------------------------------------------------------------
 
-    def _remember_aborted(self, gen: str) -> None:
-        self._aborted_unseen[gen] = None
+    def _remember_aborted(self, lease: str) -> None:
+        self._aborted_unseen[lease] = None
         if len(self._aborted_unseen) > self._memory:
             self._aborted_unseen.popitem(last=False)
 
-    def _next_attempt(self, room: int, epoch: str) -> tuple[Delivery, list[Action], Attempt | None]:
+    def _next_attempt(
+        self, room: int, attempt_id: str
+    ) -> tuple[Delivery, list[Action], Attempt | None]:
         before = self._rooms.get(room)
         if before is not None and not before.over:
             # A chunk of the attempt before would be written to the new destinations,
@@ -316,10 +318,12 @@ class PrefillLedger:
             return Delivery.DEFER, self._close(before, "its room is used again"), None
         if before is not None:
             self._finish(before)
-        return Delivery.DELIVER, [ForgetRoom(room)], self._open(room, epoch)
+        return Delivery.DELIVER, [ForgetRoom(room)], self._open(room, attempt_id)
 
-    def _open(self, room: int, epoch: str) -> Attempt:
-        attempt = self._rooms[room] = self._by_epoch[room, epoch] = Attempt(room, epoch)
+    def _open(self, room: int, attempt_id: str) -> Attempt:
+        attempt = self._rooms[room] = self._by_attempt_id[room, attempt_id] = Attempt(
+            room, attempt_id
+        )
         if waiting := self._waiting.get(room):
             self._adopt(attempt, waiting.popleft())
             if not waiting:
@@ -341,14 +345,14 @@ class PrefillLedger:
                 self._finish(self._unsent.popitem(last=False)[0])
         return [FailRoom(attempt.room, reason)]
 
-    def _answers(self, attempt: Attempt) -> list[Action]:
+    def _acks(self, attempt: Attempt) -> list[Action]:
         if not (attempt.closed and attempt.quiet):
             return []
         answers: list[Action] = []
-        for gen in sorted(attempt.asked):
-            reply_to, rank = attempt.bindings[gen]
-            answers.append(SendAnswer(reply_to, rank, gen, attempt.verdict, attempt.poisoned))
-        attempt.asked.clear()
+        for lease in sorted(attempt.awaiting_ack):
+            reply_to, rank = attempt.bindings[lease]
+            answers.append(SendAck(reply_to, rank, lease, attempt.verdict, attempt.poisoned))
+        attempt.awaiting_ack.clear()
         return answers
 
     def _finish(self, attempt: Attempt) -> None:
@@ -364,8 +368,8 @@ class PrefillLedger:
         self._finished.append(attempt)
         if len(self._finished) > self._memory:
             forgotten = self._finished.popleft()
-            key = forgotten.room, forgotten.epoch
-            if self._by_epoch.get(key) is forgotten:
-                del self._by_epoch[key]
-            for gen in forgotten.bindings:
-                self._by_gen.pop(gen, None)
+            key = forgotten.room, forgotten.attempt_id
+            if self._by_attempt_id.get(key) is forgotten:
+                del self._by_attempt_id[key]
+            for lease in forgotten.bindings:
+                self._by_lease.pop(lease, None)

@@ -18,8 +18,8 @@ def reason(exposure: Exposure, peers: Collection[Rank]) -> str:
         return "other TP ranks"
     if any(writer.stuck for writer in unproven):
         return "write of unknown end"
-    strangers = any(writer.rank not in peers for writer in unproven)
-    return "no safe-reclaim" if strangers else "no answer yet"
+    silent = any(writer.rank not in peers for writer in unproven)
+    return "no safe-reclaim" if silent else "no answer yet"
 
 
 def why_held(exposure: Exposure, peers: Collection[Rank]) -> str:
@@ -33,5 +33,5 @@ def why_held(exposure: Exposure, peers: Collection[Rank]) -> str:
         elif writer.rank not in peers:
             parts.append(f"{writer.rank}: runs without safe-reclaim, cannot be asked")
         else:
-            parts.append(f"{writer.rank}: asked {writer.asks} times, no answer yet")
+            parts.append(f"{writer.rank}: asked {writer.aborts} times, no answer yet")
     return "; ".join(parts)

@@ -26,7 +26,7 @@ class _Room:
     sent: dict[Rank, list[bytes]] = field(default_factory=dict)
     acked: set[bytes] = field(default_factory=set)
     expected: int = 0
-    """Answers that make it drained: all ranks told, those without a part in it as well."""
+    """AbortAcks that make it drained: all ranks told, those without a part in it as well."""
     wait: float = 0.0
     next: float = 0.0
 

@@ -2,7 +2,7 @@
 
 Stock's message names the room only, and stock counts successes by room. So one of an earlier
 attempt could be taken for the present one's. Ranks with safe reclaim mark theirs with the
-generation; without a mark a success counts only where the room cannot be confused.
+lease; without a mark a success counts only where the room cannot be confused.
 """
 
 from __future__ import annotations
@@ -24,48 +24,48 @@ class Successes:
         self._ledger = ledger
 
     def reports(
-        self, room: int, gen: str | None = None, rank: Rank = "", reporter: Hashable = None
+        self, room: int, lease: str | None = None, rank: Rank = "", reporter: Hashable = None
     ) -> bool:
         """A prefill rank reports success of `room`. May stock be told?
 
-        Marked: `rank` says that it is of generation `gen`. Unmarked: `reporter` is the rank as
+        Marked: `rank` says that it is of lease `lease`. Unmarked: `reporter` is the rank as
         stock numbers it. Either may prove an exposure whose owner gave up meanwhile.
         """
-        if gen is not None:
-            self.marked(gen, rank)
+        if lease is not None:
+            self.tagged(lease, rank)
         else:
             self.stock_success(room, reporter)
-        return self.admits(room, gen, reporter)
+        return self.admits(room, lease, reporter)
 
-    def admits_metadata(self, room: int, gen: str | None, *, owned: bool) -> bool:
+    def admits_metadata(self, room: int, lease: str | None, *, owned: bool) -> bool:
         """May stock write the content of a metadata slot that a prefill rank sent by message?
 
         Not a late copy, into a slot that is no longer this room's (`owned`) or this attempt's.
         """
-        return owned and (gen is None or self.admits(room, gen))
+        return owned and (lease is None or self.admits(room, lease))
 
-    def admits(self, room: int, gen: str | None, reporter: Hashable = None) -> bool:
+    def admits(self, room: int, lease: str | None, reporter: Hashable = None) -> bool:
         """May stock be told that a prefill rank reports success of `room`?
 
-        Stock's message names no generation, so a late one would be taken for the
+        Stock's message names no lease, so a late one would be taken for the
         next attempt's. Prefill ranks with safe reclaim mark theirs; without a mark
         the message counts only where the room cannot be confused. `reporter`: the
         prefill rank as stock numbers it.
         """
         waiting = self._ledger.waiting(room)
-        if gen is not None:
-            return any(e.gen == gen for e in waiting)
+        if lease is not None:
+            return any(e.lease == lease for e in waiting)
         if self._ledger.given_up(room) is not None:
             return False
         if waiting and all(r in self._ledger.peers for r in waiting[-1].writers):
             return False
         for exposure in waiting[-1:]:
-            exposure.unmarked.add(reporter)
+            exposure.untagged.add(reporter)
         return True
 
-    def marked(self, gen: str, rank: Rank) -> None:
-        """`rank` reports success of generation `gen`: P3 for it, if the owner gave up meanwhile."""
-        exposure = self._ledger.find(gen)
+    def tagged(self, lease: str, rank: Rank) -> None:
+        """`rank` reports success of `lease`: P3 for it, if the owner gave up meanwhile."""
+        exposure = self._ledger.find(lease)
         if exposure is None or (writer := exposure.writers.get(rank)) is None:
             return
         writer.reported = True
@@ -73,7 +73,7 @@ class Successes:
             exposure.prove(writer, Proof.LANDED)
 
     def stock_success(self, room: int, reporter: Hashable) -> bool:
-        """An unmarked success of a room whose owner gave up: P3 from a rank without safe reclaim.
+        """An untagged success of a room whose owner gave up: P3 from a rank without safe reclaim.
 
         Stock prefill of old releases never learns of the abort and reports success
         when its write has landed. True when it proved the exposure.
@@ -86,7 +86,7 @@ class Successes:
             return False
         return self._prove_all(found, unproven, Proof.LANDED)
 
-    def acked(self, room: int, ranks: int) -> bool:
+    def stock_acked(self, room: int, ranks: int) -> bool:
         """Stock's own acknowledgement of an abort, by now from `ranks`: P2 without safe reclaim.
 
         Only for an operator who trusts it. True when it proved the exposure.
@@ -100,7 +100,7 @@ class Successes:
         """The exposure that stock's word for a room can prove, with its unproven writers.
 
         All writers must have given it. A room that was given up before, or is exposed
-        again, proves nothing: the word names no generation. Nor does it where a rank
+        again, proves nothing: the word names no lease. Nor does it where a rank
         with safe reclaim is unproven: that one can be asked.
         """
         found = [e for e in self._ledger.exposures() if e.room == room]
@@ -108,8 +108,8 @@ class Successes:
             return None, []
         (exposure,) = found
         unproven = exposure.unproven
-        confusable = self._ledger.given_up(room) != exposure.gen
-        if confusable or any(self._speaks(w) for w in unproven):
+        confusable = self._ledger.given_up(room) != exposure.lease
+        if confusable or any(self._runs_plugin(w) for w in unproven):
             return None, []
         return exposure, unproven
 
@@ -119,7 +119,7 @@ class Successes:
             exposure.prove(writer, proof)
         return True
 
-    def _speaks(self, writer: Writer) -> bool:
+    def _runs_plugin(self, writer: Writer) -> bool:
         """It runs safe reclaim, or did when it had these destinations."""
         known = writer.incarnation or writer.bound_by or writer.reported
         return writer.rank in self._ledger.peers or bool(known)

@@ -9,7 +9,7 @@ Rank = str
 """A prefill rank as decode addresses it: `"ip:port"` of its ZMQ endpoint."""
 
 Verdict = Literal["drained", "poisoned", "unknown"]
-"""What a prefill process can say of a generation, see `messages.Answer`."""
+"""What a prefill process can say of a lease, see `messages.AbortAck`."""
 
 
 class Proof(enum.StrEnum):

@@ -15,7 +15,7 @@ from benchmarks.reclaim import __main__ as command
 from benchmarks.reclaim import client, pair, share
 from benchmarks.reclaim.client import Board, Job
 from benchmarks.reclaim.load import Answers, End, Ends, Reply, Request, Shape, schedule
-from sglang_scaling_fixes.reclaim.prefill import taps
+from sglang_scaling_fixes.reclaim.prefill import interposers
 
 
 def test_ledger_reports_every_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -151,7 +151,7 @@ def test_a_sample_belongs_to_the_innermost_of_plugin_and_sglang() -> None:
 
 
 def test_a_line_that_hands_over_to_stock_is_stocks() -> None:
-    path = Path(taps.__file__)
+    path = Path(interposers.__file__)
     lines = path.read_text().splitlines()
     over = next(n for n, line in enumerate(lines, 1) if "return self._stock.send_mul" in line)
     own = next(n for n, line in enumerate(lines, 1) if "self._ledger.put(chunk)" in line)

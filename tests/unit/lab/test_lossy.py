@@ -10,7 +10,7 @@ import pytest
 from sglang_scaling_fixes.lab.faults import lossy
 from sglang_scaling_fixes.reclaim import messages
 
-ASK = messages.encode(messages.Ask("tcp://10.0.0.1:1", "10.0.0.2:2", 7, "g1"))
+ASK = messages.encode(messages.Abort("tcp://10.0.0.1:1", "10.0.0.2:2", 7, "g1"))
 BIND = messages.encode(messages.Bind("tcp://10.0.0.1:1", "10.0.0.2:2", "g1", "e1", 3))
 
 
@@ -18,7 +18,7 @@ BIND = messages.encode(messages.Bind("tcp://10.0.0.1:1", "10.0.0.2:2", "g1", "e1
     ("frames", "stop"),
     [
         ([b"ABORT", b"12", b"10.0.0.1", b"4000"], ("ABORT", 12)),
-        ([ASK], ("Ask", 7)),
+        ([ASK], ("Abort", 7)),
         ([b"12", b"10.0.0.1", BIND], None),
         ([BIND], None),
         ([b"None", b"10.0.0.1"], None),

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from sglang_scaling_fixes.reclaim.interposers import ReceiveTap
-from sglang_scaling_fixes.reclaim.prefill.taps import (
+from sglang_scaling_fixes.reclaim.interposers import ReceivingSocket
+from sglang_scaling_fixes.reclaim.prefill.interposers import (
     IN_HAND,
-    EngineTap,
-    ExecutorTap,
-    QueueTap,
-    StatusTap,
+    EngineInterposer,
+    ExecutorInterposer,
+    QueueInterposer,
+    StatusInterposer,
 )
 from sglang_scaling_fixes.reclaim.rules.attempt import Attempt
 from sglang_scaling_fixes.reclaim.rules.coverage import Extent
@@ -54,7 +54,7 @@ class Books:
 
     def mark(self, to: str, attempt: Attempt) -> bytes:
         assert to == REPLY
-        return attempt.epoch.encode()
+        return attempt.attempt_id.encode()
 
     def success_leaves(self, to: str, attempt: Attempt) -> bool:
         return not attempt.poisoned
@@ -68,8 +68,8 @@ class Books:
     def failed(self, attempt: Attempt, reason: str) -> None:
         self.answers += self.ledger.failed(attempt, reason)
 
-    def ask(self, room: int, gen: str) -> None:
-        self.answers += self.ledger.ask(room, gen, REPLY, RANK)
+    def ask(self, room: int, lease: str) -> None:
+        self.answers += self.ledger.abort(room, lease, REPLY, RANK)
 
 
 class Queue(deque):  # type: ignore[type-arg]
@@ -95,7 +95,7 @@ def verdicts(books: Books) -> list[str]:
 
 
 def test_a_chunk_in_hand_holds_the_answer_until_the_next_get(books: Books) -> None:
-    queue = QueueTap(Queue(), books)
+    queue = QueueInterposer(Queue(), books)
     queue.put(chunk(1))
     queue.put(chunk(2))
     assert queue.get().room == 1
@@ -106,7 +106,7 @@ def test_a_chunk_in_hand_holds_the_answer_until_the_next_get(books: Books) -> No
 
 
 def test_queued_chunks_of_an_aborted_room_never_reach_the_worker(books: Books) -> None:
-    queue = QueueTap(Queue(), books)
+    queue = QueueInterposer(Queue(), books)
     queue.put(chunk(1))
     queue.put(chunk(2))
     books.ask(1, "g1")
@@ -117,7 +117,7 @@ def test_queued_chunks_of_an_aborted_room_never_reach_the_worker(books: Books) -
 
 
 def test_stocks_request_to_end_passes(books: Books) -> None:
-    queue = QueueTap(Queue(), books)
+    queue = QueueInterposer(Queue(), books)
     queue.put(chunk(1))
     queue.put(None)
     assert queue.get().room == 1
@@ -128,7 +128,7 @@ def test_stocks_request_to_end_passes(books: Books) -> None:
 def test_a_task_that_outlives_its_chunk_holds_the_answer(books: Books) -> None:
     release = threading.Event()
     with ThreadPoolExecutor(1) as pool:
-        queue, executor = QueueTap(Queue(), books), ExecutorTap(pool, books)
+        queue, executor = QueueInterposer(Queue(), books), ExecutorInterposer(pool, books)
         queue.put(chunk(1))
         queue.put(chunk(2))
         queue.get()
@@ -145,7 +145,7 @@ def test_a_cancelled_task_is_counted_as_ended(books: Books) -> None:
     block = threading.Event()
     with ThreadPoolExecutor(1) as pool:
         pool.submit(block.wait)
-        queue, executor = QueueTap(Queue(), books), ExecutorTap(pool, books)
+        queue, executor = QueueInterposer(Queue(), books), ExecutorInterposer(pool, books)
         queue.put(chunk(1))
         queue.put(chunk(2))
         queue.get()
@@ -157,10 +157,10 @@ def test_a_cancelled_task_is_counted_as_ended(books: Books) -> None:
 
 @pytest.mark.parametrize("status", [-1, 1])
 def test_a_failed_write_poisons_the_room_in_hand(books: Books, status: int) -> None:
-    engine = EngineTap(
+    engine = EngineInterposer(
         SimpleNamespace(batch_transfer_sync=lambda *_: status, get_session_id=lambda: "s"), books
     )
-    queue = QueueTap(Queue(), books)
+    queue = QueueInterposer(Queue(), books)
     queue.put(chunk(1))
     queue.put(chunk(2))
     queue.get()
@@ -172,9 +172,9 @@ def test_a_failed_write_poisons_the_room_in_hand(books: Books, status: int) -> N
 
 
 def test_a_write_in_a_pool_thread_is_charged_to_its_room(books: Books) -> None:
-    engine = EngineTap(SimpleNamespace(batch_transfer_sync=lambda *_: -1), books)
+    engine = EngineInterposer(SimpleNamespace(batch_transfer_sync=lambda *_: -1), books)
     with ThreadPoolExecutor(1) as pool:
-        queue, executor = QueueTap(Queue(), books), ExecutorTap(pool, books)
+        queue, executor = QueueInterposer(Queue(), books), ExecutorInterposer(pool, books)
         queue.put(chunk(1))
         queue.put(chunk(2))
         queue.get()
@@ -188,8 +188,8 @@ def test_a_write_that_raises_poisons_and_raises(books: Books) -> None:
     def broken(*_: Any) -> int:
         raise OSError("gone")
 
-    engine = EngineTap(SimpleNamespace(batch_transfer_sync=broken), books)
-    queue = QueueTap(Queue(), books)
+    engine = EngineInterposer(SimpleNamespace(batch_transfer_sync=broken), books)
+    queue = QueueInterposer(Queue(), books)
     queue.put(chunk(1))
     attempt_chunk = queue.get()
     assert attempt_chunk.room == 1
@@ -229,7 +229,7 @@ class Once:
     ids=["landed", "failed", "not submitted", "status raises"],
 )
 def test_one_submission_and_what_comes_of_it(books: Books, stock: Once, status: int) -> None:
-    engine = EngineTap(stock, books, once=True)
+    engine = EngineInterposer(stock, books, once=True)
     attempt = IN_HAND.attempt = books.put(chunk(1))
     assert attempt is not None
     assert engine.batch_transfer_sync("s", [1, 2], [3, 4], [5, 6]) == status
@@ -251,7 +251,7 @@ SUCCESS, FAILURE = [b"1", b"4", b"0"], [b"1", b"0", b"0"]
 
 def test_a_success_leaves_with_the_generation_of_the_attempt_in_hand(books: Books) -> None:
     stock = Outgoing()
-    socket = StatusTap(stock, REPLY, books)
+    socket = StatusInterposer(stock, REPLY, books)
     socket.send_multipart(SUCCESS)
     IN_HAND.attempt = books.put(chunk(1))
     for frames in (SUCCESS, FAILURE, [b"CHUNK_READY", b"4", b"0"]):
@@ -265,9 +265,9 @@ def test_a_metadata_message_leaves_with_the_generation_too(books: Books) -> None
     attempt = IN_HAND.attempt = books.put(chunk(1))
     assert attempt is not None
     aux = [b"AUX_DATA", b"1", b"0", b"3", b"\0\0\0\1", b"x"]
-    StatusTap(stock, REPLY, books).send_multipart(aux)
+    StatusInterposer(stock, REPLY, books).send_multipart(aux)
     books.failed(attempt, "returned -1")
-    StatusTap(stock, REPLY, books).send_multipart(aux)
+    StatusInterposer(stock, REPLY, books).send_multipart(aux)
     assert stock.sent == [[*aux, b"e1"]] * 2
 
 
@@ -277,7 +277,7 @@ def test_a_success_after_a_failed_write_leaves_as_a_failure(books: Books) -> Non
     attempt = IN_HAND.attempt = books.put(chunk(1))
     assert attempt is not None
     books.failed(attempt, "returned -1")
-    StatusTap(stock, REPLY, books).send_multipart(SUCCESS)
+    StatusInterposer(stock, REPLY, books).send_multipart(SUCCESS)
     assert stock.sent == [FAILURE]
 
 
@@ -293,7 +293,7 @@ class Socket:
 
 
 def test_ours_is_swallowed_and_stocks_is_returned() -> None:
-    tap = ReceiveTap(
+    tap = ReceivingSocket(
         Socket([b"ours"], [b"stock"]), lambda frames: None if frames == [b"ours"] else frames
     )
     assert tap.recv_multipart() == [b"stock"]
@@ -308,5 +308,5 @@ def test_a_deferred_message_is_delivered_while_the_socket_is_silent() -> None:
         polls += 1
         return waiting.pop() if polls == 3 else None
 
-    tap = ReceiveTap(Socket(), lambda frames: frames, deferred, lambda: bool(waiting))
+    tap = ReceivingSocket(Socket(), lambda frames: frames, deferred, lambda: bool(waiting))
     assert tap.recv_multipart() == [b"later"]

@@ -28,8 +28,8 @@ class SuccessLedger(Protocol):
     def wrote_aux(self, to: str, attempt: Attempt) -> None: ...
 
 
-class StatusTap(Passthrough):
-    """Prefill's socket to one decode rank: a success leaves with its generation, and so does a
+class StatusInterposer(Passthrough):
+    """Prefill's socket to one decode rank: a success leaves with its lease, and so does a
     metadata slot's content that goes by message.
 
     Stock's messages name only the room. Sent by the worker that wrote the last
@@ -76,7 +76,7 @@ class InHand(threading.local):
 IN_HAND = InHand()
 
 
-class QueueTap(Passthrough):
+class QueueInterposer(Passthrough):
     """A transfer queue: a chunk is counted from `get` until the same worker's next `get`.
 
     That holds in every release because a worker handles one chunk at a time. Chunks
@@ -111,7 +111,7 @@ class QueueTap(Passthrough):
                 return chunk
 
 
-class ExecutorTap(Passthrough):
+class ExecutorInterposer(Passthrough):
     """The worker's thread pool: a task may outlive the chunk that submitted it.
 
     Releases up to 0.5.18 return at the first failed task while its siblings run.
@@ -143,7 +143,7 @@ class ExecutorTap(Passthrough):
         return future
 
 
-class EngineTap(Passthrough):
+class EngineInterposer(Passthrough):
     """Mooncake's transfer engine: what its results prove, and what they leave open.
 
     A status other than 0 means a write may still run: its time-out and its failure
