@@ -20,7 +20,7 @@ _TAP_WAIT = 5.0
 """Seconds for stock's worker threads to reach their first line after construction."""
 
 _ONE_SUBMISSION = ("batch_transfer_async_write", "get_batch_transfer_status")
-"""What `taps.EngineInterposer` calls on Mooncake's engine instead of stock's call."""
+"""What `interposers.EngineInterposer` calls on Mooncake's engine instead of stock's call."""
 
 _REFUSED = {
     "use_ray": "Ray's scheduler actors do not load plugins",

@@ -1,4 +1,4 @@
-"""The numbers stock puts on the wire as a status: the adapters and taps spell them out."""
+"""The numbers stock puts on the wire as a status: the adapters and interposers spell them out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A success leaves prefill only if it covers what was exposed, through the real guard and taps.
+"""A success leaves prefill only if it covers what was exposed, through the real prefill side.
 
 Each case is one way in which stock reports success of a transfer. With the rule off
 (`covers` says yes) every short one would leave as a success: see the control.

@@ -1,4 +1,4 @@
-"""The taps: stock's objects behave as before, and the ledger sees every chunk and write."""
+"""The interposers: stock's objects behave as before, and the ledger sees every chunk and write."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ REPLY, RANK = "tcp://127.0.0.1:1", "127.0.0.1:2"
 
 
 class Books:
-    """A prefill ledger as the taps see it."""
+    """A prefill ledger as the interposers see it."""
 
     def __init__(self) -> None:
         self.ledger = PrefillLedger("p")

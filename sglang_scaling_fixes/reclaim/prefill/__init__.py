@@ -1,1 +1,1 @@
-"""The prefill side: `side` is the whole, `interposers` stand between stock and what it writes with."""
+"""The prefill side: `side` is the whole; `interposers` stand between stock and its transfers."""

@@ -57,7 +57,7 @@ class StatusInterposer(Passthrough):
 
 
 class ChunkLedger(Protocol):
-    """What the queue, executor and engine taps tell (see `reclaim.prefill`)."""
+    """What the queue, executor and engine interposers tell (see `reclaim.prefill`)."""
 
     def put(self, chunk: Any) -> Attempt | None: ...
     def take(self, attempt: Attempt, chunk: Any) -> bool: ...

@@ -292,7 +292,7 @@ class PrefillSide:
         with self._lock:
             return self._ledger.busy(sender.sglang_scaling_fixes_ticket.key)
 
-    # -- chunks (see taps.ChunkLedger) ---------------------------------------------------
+    # -- chunks (see interposers.ChunkLedger) ---------------------------------------------------
 
     def put(self, chunk: Any) -> Attempt | None:
         del chunk  # its room does not say whose it is; the sender that queues it does
