@@ -100,7 +100,7 @@ def prefill_done(requests: int) -> None:
         ledger.done(attempt)
         attempt.coverage.writes.append(SESSION)
         assert ledger.success_leaves(attempt, DECODE, bool)
-        ledger.bound_for(attempt, DECODE)
+        attempt.bound_at(DECODE)
         ledger.done(attempt)
         ledger.busy(room)
         ledger.retire(room, room)

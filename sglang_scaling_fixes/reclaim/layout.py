@@ -130,6 +130,12 @@ def rejected(manager: Any, request: Any) -> bool:
     return getattr(request, "to_finish", None) is not None and not keeps
 
 
+def may_send_nothing(manager: Any) -> bool:
+    """Whether this rank may by design queue nothing of a chunk: its share of it is empty."""
+    dummy = getattr(manager, "is_dummy_cp_rank", False)
+    return bool(dummy or getattr(manager, "kv_shard_size", 1) > 1)
+
+
 def prompt_tokens(queue: Any, request: Any) -> int:
     """Length of the sequence whose KV decode waits for, as its preallocation queue counts it."""
     count = getattr(queue, "_rebootstrap_prefill_len", None)  # since 0.5.16

@@ -1030,7 +1030,7 @@ class World:
             elif d != WITHOUT_PLUGIN:
                 mark = None
                 if p.ledger is not None and chunk.attempt is not None:
-                    mark = p.ledger.bound_for(chunk.attempt, d)
+                    mark = chunk.attempt.bound_at(d)
                 lease = mark[0] if mark is not None else ""
                 self._send(name, d, Msg("success", lease, chunk.room), stock=True)
 
@@ -1220,7 +1220,7 @@ def attempt_key(a: Attempt) -> Any:
 def coverage_key(c: Coverage) -> Any:
     """Only while its success may still leave; what it was short of, `short`, nobody asks."""
     writes = tuple(sorted(c.writes)) if c.in_hand is not None else ()
-    return (c.pages, c.states, c.tokens, writes, tuple(sorted(c.unwritten)), c.in_hand)
+    return (c.pages, c.states, c.tokens, writes, tuple(sorted(c.unwritten)), c.unqueued, c.in_hand)
 
 
 def prefill_key(p: Prefill) -> Any:

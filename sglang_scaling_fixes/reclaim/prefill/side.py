@@ -19,11 +19,11 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang_scaling_fixes import release
-from sglang_scaling_fixes.kv_poll import FAILED, SUCCESS
 from sglang_scaling_fixes.metrics import of_process
 from sglang_scaling_fixes.reclaim import layout, messages
 from sglang_scaling_fixes.reclaim.interposers import ReceivingSocket
 from sglang_scaling_fixes.reclaim.metrics import PREFILL
+from sglang_scaling_fixes.reclaim.prefill.actions import Actions
 from sglang_scaling_fixes.reclaim.prefill.interposers import (
     EngineInterposer,
     ExecutorInterposer,
@@ -31,15 +31,7 @@ from sglang_scaling_fixes.reclaim.prefill.interposers import (
 )
 from sglang_scaling_fixes.reclaim.rules.attempt import Attempt
 from sglang_scaling_fixes.reclaim.rules.coverage import Extent
-from sglang_scaling_fixes.reclaim.rules.prefill_ledger import (
-    Action,
-    Delivery,
-    FailRoom,
-    ForgetRoom,
-    PrefillLedger,
-    SendAck,
-    ends_room,
-)
+from sglang_scaling_fixes.reclaim.rules.prefill_ledger import Delivery, PrefillLedger
 from sglang_scaling_fixes.reclaim.stock_wire import (
     PAGE_BYTES,
     PAGES_FRAME,
@@ -86,7 +78,10 @@ class PrefillSide:
         self._keys = itertools.count(1)
         self._dropped: deque[tuple[int, int]] = deque()
         self._warned: set[str] = set()
+        self._queued = False
+        """Whether stock has queued a chunk since its last send began."""
         self.metrics = of_process(PREFILL, manager)
+        self._actions = Actions(manager, self._ledger.incarnation, self.metrics, self._reply)
 
     # -- wiring -------------------------------------------------------------------
 
@@ -135,6 +130,9 @@ class PrefillSide:
             isinstance(queue, QueueInterposer) for queue in manager.transfer_queues
         )
 
+    def _reply(self, to: str, frame: bytes) -> bool:
+        return self._replies.send(to, frame)
+
     # -- messages from decode --------------------------------------------------------
 
     def read(self, frames: list[bytes]) -> list[bytes] | None:
@@ -150,10 +148,10 @@ class PrefillSide:
                 actions = self._ledger.abort(
                     message.room, message.lease, message.reply_to, message.rank
                 )
-            self._act(actions)
+            self._actions.act(actions)
             return None
         if isinstance(message, messages.Hello):
-            self._send_hello_ack(message.reply_to, message.rank, seq=message.seq)
+            self._actions.greet(message.reply_to, message.rank, seq=message.seq)
             return stock
         return self._bind_without_plugin(stock) if stock[0].isdigit() else stock
 
@@ -179,13 +177,13 @@ class PrefillSide:
             delivery, actions = self._ledger.bind(
                 int(stock[0]), bind.attempt_id, bind.lease, bind.reply_to, bind.rank, extent=extent
             )
-            self._forget_rooms(actions)
-        self._act(actions)
+            self._actions.forget_rooms(actions)
+        self._actions.act(actions)
         if delivery is Delivery.DEFER:
             self._deferred.append(lambda: self._bind(stock, bind))
             return None
         if bind.expects != self._ledger.incarnation:
-            self._send_hello_ack(bind.reply_to, bind.rank, bind.lease)
+            self._actions.greet(bind.reply_to, bind.rank, bind.lease)
         self.metrics.inc("bound")
         return stock if delivery is Delivery.DELIVER else None
 
@@ -209,8 +207,8 @@ class PrefillSide:
         extent = Extent(session, 0 if layout.counts_rows(self._manager, session) else pages)
         with self._lock:
             delivery, actions = self._ledger.bind_without_plugin(int(stock[0]), source, extent)
-            self._forget_rooms(actions)
-        self._act(actions)
+            self._actions.forget_rooms(actions)
+        self._actions.act(actions)
         if delivery is Delivery.DEFER:
             self._deferred.append(lambda: self._bind_without_plugin(stock))
         return stock if delivery is Delivery.DELIVER else None
@@ -225,12 +223,6 @@ class PrefillSide:
         self._deferred.extend(waiting)
         return frames
 
-    def _send_hello_ack(
-        self, reply_to: str, rank: str, lease: str | None = None, seq: int | None = None
-    ) -> None:
-        here = messages.HelloAck(rank, self._ledger.incarnation, lease, seq)
-        self._replies.send(reply_to, messages.encode(here))
-
     # -- stock's senders ---------------------------------------------------------------
 
     def sender_made(self, sender: Any) -> None:
@@ -240,7 +232,7 @@ class PrefillSide:
         sender.sglang_scaling_fixes_ticket = ticket
         with self._lock:
             actions = self._ledger.sender_made(ticket.key, ticket.room)
-        self._act(actions)
+        self._actions.act(actions)
 
     def _retire_dropped(self) -> None:
         """Retire senders the interpreter has dropped."""
@@ -248,7 +240,7 @@ class PrefillSide:
             key, room = self._dropped.popleft()
             with self._lock:
                 actions = self._ledger.retire(key, room)
-            self._act(actions)
+            self._actions.act(actions)
 
     def computes(self, request: Any) -> None:
         """Stock is about to send KV of `request`: how long is the prompt that it computed?
@@ -276,17 +268,20 @@ class PrefillSide:
             states = layout.state_rows(self._manager.kv_args, state_indices)
         with self._lock:
             self._ledger.offer(ticket.key, len(kv_indices), states, ticket.tokens)
-        self._sender = ticket.key
+        self._sender, self._queued = ticket.key, False
         try:
             return stock(sender, kv_indices, state_indices, *args, **kwargs)
         finally:
             self._sender = None
+            if len(kv_indices) and not self._queued and not layout.may_send_nothing(self._manager):
+                with self._lock:
+                    self._ledger.skipped(ticket.key)
 
     def retire(self, sender: Any) -> None:
         ticket: Ticket = sender.sglang_scaling_fixes_ticket
         with self._lock:
             actions = self._ledger.retire(ticket.key, ticket.room)
-        self._act(actions)
+        self._actions.act(actions)
 
     def busy(self, sender: Any) -> bool:
         with self._lock:
@@ -296,6 +291,7 @@ class PrefillSide:
 
     def put(self, chunk: Any) -> Attempt | None:
         del chunk  # its room does not say whose it is; the sender that queues it does
+        self._queued = True
         with self._lock:
             attempt = self._ledger.put(self._sender)
         if attempt is None:
@@ -320,7 +316,7 @@ class PrefillSide:
     def done(self, attempt: Attempt) -> None:
         with self._lock:
             actions = self._ledger.done(attempt)
-        self._act(actions)
+        self._actions.act(actions)
 
     def failed(self, attempt: Attempt, reason: str) -> None:
         with self._lock:
@@ -329,12 +325,12 @@ class PrefillSide:
         self.metrics.inc("failed_writes")
         if first:
             self.metrics.inc("poisoned_rooms")
-        self._act(actions)
+        self._actions.act(actions)
 
     def mark(self, to: str, attempt: Attempt) -> bytes | None:
         """The trailer of a success that goes to decode endpoint `to`."""
         with self._lock:
-            bound = self._ledger.bound_for(attempt, to)
+            bound = attempt.bound_at(to)
         return None if bound is None else messages.encode(messages.SuccessTag(*bound))
 
     def success_leaves(self, to: str, attempt: Attempt) -> bool:
@@ -360,39 +356,7 @@ class PrefillSide:
         if extent is not None:
             self.wrote(attempt, extent.session)
 
-    # -- actions -------------------------------------------------------------------------
-
-    def _act(self, actions: list[Action]) -> None:
-        for action in actions:
-            if isinstance(action, FailRoom):
-                self._fail(action.room, action.reason)
-            elif isinstance(action, SendAck):
-                self._send_ack(action)
-
-    def _forget_rooms(self, actions: list[Action]) -> None:
-        """Under the lock of the bind that asks for it: until the old destinations are
-        gone no chunk of the new attempt may be taken, and taking needs the lock."""
-        for action in actions:
-            if isinstance(action, ForgetRoom):
-                self._manager.transfer_infos.pop(action.room, None)
-
-    def _send_ack(self, action: SendAck) -> None:
-        self.metrics.inc("abort_acks", action.verdict)
-        answer = messages.AbortAck(
-            action.rank,
-            self._ledger.incarnation,
-            action.lease,
-            action.verdict,
-            action.reason[: messages.MAX_REASON],
-        )
-        self._replies.send(action.reply_to, messages.encode(answer))
-
-    def _fail(self, room: int, reason: str) -> None:
-        """End the room in stock as stock ends its own failures, so that its request ends."""
-        status = self._manager.request_status.get(room)
-        if ends_room(known=status is not None, succeeded=status == SUCCESS):
-            self._manager.record_failure(room, reason)
-            self._manager.update_status(room, FAILED)
+    # -- reporting -----------------------------------------------------------------------
 
     def report(self) -> dict[str, Any]:
         """Counters for `/server_info` and the lab."""

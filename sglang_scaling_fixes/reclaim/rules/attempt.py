@@ -106,6 +106,15 @@ class Attempt:
                 return self.exposed.get(lease)
         return None
 
+    def bound_at(self, to: str) -> tuple[str, Rank] | None:
+        """Lease and rank of the owner at `to`, None without the plugin."""
+        if self.attempt_id == WITHOUT_PLUGIN:
+            return None
+        for lease, (address, rank) in self.bindings.items():
+            if address == to:
+                return lease, rank
+        return None
+
     def adopt(self, sender: Hashable) -> None:
         """Stock's sender for it is there."""
         self._move("sender made")

@@ -64,6 +64,8 @@ class Coverage:
     threads; a list's append is one step."""
     unwritten: set[str] = field(default_factory=set)
     """Sessions that a chunk with pages was not written to."""
+    unqueued: bool = False
+    """A chunk that was handed over was not queued."""
     in_hand: tuple[int, bool] | None = None
     """Pages of the chunk being written, and whether it is the last."""
 
@@ -102,6 +104,8 @@ class Coverage:
             return f"{self.pages} KV pages were sent, decode waits for {extent.pages}"
         if extent.states is not None and _trimmed(self.states) != _trimmed(extent.states):
             return f"{self.states} state rows were sent, decode waits for {extent.states}"
+        if self.unqueued and extent.exact:
+            return "a chunk of its KV was not queued"
         skipped = extent.exact and extent.session in self.unwritten
         if skipped and extent.pages and sends_kv(extent.session):
             return "a chunk of its KV was skipped"

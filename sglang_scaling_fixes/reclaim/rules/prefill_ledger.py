@@ -172,6 +172,11 @@ class PrefillLedger:
         if (attempt := self._senders.get(sender)) is not None:
             attempt.coverage.offer(pages, states, tokens)
 
+    def skipped(self, sender: Hashable) -> None:
+        """Stock did not queue the chunk that it was handed."""
+        if (attempt := self._senders.get(sender)) is not None:
+            attempt.coverage.unqueued = True
+
     def put(self, sender: Hashable) -> Attempt | None:
         """A chunk of `sender` is about to be queued. None: drop it, its attempt is over."""
         attempt = self._senders.get(sender)
@@ -237,15 +242,6 @@ class PrefillLedger:
         """True while a chunk of `sender` may be reading its source pages."""
         attempt = self._senders.get(sender)
         return attempt is not None and not attempt.quiet
-
-    def bound_for(self, attempt: Attempt, reply_to: str) -> tuple[str, Rank] | None:
-        """Lease and rank of the owner at `reply_to`, None without the plugin."""
-        if attempt.attempt_id == WITHOUT_PLUGIN:
-            return None
-        for lease, (to, rank) in attempt.bindings.items():
-            if to == reply_to:
-                return lease, rank
-        return None
 
     def attempts(self) -> list[Attempt]:
         """The attempts that rooms serve now, by room."""

@@ -19,7 +19,7 @@ KNOWN = {
     Exposure: "lease attempt_id room writers state gave_up_at untagged late slots next_log",
     Attempt: "room attempt_id bindings exposed coverage short awaiting_ack phase sender active "
     "poisoned",
-    Coverage: "pages states tokens writes unwritten in_hand",
+    Coverage: "pages states tokens writes unwritten unqueued in_hand",
     DecodeLedger: "_incarnation group _number _first_wait _max_wait peers _hellos _exposed _held "
     "_given_up_rooms _memory successes",
     PrefillLedger: "incarnation _memory _rooms _by_attempt_id _by_lease _senders _waiting "

@@ -1,0 +1,126 @@
+"""One decode rank: the real decode side and gate over stand-ins for stock's manager and queue."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import zmq
+
+from sglang_scaling_fixes.config import Config
+from sglang_scaling_fixes.reclaim import messages
+from sglang_scaling_fixes.reclaim.decode.peers import OutgoingSocket
+from sglang_scaling_fixes.reclaim.decode.side import DecodeSide
+from sglang_scaling_fixes.reclaim.rules.exposure import Exposure
+from sglang_scaling_fixes.reclaim.rules.quarantine import GRACE
+
+torch = pytest.importorskip("torch")
+allocators = pytest.importorskip("sglang.srt.mem_cache.allocator")
+utils = pytest.importorskip("sglang.srt.disaggregation.utils")
+
+OLD, NEW = "192.0.2.2:1", "192.0.2.2:2"
+POOL = 100
+
+
+class Socket:
+    def __init__(self) -> None:
+        self.sent: list[list[bytes]] = []
+        self.full = False
+
+    def send_multipart(self, frames: list[bytes], *_: Any, **__: Any) -> None:
+        if self.full:
+            raise zmq.Again
+        self.sent.append(frames)
+
+
+class Manager(SimpleNamespace):
+    def __init__(self, **server_args: Any) -> None:
+        super().__init__(
+            server_args=SimpleNamespace(**server_args),
+            server_socket=SimpleNamespace(),
+            local_ip="192.0.2.2",
+            rank_port=1,
+            kv_args=SimpleNamespace(state_types=[]),
+            request_status={},
+            prefill_response_tracker={},
+            session=OLD,
+            failures={},
+        )
+
+    def get_session_id(self) -> str:
+        return str(self.session)
+
+    def record_failure(self, room: int, reason: str) -> None:
+        self.failures[room] = reason
+
+    def update_status(self, room: int, status: int) -> None:
+        self.request_status[room] = status
+
+
+class Decode:
+    """One decode rank with one prefill rank it has registered at."""
+
+    def __init__(self, config: Config, **server_args: Any) -> None:
+        self.prefill = socket.create_server(("127.0.0.1", 0))
+        """Alive: its port is open."""
+        self.port = self.prefill.getsockname()[1]
+        self.rank = f"127.0.0.1:{self.port}"
+        self.manager = Manager(**server_args)
+        self.guard = DecodeSide(self.manager, config).install()
+        self.tokens = allocators.TokenToKVPoolAllocator(POOL, torch.float32, "cpu", None, False)
+        self.aux = utils.ReqToMetadataIdxAllocator(8)
+        self.guard.install_gate(
+            SimpleNamespace(
+                token_to_kv_pool_allocator=self.tokens,
+                req_to_metadata_buffer_idx_allocator=self.aux,
+                gloo_group=None,
+                metadata_buffers=None,
+                tree_cache=None,
+            )
+        )
+        self.socket = Socket()
+        self.tap = OutgoingSocket(
+            self.socket,
+            self.rank,
+            lambda: (self.socket, threading.Lock()),
+            self.guard.peers,
+        )
+        self.tap.send_multipart([b"None", b"192.0.2.2", b"1", OLD.encode(), b"pointers"])
+
+    def expose(self, room: int, count: int, session: str = OLD) -> tuple[Any, Any, int]:
+        """A request of `count` token slots, its destinations sent as stock sends them."""
+        slots, aux = self.tokens.alloc(count), self.aux.alloc()
+        info = {"rank_ip": "127.0.0.1", "rank_port": self.port, "is_dummy": False}
+        receiver = SimpleNamespace(bootstrap_room=room, bootstrap_infos=[info], conclude_state=None)
+        self.manager.request_status[room] = 2
+
+        def stock(receiver: Any, *_: Any) -> None:
+            room = str(receiver.bootstrap_room).encode()
+            self.tap.send_multipart([room, b"", b"1", session.encode(), b"", b"", b"", b"1"])
+
+        self.guard.send_metadata(stock, receiver, slots.numpy().astype(np.int32), aux, [])
+        return receiver, slots, aux
+
+    def give_up(self, receiver: Any, slots: Any, aux: int, age: float = GRACE + 1) -> Exposure:
+        """The owner gave up `age` seconds ago, and stock frees everything."""
+        exposure: Exposure = receiver.sglang_scaling_fixes_exposure
+        self.guard.clearing(receiver)
+        exposure.gave_up_at = time.monotonic() - age
+        self.tokens.free(slots)
+        self.aux.free(aux)
+        return exposure
+
+    def hears(self, message: messages.HelloAck | messages.AbortAck) -> None:
+        assert self.guard.inbox.read([messages.encode(message)]) is None
+
+    def asks(self) -> int:
+        said = (messages.strip_trailer(frames)[1] for frames in self.socket.sent)
+        return sum(isinstance(message, messages.Abort) for message in said)
+
+    def free(self) -> tuple[int, int]:
+        return self.tokens.available_size(), self.aux.available_size()

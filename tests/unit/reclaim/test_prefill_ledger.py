@@ -1,0 +1,248 @@
+"""The rules of the prefill side one by one. Interleavings are in test_races and test_explore."""
+
+from __future__ import annotations
+
+import pytest
+
+from sglang_scaling_fixes.reclaim.rules.attempt import Attempt
+from sglang_scaling_fixes.reclaim.rules.coverage import Extent
+from sglang_scaling_fixes.reclaim.rules.prefill_ledger import (
+    Action,
+    Delivery,
+    FailRoom,
+    ForgetRoom,
+    PrefillLedger,
+    SendAck,
+)
+from sglang_scaling_fixes.reclaim.rules.types import LedgerError
+
+
+def answers(actions: list[Action]) -> list[tuple[str, str]]:
+    return [(a.lease, a.verdict) for a in actions if isinstance(a, SendAck)]
+
+
+def prefill(memory: int = 100) -> PrefillLedger:
+    return PrefillLedger("process", memory=memory)
+
+
+EXTENT = Extent("d0:1", 1, ())
+
+
+def bind(ledger: PrefillLedger, n: int = 1, room: int = 7) -> tuple[Delivery, list[Action]]:
+    return ledger.bind(room, f"e{n}", f"g{n}", "d0", "p0", extent=EXTENT)
+
+
+def bound(ledger: PrefillLedger, n: int = 1, room: int = 7) -> str:
+    """A delivered attempt with its sender; the sender's name."""
+    assert bind(ledger, n, room)[0] is Delivery.DELIVER
+    assert ledger.sender_made(f"s{n}", room) == []
+    return f"s{n}"
+
+
+def taken(ledger: PrefillLedger, n: int = 1, room: int = 7) -> Attempt:
+    """The same with a chunk in hand."""
+    attempt = ledger.put(bound(ledger, n, room))
+    assert attempt is not None and ledger.take(attempt)
+    return attempt
+
+
+class TestPrefill:
+    def test_an_answer_waits_for_the_chunk_in_hand_and_its_helpers(self) -> None:
+        ledger = prefill()
+        attempt = taken(ledger)
+        ledger.opened(attempt)
+        assert ledger.busy("s1")
+        assert ledger.abort(7, "g1", "d0", "p0") == [FailRoom(7, "aborted by the decode side")]
+        assert ledger.done(attempt) == []
+        assert answers(ledger.done(attempt)) == [("g1", "drained")]
+        assert not ledger.busy("s1")
+
+    def test_a_closed_attempt_takes_nothing(self) -> None:
+        ledger = prefill()
+        sender = bound(ledger)
+        queued = ledger.put(sender)
+        ledger.abort(7, "g1", "d0", "p0")
+        assert queued is not None and not ledger.take(queued)
+        assert ledger.put(sender) is None
+
+    def test_repeated_questions_are_answered_and_fail_the_room_once(self) -> None:
+        ledger = prefill()
+        bound(ledger)
+        first, second = ledger.abort(7, "g1", "d0", "p0"), ledger.abort(7, "g1", "d0", "p0")
+        assert [type(a) for a in first] == [FailRoom, SendAck]
+        assert [type(a) for a in second] == [SendAck]
+
+    def test_destinations_whose_question_came_first_are_dropped(self) -> None:
+        ledger = prefill()
+        assert answers(ledger.abort(7, "g1", "d0", "p0")) == [("g1", "unknown")]
+        assert bind(ledger) == (Delivery.DROP, [])
+
+    def test_a_duplicate_is_dropped(self) -> None:
+        ledger = prefill()
+        assert bind(ledger) == (Delivery.DELIVER, [ForgetRoom(7)])
+        assert bind(ledger) == (Delivery.DROP, [])
+
+    def test_all_of_a_fan_in_share_an_attempt_and_are_answered_when_it_is_quiet(self) -> None:
+        ledger = prefill()
+        forget: list[Action] = [ForgetRoom(7)]
+        assert ledger.bind(7, "e", "g-d0", "d0", "p0", extent=EXTENT) == (Delivery.DELIVER, forget)
+        assert ledger.bind(7, "e", "g-d1", "d1", "p0", extent=EXTENT) == (Delivery.DELIVER, [])
+        ledger.sender_made("s", 7)
+        attempt = ledger.put("s")
+        assert attempt is not None and ledger.take(attempt)
+        ledger.abort(7, "g-d1", "d1", "p0")
+        ledger.abort(7, "g-d0", "d0", "p0")
+        replies = ledger.done(attempt)
+        assert [a.reply_to for a in replies if isinstance(a, SendAck)] == ["d0", "d1"]
+
+    def test_destinations_that_come_after_their_attempt_was_closed_are_dropped(self) -> None:
+        ledger = prefill()
+        ledger.bind(7, "e", "g-d0", "d0", "p0", extent=EXTENT)
+        ledger.abort(7, "g-d0", "d0", "p0")
+        assert ledger.bind(7, "e", "g-d1", "d1", "p0", extent=EXTENT) == (Delivery.DROP, [])
+        assert answers(ledger.abort(7, "g-d1", "d1", "p0")) == [("g-d1", "drained")]
+
+    def test_poison_stays_and_ends_the_attempt(self) -> None:
+        ledger = prefill(memory=1)
+        attempt = taken(ledger)
+        queued = ledger.put("s1")
+        (failed,) = ledger.failed(attempt, "write returned -1")
+        assert isinstance(failed, FailRoom) and "write returned -1" in failed.reason
+        assert ledger.failed(attempt, "another reason") == []
+        assert ledger.put("s1") is None
+        assert queued is not None and not ledger.take(queued)
+        ledger.done(attempt)
+        ledger.retire("s1", 7)
+        for n in range(100, 110):
+            ledger.retire(bound(ledger, n, room=n), n)
+        (answer,) = ledger.abort(7, "g1", "d0", "p0")
+        assert isinstance(answer, SendAck)
+        assert (answer.verdict, answer.reason) == ("poisoned", "write returned -1")
+
+    def test_more_ends_than_beginnings_raise(self) -> None:
+        ledger = prefill()
+        attempt = ledger.put(bound(ledger))
+        assert attempt is not None
+        with pytest.raises(LedgerError, match="room 7"):
+            ledger.done(attempt)
+
+    def test_memory_is_bounded(self) -> None:
+        ledger = prefill(memory=10)
+        for i in range(100):
+            ledger.retire(bound(ledger, i, room=i), i)
+            ledger.abort(i, f"never-{i}", "d0", "p0")
+            unsent = 1000 + i
+            bind(ledger, unsent, room=unsent)
+            ledger.abort(unsent, f"g{unsent}", "d0", "p0")
+        assert len(ledger._rooms) == len(ledger._unsent) == 10, "their request never came"
+        assert len(ledger._finished) == len(ledger._aborted_unseen) == 10
+        assert len(ledger._by_lease) == len(ledger._by_attempt_id) == 20
+        assert not ledger._senders and not ledger._waiting
+        # The forgotten are answered truthfully, the remembered precisely.
+        assert answers(ledger.abort(0, "g0", "d0", "p0")) == [("g0", "unknown")]
+        assert answers(ledger.abort(99, "g99", "d0", "p0")) == [("g99", "drained")]
+
+
+class TestRoomReuse:
+    """A room serves one attempt, with one sender, at a time."""
+
+    def test_the_next_waits_until_the_one_before_is_over(self) -> None:
+        ledger = prefill()
+        attempt = taken(ledger)
+        assert ledger.sender_made("s2", 7) == []
+        assert bind(ledger, 2) == (Delivery.DEFER, [FailRoom(7, "its room is used again")])
+        assert bind(ledger, 2) == (Delivery.DEFER, [])
+        ledger.done(attempt)
+        assert bind(ledger, 2)[0] is Delivery.DEFER, "stock still looks at the old one"
+        ledger.retire("s1", 7)
+        assert bind(ledger, 2) == (Delivery.DELIVER, [ForgetRoom(7)])
+        assert not ledger.take(attempt)
+        assert ledger.put("s1") is None
+        assert ledger.put("s2") not in (None, attempt)
+
+    def test_a_sender_cleared_with_a_chunk_in_hand_keeps_its_room(self) -> None:
+        ledger = prefill()
+        attempt = taken(ledger)
+        ledger.retire("s1", 7)
+        assert bind(ledger, 2)[0] is Delivery.DEFER
+        ledger.done(attempt)
+        assert bind(ledger, 2)[0] is Delivery.DELIVER
+
+    def test_retiring_a_sender_leaves_the_next_attempt_alone(self) -> None:
+        ledger = prefill()
+        bound(ledger)
+        ledger.sender_made("s2", 7)
+        ledger.retire("s1", 7)
+        bind(ledger, 2)
+        ledger.retire("s1", 7)
+        assert ledger.put("s2") is not None
+
+    def test_one_that_never_had_a_sender_is_over_when_closed(self) -> None:
+        ledger = prefill()
+        bind(ledger)
+        ledger.abort(7, "g1", "d0", "p0")
+        assert bind(ledger, 2)[0] is Delivery.DELIVER
+
+    def test_a_request_that_comes_after_its_attempt_was_closed_is_failed(self) -> None:
+        ledger = prefill()
+        bind(ledger)
+        ledger.abort(7, "g1", "d0", "p0")
+        (failed,) = ledger.sender_made("s1", 7)
+        assert isinstance(failed, FailRoom)
+        assert ledger.put("s1") is None
+        assert bind(ledger, 2)[0] is Delivery.DEFER
+
+    def test_a_question_is_not_kept_waiting_with_its_destinations(self) -> None:
+        ledger = prefill()
+        taken(ledger)
+        assert bind(ledger, 2)[0] is Delivery.DEFER
+        assert answers(ledger.abort(7, "g2", "d0", "p0")) == [("g2", "unknown")]
+        assert bind(ledger, 2) == (Delivery.DROP, [])
+
+    def test_a_sender_that_waits_may_be_retired(self) -> None:
+        ledger = prefill()
+        assert ledger.put("s1") is None
+        ledger.sender_made("s1", 7)
+        assert ledger.put("s1") is None, "no destinations yet"
+        assert not ledger.busy("s1")
+        assert ledger.retire("s1", 7) == []
+        assert ledger.retire("s1", 7) == []
+        assert not ledger._waiting
+
+
+class TestDecodeWithoutThePlugin:
+    def test_it_is_accounted_for_and_its_success_is_not_marked(self) -> None:
+        ledger = prefill()
+        assert ledger.bind_without_plugin(7, "x0", EXTENT) == (Delivery.DELIVER, [ForgetRoom(7)])
+        assert ledger.bind_without_plugin(7, "x1", EXTENT) == (Delivery.DELIVER, []), (
+            "a second TP rank"
+        )
+        ledger.sender_made("s1", 7)
+        attempt = ledger.put("s1")
+        assert attempt is not None and ledger.take(attempt)
+        assert attempt.bound_at("x0") is None
+        assert ledger.retire("s1", 7) == []
+        assert ledger.busy("s1") is False, "nobody asks for a sender that is gone"
+        assert ledger.bind_without_plugin(7, "x2", EXTENT)[0] is Delivery.DEFER
+        assert ledger.done(attempt) == []
+        assert ledger.bind_without_plugin(7, "x2", EXTENT)[0] is Delivery.DELIVER
+
+    def test_its_second_attempt_and_a_protected_one_wait_for_the_first(self) -> None:
+        ledger = prefill()
+        ledger.bind_without_plugin(7, "x0", EXTENT)
+        ledger.sender_made("s1", 7)
+        assert ledger.bind(7, "e1", "g1", "d0", "p0", extent=EXTENT)[0] is Delivery.DEFER
+        assert ledger.bind_without_plugin(7, "x0", EXTENT)[0] is Delivery.DEFER
+        ledger.retire("s1", 7)
+        assert ledger.bind(7, "e1", "g1", "d0", "p0", extent=EXTENT)[0] is Delivery.DELIVER
+        assert ledger.bind_without_plugin(7, "x0", EXTENT)[0] is Delivery.DEFER
+
+    def test_the_mark_is_the_generation_of_who_listens(self) -> None:
+        ledger = prefill()
+        for rank in ("d0", "d1"):
+            ledger.bind(7, "e", f"g-{rank}", rank, "p0", extent=EXTENT)
+        ledger.sender_made("s", 7)
+        attempt = ledger.put("s")
+        assert attempt is not None
+        assert attempt.bound_at("d1") == ("g-d1", "p0")
+        assert attempt.bound_at("elsewhere") is None
