@@ -17,7 +17,7 @@ import pytest
 
 from sglang_scaling_fixes.lab.install import Environment
 from sglang_scaling_fixes.lab.servers import tokenizer
-from sglang_scaling_fixes.lab.servers.client import AbortAck, call
+from sglang_scaling_fixes.lab.servers.client import Answer, call
 from sglang_scaling_fixes.lab.servers.link import LOCAL
 from sglang_scaling_fixes.lab.servers.pending import greedy
 from sglang_scaling_fixes.lab.servers.serve import Served, prompt
@@ -50,10 +50,10 @@ class Proxy:
             time.sleep(0.1)
         raise AssertionError(self.end())
 
-    def get(self, path: str) -> AbortAck:
+    def get(self, path: str) -> Answer:
         return call(LOCAL, "127.0.0.1", self.port, path)
 
-    def post(self, path: str, payload: object) -> AbortAck:
+    def post(self, path: str, payload: object) -> Answer:
         return call(LOCAL, "127.0.0.1", self.port, path, payload=payload, timeout_s=180)
 
     def end(self) -> str:

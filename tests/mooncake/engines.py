@@ -31,7 +31,7 @@ HOST = "127.0.0.1"
 
 
 class StockEngine:
-    """The part of SGLang's `MooncakeTransferEngine` that the fence and the tap use."""
+    """The part of SGLang's `MooncakeTransferEngine` that the fence and the interposer use."""
 
     def __init__(self, hostname: str, gpu_id: int, ib_device: str) -> None:
         self.hostname, self.gpu_id, self.ib_device = hostname, gpu_id, ib_device
@@ -108,6 +108,9 @@ class Counted:
 
     def __init__(self) -> None:
         self.failures: list[str] = []
+
+    def wrote(self, attempt: Any, session: str) -> None:
+        pass
 
     def failed(self, attempt: Any, reason: str) -> None:
         del attempt

@@ -49,7 +49,7 @@ def test_without_one_rule_the_corruption_is_found(
         "room reuse, failed write",
         "crash, dup",
         "two writers, one silent",
-        "stranger at decode, later",
+        "decode without the plugin, later",
         "unknown peer, stock lags",
         "stock prefill, decode's stock lags",
     ],
