@@ -34,6 +34,7 @@ format: setup ## lay the code out as `make lint` wants it
 
 docs: setup ## renew the generated tables and pictures of the documents
 	@$(BIN)/python -m tests.model.diagram
+	@$(BIN)/python -m tools.reference
 
 demo: setup ## corrupt a stock server's KV, then show the fix preventing it
 	@$(BIN)/sglang-scaling-fixes lab install $(DEMO_RELEASE)

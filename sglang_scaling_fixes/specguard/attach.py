@@ -19,6 +19,7 @@ from sglang_scaling_fixes.attach import (
 )
 from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.errors import AttachError, ConfigError
+from sglang_scaling_fixes.ranks import TpGroup
 from sglang_scaling_fixes.specguard import notify, points, settings
 from sglang_scaling_fixes.specguard.guard import (
     ERROR_TYPE,
@@ -210,12 +211,11 @@ def _origin(scheduler: Any) -> str:
     """A name for this start of this scheduler: one for all ranks that share its decisions."""
     import torch
 
-    name = [secrets.token_hex(4)]
-    for group in (getattr(scheduler, g, None) for g in metrics.DECIDING_GROUPS):
-        if group is not None and torch.distributed.is_initialized():
-            first = torch.distributed.get_global_rank(group, 0)
-            torch.distributed.broadcast_object_list(name, src=first, group=group)
-    return name[0]
+    name = secrets.token_hex(4)
+    if torch.distributed.is_initialized():
+        for group in (getattr(scheduler, g, None) for g in metrics.DECIDING_GROUPS):
+            name = TpGroup(group).of_first(name)
+    return name
 
 
 def _notifier(reporting: Reporting) -> Notify:
