@@ -48,13 +48,13 @@ def check(holds: bool, what: str) -> None:
 
 def run() -> None:
     """Prove decode and prefill. Raises `AttachError` with what did not hold."""
-    with _guards_restored(), _quiet("decode"), _quiet("prefill"):
+    with _sides_restored(), _quiet():
         _prove_decode()
         _prove_prefill()
 
 
 @contextlib.contextmanager
-def _guards_restored() -> Iterator[None]:
+def _sides_restored() -> Iterator[None]:
     saved = DecodeSide.current, PrefillSide.current
     try:
         yield
@@ -63,14 +63,16 @@ def _guards_restored() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet(module: str) -> Iterator[None]:
-    """A probe's room is nobody's room: keep it out of the log."""
-    logger = logging.getLogger(f"{__package__}.{module}")
-    saved, logger.disabled = logger.disabled, True
+def _quiet() -> Iterator[None]:
+    """A probe's room is nobody's room: keep it out of the log, whichever part writes of it."""
+    logger, nowhere = logging.getLogger(__package__), logging.NullHandler()
+    saved, logger.propagate = logger.propagate, False
+    logger.addHandler(nowhere)
     try:
         yield
     finally:
-        logger.disabled = saved
+        logger.removeHandler(nowhere)
+        logger.propagate = saved
 
 
 class _Socket:
@@ -123,10 +125,10 @@ def _prove_decode() -> None:
     from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
 
     manager = _manager(kv_args=SimpleNamespace(state_types=[]))
-    guard = DecodeSide(manager, Config()).install()
+    side = DecodeSide(manager, Config()).install()
     tokens = TokenToKVPoolAllocator(16, torch.float32, "cpu", None, False)
     aux = ReqToMetadataIdxAllocator(4)
-    guard.install_gate(
+    side.install_gate(
         SimpleNamespace(
             token_to_kv_pool_allocator=tokens,
             req_to_metadata_buffer_idx_allocator=aux,
@@ -135,7 +137,7 @@ def _prove_decode() -> None:
             tree_cache=None,
         )
     )
-    guard.ledger.hello_acked(_RANK, "prefill")
+    side.ledger.hello_acked(_RANK, "prefill")
     socket = _Socket()
 
     class ProbeReceiver(Lenient, MooncakeKVReceiver):  # type: ignore[misc]
@@ -174,19 +176,19 @@ def _prove_decode() -> None:
     check(isinstance(messages.decode(socket.sent[-1][0]), messages.Abort), "no ABORT left")
     tokens.free(slots)
     aux.free(slot)
-    guard.tick()
+    side.tick()
     held = tokens.available_size(), aux.available_size()
     check(held == before, "slots went back to the free list without proof")
     answer = messages.AbortAck(_RANK, "prefill", bind.lease, "drained")
     check(manager.server_socket.read([messages.encode(answer)]) is None, "stock saw our message")
-    guard.tick()
+    side.tick()
     back = tokens.available_size(), aux.available_size()
     check(back == (before[0] + 4, before[1] + 1), "slots did not come back with proof")
 
-    _prove_success(guard, manager, expose, tokens, aux)
+    _prove_success(side, manager, expose, tokens, aux)
 
 
-def _prove_success(guard: DecodeSide, manager: Any, expose: Any, tokens: Any, aux: Any) -> None:
+def _prove_success(side: DecodeSide, manager: Any, expose: Any, tokens: Any, aux: Any) -> None:
     """A success is a landing only if stock hands the KV to its request."""
 
     def free() -> tuple[int, int]:
@@ -200,7 +202,7 @@ def _prove_success(guard: DecodeSide, manager: Any, expose: Any, tokens: Any, au
     before = available()
     receiver, slots, slot = expose(_ROOM + 1)
     manager.request_status[_ROOM + 1] = receiver.conclude_state = 4
-    guard.commit(lambda *_: receiver.clear(), None, SimpleNamespace(kv_receiver=receiver))
+    side.commit(lambda *_: receiver.clear(), None, SimpleNamespace(kv_receiver=receiver))
     check(free() == before, "a landed request was held")
 
     receiver, slots, slot = expose(_ROOM + 2)
@@ -213,7 +215,7 @@ def _prove_success(guard: DecodeSide, manager: Any, expose: Any, tokens: Any, au
     check(receiver.poll() == 4, "this attempt's own success was not shown to the scheduler")
     receiver.clear()  # success here, and yet ended: another rank may have no proof
     check(free() != before, "a success of one rank was taken for all")
-    guard.tick()
+    side.tick()
     check(available() == before, "a proven hold stayed")
 
 
@@ -294,8 +296,8 @@ def _prove_prefill() -> None:
     queue = _Queue()
     engine = _Engine()
     manager = _manager(engine=engine, transfer_queues=[queue])
-    guard = PrefillSide(manager).install()
-    guard.tap_socket()
+    side = PrefillSide(manager).install()
+    side.tap_socket()
     answers: list[messages.Message | messages.Garbage | None] = []
 
     def keep_answer(to: str, frame: bytes) -> bool:
@@ -303,9 +305,9 @@ def _prove_prefill() -> None:
         answers.append(messages.decode(frame))
         return True
 
-    guard._replies.send = keep_answer  # type: ignore[method-assign]
-    tap = guard.tap_queue(queue)
-    check(guard.guards(manager), "a transfer queue is not tapped")
+    side._replies.send = keep_answer  # type: ignore[method-assign]
+    tap = side.tap_queue(queue)
+    check(side.protects(manager), "a transfer queue is not tapped")
     read = manager.server_socket.read
 
     def metadata(room: int, lease: str) -> list[bytes]:
@@ -318,14 +320,14 @@ def _prove_prefill() -> None:
     read(metadata(_ROOM + 1, "g2"))
     senders = {room: _Sender(room) for room in (_ROOM, _ROOM + 1)}
     for sender in senders.values():
-        guard.sender_made(sender)
-        guard.send(lambda sender, *_: tap.put(_Chunk(sender.bootstrap_room)), sender, ())
+        side.sender_made(sender)
+        side.send(lambda sender, *_: tap.put(_Chunk(sender.bootstrap_room)), sender, ())
     ask = messages.Abort("tcp://192.0.2.2:9", _RANK, _ROOM, "g1")
     check(read([messages.encode(ask)]) is None, "stock saw our message")
     last = answers[-1]
     check(isinstance(last, messages.AbortAck) and last.verdict == "drained", "no drain answer")
     seen: list[int] = []
-    real_take = guard.take
+    real_take = side.take
 
     def take(attempt: Attempt, chunk: Any) -> bool:
         taken = real_take(attempt, chunk)
@@ -333,30 +335,30 @@ def _prove_prefill() -> None:
             seen.append(attempt.room)
         return taken
 
-    guard.take = take  # type: ignore[method-assign]
+    side.take = take  # type: ignore[method-assign]
     with ThreadPoolExecutor(1) as pool:
         with contextlib.suppress(_StopWorker):
             MooncakeKVManager.transfer_worker(manager, queue, pool)
         check(seen == [_ROOM + 1], "the worker did not skip the aborted room's chunk")
         sender = senders[_ROOM + 1]
-        check(not guard.busy(sender), "a finished chunk still counts as being written")
+        check(not side.busy(sender), "a finished chunk still counts as being written")
         ways = [(manager.engine, engine, release.mooncake_retries())]
         for once in (False, True):
             engine = _Engine()
-            ways.append((EngineInterposer(engine, guard, once=once), engine, once))
+            ways.append((EngineInterposer(engine, side, once=once), engine, once))
         for number, (tapped, engine, once) in enumerate(ways, start=3):
             manager.engine = tapped
             room = _ROOM + number
             read(metadata(room, f"g{number}"))
             senders[room] = _Sender(room)
-            guard.sender_made(senders[room])
-            attempt: Attempt | None = guard.send(lambda *_: guard.put(None), senders[room], ())
+            side.sender_made(senders[room])
+            attempt: Attempt | None = side.send(lambda *_: side.put(None), senders[room], ())
             assert attempt is not None
-            _prove_write(manager, engine, once, attempt, ExecutorInterposer(pool, guard))
-    _prove_coverage(guard, read)
+            _prove_write(manager, engine, once, attempt, ExecutorInterposer(pool, side))
+    _prove_coverage(side, read)
 
 
-def _prove_coverage(guard: PrefillSide, read: Callable[[list[bytes]], Any]) -> None:
+def _prove_coverage(side: PrefillSide, read: Callable[[list[bytes]], Any]) -> None:
     """A success of a prompt that is shorter than decode's must not leave as one."""
     decode, session = "tcp://192.0.2.2:9", "probe:3"
     for room, computed in ((_ROOM + 6, 9), (_ROOM + 7, 1)):
@@ -364,11 +366,11 @@ def _prove_coverage(guard: PrefillSide, read: Callable[[list[bytes]], Any]) -> N
         bind = messages.Bind(decode, _RANK, str(room), str(room), pages=1, states=(), tokens=9)
         read(messages.attach_trailer(stock, bind))
         sender = _Sender(room)
-        guard.sender_made(sender)
-        guard.computes(SimpleNamespace(disagg_kv_sender=sender, origin_input_ids=[0] * computed))
-        attempt: Attempt | None = guard.send(lambda *_: guard.put(None), sender, (0,))
+        side.sender_made(sender)
+        side.computes(SimpleNamespace(disagg_kv_sender=sender, origin_input_ids=[0] * computed))
+        attempt: Attempt | None = side.send(lambda *_: side.put(None), sender, (0,))
         assert attempt is not None
-        covered = guard.success_leaves(decode, attempt)
+        covered = side.success_leaves(decode, attempt)
         check(covered or computed != 9, "a success of the whole prompt was held back")
         check(not covered or computed == 9, "a success of a part of the prompt was let through")
 

@@ -99,15 +99,15 @@ def check_in_force(scheduler: Any) -> None:
     mode = scheduler.disaggregation_mode.value
     if mode == "decode":
         manager = scheduler.disagg_decode_prealloc_queue.kv_manager
-        guard = DecodeSide.current
-        if _is_mooncake(manager) and (guard is None or not guard.guards(manager)):
+        side = DecodeSide.current
+        if _is_mooncake(manager) and (side is None or not side.protects(manager)):
             raise ConfigError("the decode allocators of this scheduler are not gated")
         _check_transport(manager)
     elif mode == "prefill":
         manager = scheduler.disagg_prefill_bootstrap_queue.kv_manager
         deadline = time.monotonic() + _TAP_WAIT
         while _is_mooncake(manager) and not (
-            PrefillSide.current is not None and PrefillSide.current.guards(manager)
+            PrefillSide.current is not None and PrefillSide.current.protects(manager)
         ):
             if time.monotonic() >= deadline:
                 raise ConfigError("the transfer queues of this scheduler are not accounted for")

@@ -16,6 +16,7 @@ from sglang_scaling_fixes.lab.servers.checkpoints import Model
 from sglang_scaling_fixes.lab.servers.cluster import Cluster, ClusterSpec
 from sglang_scaling_fixes.lab.servers.link import link
 
+PROBE_ROOM = 7_000_000_007
 AUDIT = ("--plugin", "--safe-reclaim-audit")
 SHAPE = ("--chunked-prefill-size", "128", "--page-size", "16")
 """Several chunks per request, and the paged allocator."""
@@ -104,6 +105,7 @@ def test_states_are_in_server_info_and_the_log(armed: dict[str, Any], role: str)
     assert states["safe-reclaim"] == "armed"
     name = "decode" if role == "decode" else "prefill-fast"
     assert "sglang-scaling-fixes: safe-reclaim armed" in armed["logs"][name]
+    assert f"room {PROBE_ROOM // 100}" not in armed["logs"][name], "the probe's rooms are nobody's"
 
 
 def test_every_exposure_was_accounted_for(armed: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Where the decode guard is called from: stock's methods, wrapped.
+"""Where decode is called from: stock's methods, wrapped.
 
 They do nothing until a decode KV manager starts in this process.
 """
@@ -65,21 +65,21 @@ def _attach_receiver() -> None:
     def connect(stock: Callable[..., Any]) -> Callable[..., Any]:
         def connected(cls: Any, bootstrap_info: dict[str, Any]) -> Any:
             socket, lock = stock(cls, bootstrap_info)
-            guard = DecodeSide.current
-            if guard is None:
+            side = DecodeSide.current
+            if side is None:
                 return socket, lock
             rank = rank_of(bootstrap_info)
             route = functools.partial(stock, cls, bootstrap_info)
-            return OutgoingSocket(socket, rank, route, guard.peers), lock
+            return OutgoingSocket(socket, rank, route, side.peers), lock
 
         return connected
 
     def send_metadata(stock: Callable[..., Any]) -> Callable[..., Any]:
         def sent(receiver: Any, *args: Any, **kwargs: Any) -> Any:
-            guard = DecodeSide.current
-            if guard is None:
+            side = DecodeSide.current
+            if side is None:
                 return stock(receiver, *args, **kwargs)
-            return guard.send_metadata(stock, receiver, *args, **kwargs)
+            return side.send_metadata(stock, receiver, *args, **kwargs)
 
         return sent
 
@@ -103,8 +103,8 @@ def _attach_receiver() -> None:
 
     def commit(stock: Callable[..., Any]) -> Callable[..., Any]:
         def committed(queue: Any, request: Any) -> Any:
-            guard = DecodeSide.current
-            return stock(queue, request) if guard is None else guard.commit(stock, queue, request)
+            side = DecodeSide.current
+            return stock(queue, request) if side is None else side.commit(stock, queue, request)
 
         return committed
 
@@ -125,10 +125,10 @@ def _attach_scheduler() -> None:
         **kwargs: Any,
     ) -> Any:
         """Admission, before a request has anything. One that comes back is not refused."""
-        guard = DecodeSide.current
+        side = DecodeSide.current
         back = is_retracted or is_rebootstrap
-        if guard is not None and guard.refusing and not back and not layout.is_fake(req):
-            return guard.refuse(queue, req)
+        if side is not None and side.refusing and not back and not layout.is_fake(req):
+            return side.refuse(queue, req)
         if is_rebootstrap:
             kwargs["is_rebootstrap"] = True
         return stock(queue, req, is_retracted, **kwargs)
@@ -144,9 +144,9 @@ def _attach_scheduler() -> None:
 
     def is_fully_idle(stock: Callable[..., Any]) -> Callable[..., Any]:
         def idle(scheduler: Any, for_health_check: bool = False, **kwargs: Any) -> Any:
-            guard = DecodeSide.current
+            side = DecodeSide.current
             fully = stock(scheduler, for_health_check, **kwargs)
-            return fully and (for_health_check or guard is None or not guard.holding())
+            return fully and (for_health_check or side is None or not side.holding())
 
         return idle
 

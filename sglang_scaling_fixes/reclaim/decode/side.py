@@ -54,7 +54,7 @@ class DecodeSide:
     """Safe reclaim of one decode rank."""
 
     current: DecodeSide | None = None
-    """The guard of this process: SGLang makes one KV manager per scheduler process."""
+    """The one of this process: SGLang makes one KV manager per scheduler process."""
 
     def __init__(self, manager: Any, config: Config) -> None:
         layout.check_states(manager.kv_args)
@@ -77,7 +77,7 @@ class DecodeSide:
     # -- wiring ---------------------------------------------------------------
 
     def install(self) -> DecodeSide:
-        """Read the manager's messages before stock does, and be the guard of this process."""
+        """Read the manager's messages before stock does, and stand for this process."""
         manager = self._manager
         manager.server_socket = ReceivingSocket(manager.server_socket, self.inbox.read)
         DecodeSide.current = self
@@ -100,8 +100,8 @@ class DecodeSide:
         self.ledger.group = self._group.of_first(self.ledger.group)
         self._buffers = queue.metadata_buffers
 
-    def guards(self, manager: Any) -> bool:
-        """True when `manager` and its allocators are behind this guard."""
+    def protects(self, manager: Any) -> bool:
+        """True when `manager` and its allocators are behind this side."""
         return self._manager is manager and self.gate is not None
 
     def _owns_aux(self, aux: int, room: int) -> bool:

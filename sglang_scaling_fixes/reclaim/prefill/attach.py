@@ -1,4 +1,4 @@
-"""Where the prefill guard is called from: stock's methods, wrapped.
+"""Where the prefill side is called from: stock's methods, wrapped.
 
 They do nothing until a prefill KV manager starts in this process.
 """
@@ -25,22 +25,22 @@ def attach() -> None:
         return result
 
     def start_prefill_thread(stock: Callable[..., Any], manager: Any) -> Any:
-        if (guard := PrefillSide.current) is not None:
-            guard.tap_socket()
+        if (side := PrefillSide.current) is not None:
+            side.tap_socket()
         return stock(manager)
 
     def transfer_worker(
         stock: Callable[..., Any], manager: Any, queue: Any, executor: Any, *args: Any, **kw: Any
     ) -> Any:
-        if (guard := PrefillSide.current) is None:
+        if (side := PrefillSide.current) is None:
             return stock(manager, queue, executor, *args, **kw)
-        return guard.work(stock, manager, queue, executor, *args, **kw)
+        return side.work(stock, manager, queue, executor, *args, **kw)
 
     def connect(stock: Callable[..., Any]) -> Callable[..., Any]:
         def connected(manager: Any, to: str, *args: Any, **kwargs: Any) -> Any:
             socket = stock(manager, to, *args, **kwargs)
-            guard = PrefillSide.current
-            return socket if guard is None else StatusInterposer(socket, to, guard)
+            side = PrefillSide.current
+            return socket if side is None else StatusInterposer(socket, to, side)
 
         return connected
 
@@ -54,10 +54,10 @@ def attach() -> None:
 
     def send(stock: Callable[..., Any]) -> Callable[..., Any]:
         def sent(sender: Any, *args: Any, **kwargs: Any) -> Any:
-            guard = PrefillSide.current
-            if guard is None:
+            side = PrefillSide.current
+            if side is None:
                 return stock(sender, *args, **kwargs)
-            return guard.send(stock, sender, *args, **kwargs)
+            return side.send(stock, sender, *args, **kwargs)
 
         return sent
 
@@ -79,8 +79,8 @@ def attach() -> None:
         def polled(sender: Any) -> Any:
             # Every sender in every turn of the loop.
             status = stock(sender)
-            if status == FAILED and (guard := PrefillSide.current) is not None:
-                return type(status)(TRANSFERRING) if guard.busy(sender) else status
+            if status == FAILED and (side := PrefillSide.current) is not None:
+                return type(status)(TRANSFERRING) if side.busy(sender) else status
             return status
 
         return polled

@@ -65,7 +65,7 @@ class PrefillSide:
     """Safe reclaim of one prefill rank."""
 
     current: PrefillSide | None = None
-    """The guard of this process: SGLang makes one KV manager per scheduler process."""
+    """The one of this process: SGLang makes one KV manager per scheduler process."""
 
     def __init__(self, manager: Any) -> None:
         self._manager = manager
@@ -86,7 +86,7 @@ class PrefillSide:
     # -- wiring -------------------------------------------------------------------
 
     def install(self) -> PrefillSide:
-        """Watch every write of the manager's engine, and be the guard of this process."""
+        """Watch every write of the manager's engine, and stand for this process."""
         engine = self._manager.engine
         self._manager.engine = EngineInterposer(engine, self, once=release.mooncake_retries())
         PrefillSide.current = self
@@ -124,7 +124,7 @@ class PrefillSide:
         finally:
             tap.end()  # it ends at any exception, and writes nothing from here on
 
-    def guards(self, manager: Any) -> bool:
+    def protects(self, manager: Any) -> bool:
         """True when every transfer queue of `manager` is tapped: no chunk can pass unseen."""
         return self._manager is manager and all(
             isinstance(queue, QueueInterposer) for queue in manager.transfer_queues
