@@ -24,7 +24,7 @@ from sglang_scaling_fixes.paths import PACKAGE
 from sglang_scaling_fixes.release import version_tuple
 
 _PROBE = Path(loading_probe.__file__)
-_TIMEOUT = 600.0
+_TIMEOUT_S = 600.0
 """Seconds each question may take: a cold import of SGLang is slow on a busy machine."""
 
 
@@ -78,11 +78,11 @@ def _answer(question: str, env: Mapping[str, str]) -> Any:
             question,
             env=env,
             mark=loading_probe.MARK,
-            timeout_s=_TIMEOUT,
+            timeout_s=_TIMEOUT_S,
         )
     except child_process.NoAnswerInTime as error:
         raise ConfigError(
-            f"the installed SGLang did not say what it loads within {_TIMEOUT:.0f} s; try again "
+            f"the installed SGLang did not say what it loads within {_TIMEOUT_S:.0f} s; try again "
             "when this machine is less busy"
         ) from error
     except child_process.NoAnswer as error:

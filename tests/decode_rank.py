@@ -17,7 +17,7 @@ from sglang_scaling_fixes.reclaim import messages
 from sglang_scaling_fixes.reclaim.decode.peers import OutgoingSocket
 from sglang_scaling_fixes.reclaim.decode.side import DecodeSide
 from sglang_scaling_fixes.reclaim.rules.exposure import Exposure
-from sglang_scaling_fixes.reclaim.rules.quarantine import GRACE
+from sglang_scaling_fixes.reclaim.rules.quarantine import GRACE_S
 
 torch = pytest.importorskip("torch")
 allocators = pytest.importorskip("sglang.srt.mem_cache.allocator")
@@ -106,7 +106,7 @@ class Decode:
         self.guard.send_metadata(stock, receiver, slots.numpy().astype(np.int32), aux, [])
         return receiver, slots, aux
 
-    def give_up(self, receiver: Any, slots: Any, aux: int, age: float = GRACE + 1) -> Exposure:
+    def give_up(self, receiver: Any, slots: Any, aux: int, age: float = GRACE_S + 1) -> Exposure:
         """The owner gave up `age` seconds ago, and stock frees everything."""
         exposure: Exposure = receiver.sglang_scaling_fixes_exposure
         self.guard.clearing(receiver)

@@ -31,7 +31,7 @@ MARK = "racecheck:"
 """What the worker's one line begins with."""
 
 _WORKER = "sglang_scaling_fixes.racecheck.worker"
-_TIMEOUT = 600.0
+_TIMEOUT_S = 600.0
 """Seconds for one release: a cold import of SGLang is slow on a busy machine."""
 
 
@@ -91,12 +91,12 @@ def _run(folder: Path | None, fixes: str, hazards: tuple[str, ...]) -> dict[str,
     env["PYTHONPATH"] = os.pathsep.join([*first, str(ROOT), env["PYTHONPATH"]])
     try:
         report: dict[str, Any] = child_process.ask(
-            "-m", _WORKER, fixes, *hazards, env=env, mark=MARK, timeout_s=_TIMEOUT
+            "-m", _WORKER, fixes, *hazards, env=env, mark=MARK, timeout_s=_TIMEOUT_S
         )
     except child_process.NoAnswerInTime as error:
         raise ConfigError(
-            f"this SGLang was not checked within {_TIMEOUT:.0f} s; try again when this machine is "
-            "less busy"
+            f"this SGLang was not checked within {_TIMEOUT_S:.0f} s; try again when this machine "
+            "is less busy"
         ) from error
     except child_process.NoAnswer as error:
         raise ConfigError(f"this SGLang cannot be checked: {error}") from error

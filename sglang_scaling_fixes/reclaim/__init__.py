@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sglang_scaling_fixes.config import Config
     from sglang_scaling_fixes.refusals import Edit
 
-TRANSFER_TIMEOUT = "600"
+TRANSFER_TIMEOUT_S = "600"
 """Seconds a Mooncake write may take before it is given up (MC_TRANSFER_TIMEOUT).
 
 Mooncake's own 30 s abandons a slow write while its bytes are still on the wire: the
@@ -52,7 +52,7 @@ class SafeReclaim(Fix):
 
     def arm(self, config: Config) -> Armed:
         """Attach both roles: which one this process will have is not known yet."""
-        os.environ.setdefault("MC_TRANSFER_TIMEOUT", TRANSFER_TIMEOUT)
+        os.environ.setdefault("MC_TRANSFER_TIMEOUT", TRANSFER_TIMEOUT_S)
         from sglang_scaling_fixes.attach import is_wrapped, require_wrapped
         from sglang_scaling_fixes.reclaim import probe
         from sglang_scaling_fixes.reclaim.decode import attach as attach_decode

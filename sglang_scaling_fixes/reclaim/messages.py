@@ -37,7 +37,7 @@ TAG = b"\x00ssf1\x00"
 """Opens every frame of ours. Stock frames open with ASCII digits, letters or packed
 pointers; seven fixed bytes make an accidental match on a trailing frame negligible."""
 
-MAX_FRAME = 65536
+MAX_FRAME_BYTES = 65536
 """Bytes. Ours have a few hundred."""
 
 TRAILER_AT = 32
@@ -160,7 +160,7 @@ def decode(frame: bytes) -> Message | Garbage | None:
     """The message in `frame`; None when the frame does not open with `TAG`."""
     if not frame.startswith(TAG):
         return None
-    if len(frame) > MAX_FRAME:
+    if len(frame) > MAX_FRAME_BYTES:
         return GARBAGE
     try:
         message: Message = _decoder.decode(memoryview(frame)[len(TAG) :])

@@ -16,7 +16,7 @@ from sglang_scaling_fixes.reclaim.decode import fence
 from sglang_scaling_fixes.reclaim.decode.side import DecodeSide
 from sglang_scaling_fixes.reclaim.prefill.side import PrefillSide
 
-_TAP_WAIT = 5.0
+_QUEUES_WAIT_S = 5.0
 """Seconds for stock's worker threads to reach their first line after construction."""
 
 _ONE_SUBMISSION = ("batch_transfer_async_write", "get_batch_transfer_status")
@@ -105,7 +105,7 @@ def check_in_force(scheduler: Any) -> None:
         _check_transport(manager)
     elif mode == "prefill":
         manager = scheduler.disagg_prefill_bootstrap_queue.kv_manager
-        deadline = time.monotonic() + _TAP_WAIT
+        deadline = time.monotonic() + _QUEUES_WAIT_S
         while _is_mooncake(manager) and not (
             PrefillSide.current is not None and PrefillSide.current.protects(manager)
         ):

@@ -20,7 +20,7 @@ DESCRIPTION = (
     "found its KV cache corrupted. It is retried as long as the client has no byte of an answer."
 )
 
-CLIENT_KEEP_ALIVE_SECONDS = 75
+CLIENT_KEEP_ALIVE_S = 75
 """How long an idle connection of a client is kept: longer than clients keep theirs."""
 
 _NUMBERS = {
@@ -108,7 +108,7 @@ def serve(chosen: ProxySettings) -> None:
         server_header=False,
         date_header=False,
         proxy_headers=False,
-        timeout_keep_alive=CLIENT_KEEP_ALIVE_SECONDS,
+        timeout_keep_alive=CLIENT_KEEP_ALIVE_S,
         timeout_graceful_shutdown=max(1, round(chosen.grace)),
     )
     host, port = listener.getsockname()[:2]

@@ -6,7 +6,7 @@ import time
 
 from sglang_scaling_fixes.retry.attempt import Attempts
 from sglang_scaling_fixes.retry.failure import Failure, Reason
-from sglang_scaling_fixes.retry.refusal import RETRY_AFTER_SECONDS, Refusal, send_failure
+from sglang_scaling_fixes.retry.refusal import RETRY_AFTER_S, Refusal, send_failure
 from sglang_scaling_fixes.retry.reply import ClientReply
 from sglang_scaling_fixes.retry.request import ClientRequest
 from sglang_scaling_fixes.retry.routes import Pairs
@@ -86,7 +86,7 @@ class Dispatcher:
         elif failure.reason is Reason.UNAVAILABLE:
             # A worker that refuses everything has the fewest requests in flight. Without this
             # it would always be picked next.
-            asked = failure.retry_after or RETRY_AFTER_SECONDS
+            asked = failure.retry_after or RETRY_AFTER_S
             self._workers.avoid(worker, now + min(longest, asked))
         elif failure.broke and self._workers.broke(worker, now):
             log(event="down", worker=worker.target.name, reason=failure.reason.value)

@@ -11,9 +11,9 @@ import aiohttp
 from sglang_scaling_fixes.retry.telemetry import log
 from sglang_scaling_fixes.retry.workers import Worker, Workers
 
-PROBE_SECONDS = 10.0
+PROBE_S = 10.0
 """How long a worker may take to answer a probe: a stock /health may generate a token first."""
-TICK_SECONDS = 0.25
+TICK_S = 0.25
 """Between two looks at which workers are due."""
 
 
@@ -27,7 +27,7 @@ class HealthProber:
         """Until cancelled: probe every worker when it is due, all at once."""
         try:
             while True:
-                await asyncio.sleep(TICK_SECONDS)
+                await asyncio.sleep(TICK_S)
                 for worker in self._workers.due(time.monotonic()):
                     probe = asyncio.create_task(self._probe(worker))
                     self._probes.add(probe)
@@ -48,7 +48,7 @@ class HealthProber:
 
     async def _healthy(self, worker: Worker) -> bool:
         """Whether all servers of the target answer, with a status below 500."""
-        limit = aiohttp.ClientTimeout(total=PROBE_SECONDS)
+        limit = aiohttp.ClientTimeout(total=PROBE_S)
         for url in worker.target.urls:
             try:
                 async with self._session.get(url + "/health", timeout=limit) as response:

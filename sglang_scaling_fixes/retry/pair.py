@@ -25,7 +25,7 @@ from sglang_scaling_fixes.retry.stream import Stream
 from sglang_scaling_fixes.retry.verdict import PAIR_RETRYABLE, judge_body
 from sglang_scaling_fixes.retry.worker_client import WorkerCall, WorkerClient
 
-PREFILL_GRACE_SECONDS = 1.0
+PREFILL_GRACE_S = 1.0
 """How long a prefill may go on after its decode has answered in full."""
 ERROR_BYTES = 1 << 20
 """How much of an error body is read to judge it."""
@@ -71,7 +71,7 @@ class PairAttempt:
                     await reply.whole(refusal.status, refusal.headers, refusal.body)
                     return
             await decode
-            await asyncio.wait({prefill}, timeout=PREFILL_GRACE_SECONDS)
+            await asyncio.wait({prefill}, timeout=PREFILL_GRACE_S)
         finally:
             await _cancel(decode, prefill)
 

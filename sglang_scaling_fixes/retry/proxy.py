@@ -28,7 +28,7 @@ from sglang_scaling_fixes.retry.workers import Workers
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
-TICK_SECONDS = 0.25
+TICK_S = 0.25
 """Between two looks at which clients have stopped reading."""
 
 
@@ -140,7 +140,7 @@ class RetryProxy:
         """Until cancelled: end the requests whose client has not read for `idle_timeout`."""
         loop = asyncio.get_running_loop()
         while True:
-            await asyncio.sleep(TICK_SECONDS)
+            await asyncio.sleep(TICK_S)
             limit = loop.time() - self._settings.idle_timeout
             for reply, work in self._running.items():
                 if reply.blocked_since is not None and reply.blocked_since < limit:

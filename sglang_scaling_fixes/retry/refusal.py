@@ -8,7 +8,7 @@ from sglang_scaling_fixes.retry.failure import Failure, error_body, error_event
 from sglang_scaling_fixes.retry.reply import ClientReply
 from sglang_scaling_fixes.retry.routes import Family
 
-RETRY_AFTER_SECONDS = 1
+RETRY_AFTER_S = 1
 """In the header of a 503, unless a worker asked for more."""
 
 
@@ -19,7 +19,7 @@ class Refusal(Exception):
     status: int
     type: str
     message: str
-    after: int = RETRY_AFTER_SECONDS
+    after: int = RETRY_AFTER_S
     retryable: bool = False
 
 
@@ -47,7 +47,7 @@ async def send_failure(reply: ClientReply, family: Family, failure: Failure | No
     if not reply.started:
         refusal = Refusal(503, "no_worker", "no worker is live", retryable=True)
         if failure is not None:
-            after = max(RETRY_AFTER_SECONDS, failure.retry_after or 0)
+            after = max(RETRY_AFTER_S, failure.retry_after or 0)
             refusal = Refusal(503, failure.type, failure.message, after, failure.retryable)
         await send_refusal(reply, family, refusal)
     elif reply.stream is not None and failure is not None:

@@ -16,7 +16,7 @@ from sglang_scaling_fixes.retry.stream import Stream
 from sglang_scaling_fixes.retry.verdict import judge_body
 from sglang_scaling_fixes.retry.worker_client import WorkerCall, WorkerClient
 
-AFTER_END_SECONDS = 5.0
+AFTER_END_S = 5.0
 """How long a worker may take to end the response after its last event."""
 
 
@@ -101,7 +101,7 @@ class Relay:
 async def _after_the_end(content: aiohttp.StreamReader) -> bytes:
     """What follows a stream's last event. It is the client's, but its loss is no failure."""
     try:
-        async with asyncio.timeout(AFTER_END_SECONDS):
+        async with asyncio.timeout(AFTER_END_S):
             return await content.readany()
     except (aiohttp.ClientError, OSError, TimeoutError):
         return b""

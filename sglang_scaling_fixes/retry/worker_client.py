@@ -14,7 +14,7 @@ from sglang_scaling_fixes.retry.failure import Failure, Reason
 from sglang_scaling_fixes.retry.request import ClientRequest
 from sglang_scaling_fixes.retry.settings import ProxySettings
 
-KEEP_ALIVE_SECONDS = 2.0
+KEEP_ALIVE_S = 2.0
 """How long an idle connection to a worker is kept; a stock worker closes it after 5 s."""
 
 
@@ -30,7 +30,7 @@ class WorkerCall:
 def new_session(settings: ProxySettings) -> aiohttp.ClientSession:
     """Changes nothing on the way: no cookies, no decompression, no headers of its own."""
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_SECONDS),
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
         timeout=aiohttp.ClientTimeout(
             total=None,
             connect=settings.connect_timeout,

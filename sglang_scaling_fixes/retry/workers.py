@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 from sglang_scaling_fixes.retry.settings import Target
 
-FIRST_BACKOFF, LONGEST_BACKOFF = 0.5, 30.0
+FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 0.5, 30.0
 """Seconds until a worker that is down is probed: after its first failure, and at most."""
 
 
@@ -111,5 +111,7 @@ class Workers:
 
     @staticmethod
     def _back_off(worker: Worker, now: float) -> None:
-        worker.probe_at = now + min(LONGEST_BACKOFF, FIRST_BACKOFF * 2 ** min(worker.failures, 16))
+        worker.probe_at = now + min(
+            LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2 ** min(worker.failures, 16)
+        )
         worker.failures += 1

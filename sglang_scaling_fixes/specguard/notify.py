@@ -34,12 +34,12 @@ logger = logging.getLogger(__name__)
 PATH = "/sglang_scaling_fixes/kv_anomaly"
 FIELD = "sglang_scaling_fixes_kv_anomaly_"
 """The name of a number in set_internal_state: this and a page size. The number is a digest."""
-QUICK = 0.25
+QUICK_S = 0.25
 """Seconds that a scheduler waits for prefill at most, once per anomaly. A few ms are usual."""
-TIMEOUT = 5.0
+TIMEOUT_S = 5.0
 """Seconds for one later attempt in the background."""
 ATTEMPTS = 3
-PAUSE = 10.0
+PAUSE_S = 10.0
 """Seconds in which a server that could not be notified is not tried again.
 
 Notifications to it fail at once meanwhile."""
@@ -68,7 +68,7 @@ class Notifier:
         host = f"[{host}]" if ":" in host and not host.startswith("[") else host
         url, body = f"http://{host}:{port}{PATH}", json.dumps(known).encode()
         with contextlib.suppress(Exception):  # the thread tries again, and logs what fails
-            if time.monotonic() >= self._silent.get(url, 0.0) and _post(url, body, QUICK) == 200:
+            if time.monotonic() >= self._silent.get(url, 0.0) and _post(url, body, QUICK_S) == 200:
                 self._count("delivered")
                 return
         try:
@@ -88,7 +88,7 @@ class Notifier:
         problem = ""
         for _ in range(ATTEMPTS):
             try:
-                status = _post(url, body, TIMEOUT)
+                status = _post(url, body, TIMEOUT_S)
             except Exception as error:  # also for an answer that is not HTTP, or a bad address
                 problem = repr(error)
                 continue
@@ -98,7 +98,7 @@ class Notifier:
             problem = f"it answered {status}"
             if status in (404, 405):
                 break  # the plugin does not run there
-        self._silent[url] = time.monotonic() + PAUSE
+        self._silent[url] = time.monotonic() + PAUSE_S
         logger.warning(
             "sglang-scaling-fixes: the prefill server was not notified of a KV anomaly (%s: %s); a "
             "retry there may read suspect KV. Arm spec-guard on the prefill server too.",
@@ -174,7 +174,7 @@ def add_route(server: Any) -> None:
         except ValueError as error:
             return web.Response(status=400, text=f"{error}\n")
         try:
-            await asyncio.wait_for(asyncio.wrap_future(_pass_on(known)), TIMEOUT)
+            await asyncio.wait_for(asyncio.wrap_future(_pass_on(known)), TIMEOUT_S)
         except Exception as error:  # the sender tries again, and logs it if that fails too
             logger.warning("sglang-scaling-fixes: a KV anomaly was not passed on: %r", error)
             return web.Response(status=503, text="not passed on to the schedulers\n")

@@ -18,7 +18,7 @@ from sglang_scaling_fixes.lab.servers.checkpoints import Model
 from sglang_scaling_fixes.lab.servers.cluster import Cluster, ClusterSpec
 from sglang_scaling_fixes.lab.servers.link import link
 from sglang_scaling_fixes.reclaim.retry_after import REFUSAL
-from sglang_scaling_fixes.reclaim.rules.quarantine import RETRY_AFTER
+from sglang_scaling_fixes.reclaim.rules.quarantine import RETRY_AFTER_S
 
 from .servers import prompt, report, wait_for
 
@@ -75,7 +75,7 @@ def test_a_writer_that_does_not_answer_is_waited_for_and_one_that_is_gone_is_fen
 
     # Alive and silent: no proof and no reason to fence. New requests go elsewhere.
     status, retry_after, text = refused(cluster)
-    assert (status, retry_after) == (503, str(RETRY_AFTER))
+    assert (status, retry_after) == (503, str(RETRY_AFTER_S))
     assert REFUSAL in text
     time.sleep(3)
     held = report(cluster)

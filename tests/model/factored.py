@@ -593,7 +593,7 @@ def _explore(nodes: Nodes, limit: int) -> Factored:
 _REUSE = Config(rooms=(7, 7), prefills=2)
 _THREE = Config(rooms=(7, 7, 7), prefills=2)
 
-QUICK: dict[str, Config] = {
+QUICK_S: dict[str, Config] = {
     "three requests, two ranks": _THREE,
     "two rooms, two ranks": Config(rooms=(7, 8), prefills=2),
     "room reuse, two ranks, a message lost": replace(_REUSE, lose=1),
@@ -621,7 +621,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=20_000_000, help="nodes per world")
     parser.add_argument("names", nargs="*", help="only these")
     args = parser.parse_args()
-    for name, config in {**QUICK, **(BIG if args.big else {})}.items():
+    for name, config in {**QUICK_S, **(BIG if args.big else {})}.items():
         if not args.names or name in args.names:
             found = explore_factored(config, limit=args.limit)
             print(f"{name}: {found}", flush=True)

@@ -12,7 +12,7 @@ from fastapi.testclient import TestClient
 
 from sglang_scaling_fixes.reclaim import retry_after
 from sglang_scaling_fixes.reclaim.retry_after import REFUSAL
-from sglang_scaling_fixes.reclaim.rules.quarantine import RETRY_AFTER
+from sglang_scaling_fixes.reclaim.rules.quarantine import RETRY_AFTER_S
 from sglang_scaling_fixes.refusals import Refusals
 from sglang_scaling_fixes.specguard import error_type
 
@@ -63,7 +63,7 @@ def client() -> TestClient:
 def test_our_refusal_says_when_to_come_back(client: TestClient) -> None:
     answer = client.get("/refused")
     assert answer.status_code == 503
-    assert answer.headers["retry-after"] == str(RETRY_AFTER)
+    assert answer.headers["retry-after"] == str(RETRY_AFTER_S)
     assert REFUSAL in answer.text
 
 

@@ -36,7 +36,7 @@ _LISTEN = "0A"
 _AT_ONCE = struct.pack("ii", 1, 0)
 """SO_LINGER: close with a reset."""
 _TRIES = 10
-_RETRY = 0.5
+_RETRY_S = 0.5
 """Seconds: the kernel may keep a port while a peer has not closed its end."""
 
 _shut: set[int] = set()
@@ -171,7 +171,7 @@ def _keep(ports: set[int]) -> None:
                     door = socket.create_server(("", port), family=family, dualstack_ipv6=dual)
                     doors.register(door, selectors.EVENT_READ)
                     wanted.discard(port)
-            for key, _ in doors.select(_RETRY if wanted else None):
+            for key, _ in doors.select(_RETRY_S if wanted else None):
                 door = cast(socket.socket, key.fileobj)
                 with contextlib.suppress(OSError):
                     visitor, _ = door.accept()

@@ -14,11 +14,11 @@ from sglang_scaling_fixes.reclaim.rules.reasons import REASONS, reason, why_held
 
 logger = logging.getLogger(__name__)
 
-SAY_HELD_AFTER = 5.0
+SAY_HELD_AFTER_S = 5.0
 """Seconds an exposure is held before the log says why."""
-SAY_AGAIN = 60.0
+SAY_AGAIN_S = 60.0
 """Seconds until the log says it again."""
-SHOW_EVERY = 1.0
+SHOW_EVERY_S = 1.0
 """Seconds between two updates of the gauges while something is held."""
 
 
@@ -37,13 +37,13 @@ class HoldReport:
         now = time.monotonic()
         self._tokens_max = max(self._tokens_max, gate.held_tokens)
         if now >= self._next_show:
-            self._next_show = now + SHOW_EVERY
+            self._next_show = now + SHOW_EVERY_S
             self.show(gate)
         for exposure in self._ledger.held:
-            due = exposure.next_log or exposure.gave_up_at + SAY_HELD_AFTER
+            due = exposure.next_log or exposure.gave_up_at + SAY_HELD_AFTER_S
             exposure.next_log = due
             if now >= due:
-                exposure.next_log = now + SAY_AGAIN
+                exposure.next_log = now + SAY_AGAIN_S
                 logger.warning(
                     "safe-reclaim: room %d held for %.0f s: %s",
                     exposure.room,

@@ -14,9 +14,9 @@ from collections.abc import Iterable
 
 from sglang_scaling_fixes.reclaim.rules.types import Rank
 
-LOOK_EVERY = 2.0
+LOOK_EVERY_S = 2.0
 """Seconds between two looks at the same ranks."""
-_CONNECT_WAIT = 1.0
+_CONNECT_WAIT_S = 1.0
 
 
 class Liveness:
@@ -32,7 +32,7 @@ class Liveness:
         now = time.monotonic()
         if now < self._next or (self._thread is not None and self._thread.is_alive()):
             return
-        self._next = now + LOOK_EVERY
+        self._next = now + LOOK_EVERY_S
         self._thread = threading.Thread(target=self._look, args=(sorted(set(ranks)),), daemon=True)
         self._thread.start()
 
@@ -46,14 +46,17 @@ class Liveness:
                 continue
             # Who serves the port of a rank that was gone is its successor, and not gone: what
             # the predecessor has left open is told by the successor's incarnation.
-            (self._gone.discard if served else self._gone.add)(rank)
+            if served:
+                self._gone.discard(rank)
+            else:
+                self._gone.add(rank)
 
 
 def serves(rank: Rank) -> bool | None:
     """Does a process listen at `rank` (`"ip:port"`)?  None: its host gives no answer."""
     host, _, port = rank.rpartition(":")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_WAIT).close()
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_WAIT_S).close()
     except ConnectionRefusedError:
         return False
     except (OSError, ValueError):

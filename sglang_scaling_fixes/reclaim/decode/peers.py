@@ -25,9 +25,9 @@ from sglang_scaling_fixes.reclaim.transport import endpoint, send_now
 
 logger = logging.getLogger(__name__)
 
-REQUIRE_WAIT = 1.0
+REQUIRE_WAIT_S = 1.0
 """Seconds to wait for a prefill's first word under `--safe-reclaim-peer require`."""
-REQUIRE_RETRY = 30.0
+REQUIRE_RETRY_S = 30.0
 """Seconds before a silent prefill is waited for again."""
 
 Route = Callable[[], tuple[Any, Any]]
@@ -167,11 +167,11 @@ class Peers:
     def all_run_plugin(self, ranks: list[Rank]) -> bool:
         """Wait a moment for a first word, once in a while per rank: this is the scheduler."""
         now = time.monotonic()
-        deadline = now + REQUIRE_WAIT
+        deadline = now + REQUIRE_WAIT_S
         while silent := self.without_plugin(ranks):
             known_silent = all(self._silent_until.get(rank, 0.0) > now for rank in silent)
             if known_silent or time.monotonic() >= deadline:
-                self._silent_until.update(dict.fromkeys(silent, now + REQUIRE_RETRY))
+                self._silent_until.update(dict.fromkeys(silent, now + REQUIRE_RETRY_S))
                 return False
             time.sleep(0.005)
         return True

@@ -20,7 +20,7 @@ from sglang_scaling_fixes.reclaim.decode.peers import Peers
 from sglang_scaling_fixes.reclaim.decode.records import Records
 from sglang_scaling_fixes.reclaim.retry_after import REFUSAL
 from sglang_scaling_fixes.reclaim.rules.exposure import Exposure
-from sglang_scaling_fixes.reclaim.rules.quarantine import GRACE, Hold, Pressure, Quarantine
+from sglang_scaling_fixes.reclaim.rules.quarantine import GRACE_S, Hold, Pressure, Quarantine
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class Relief:
         """What this rank alone would do about what it holds."""
         now = time.monotonic()
         with self._lock:
-            late = [e for e in held if now - e.gave_up_at > GRACE]
+            late = [e for e in held if now - e.gave_up_at > GRACE_S]
             suspects = {w.rank for e in late for w in e.unproven}
             flying = len(self._ledger.exposures()) - len(held)
         if self.no_fence is None:

@@ -14,7 +14,7 @@ from sglang_scaling_fixes.reclaim.rules.types import Rank
 
 UNHEARD = 64
 """Aborts to a rank without a word from it, before it is asked rarely."""
-RARELY = 60.0
+RARELY_S = 60.0
 """Seconds between two Aborts to it from then on: the queue then lasts for half a day."""
 
 
@@ -30,7 +30,7 @@ class Pace:
         """Whether to ask `rank` now; the answer yes counts as asked."""
         with self._lock:
             count, last = self._unheard.get(rank, (0, 0.0))
-            if count >= UNHEARD and now - last < RARELY:
+            if count >= UNHEARD and now - last < RARELY_S:
                 return False
             self._unheard[rank] = (count + 1, now)
             return True

@@ -3,7 +3,7 @@
 An ordinary hold lasts a message round trip and the rest of one write. Only what is
 older counts here: a hold that will not end by itself takes from the pool for good.
 
-    held, up to GRACE     drains on its own; costs the slots truly in flight
+    held, up to GRACE_S     drains on its own; costs the slots truly in flight
     held for longer       quarantined; bounded by --safe-reclaim-max-held
       past the bound      new requests: 503, Retry-After; and a fence, if allowed
       for a gone writer   a fence below the bound as well, when it costs little
@@ -14,15 +14,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-GRACE = 5.0
+GRACE_S = 5.0
 """Seconds a hold may last before it counts: the longest wait between two questions."""
-RETRY_AFTER = 5
+RETRY_AFTER_S = 5
 """Seconds, in the header of a refusal: the time in which a hold may end or a fence fall."""
 MAX_METADATA_SHARE = 0.5
 """Of the metadata slots; there are few, and a transfer needs one whatever its length."""
 
 
-IDLE_AFTER, AT_LATEST = 30.0, 600.0
+IDLE_AFTER_S, AT_LATEST_S = 30.0, 600.0
 """Seconds a hold waits for a writer that is gone: until nothing is in flight, and at most."""
 
 
@@ -64,18 +64,18 @@ class Quarantine:
         refuse = self.over(holds)
         if may_fence is None:
             return Pressure(refuse, fence=False)
-        old = [hold for hold in holds if hold.age > GRACE]
+        old = [hold for hold in holds if hold.age > GRACE_S]
         gone = [hold.age for hold in old if hold.gone]
         if refuse:
             asked_for = may_fence and any(hold.unproven for hold in old)
             return Pressure(refuse, fence=bool(gone) or asked_for)
         # Below the bound: no other proof will come from a writer that is gone.
         oldest = max(gone, default=0.0)
-        return Pressure(refuse, fence=oldest > (AT_LATEST if flying else IDLE_AFTER))
+        return Pressure(refuse, fence=oldest > (AT_LATEST_S if flying else IDLE_AFTER_S))
 
     def over(self, holds: Iterable[Hold]) -> bool:
-        """True when what is held for longer than GRACE exceeds the bound."""
-        old = [hold for hold in holds if hold.age > GRACE]
+        """True when what is held for longer than GRACE_S exceeds the bound."""
+        old = [hold for hold in holds if hold.age > GRACE_S]
         return self.max_held < 1.0 and (
             sum(hold.tokens for hold in old) > self.max_held * self.tokens
             or sum(hold.metadata for hold in old) > MAX_METADATA_SHARE * self.metadata

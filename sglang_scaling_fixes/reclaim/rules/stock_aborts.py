@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from sglang_scaling_fixes.reclaim.rules.types import Rank
 from sglang_scaling_fixes.reclaim.stock_wire import is_number
 
-_MAX_WAIT = 5.0
+_MAX_WAIT_S = 5.0
 _MEMORY = 65536
 
 
@@ -74,7 +74,7 @@ class StockAborts:
                 if found.next:
                     again += found.sent.items()
                 found.next = now + found.wait
-                found.wait = min(_MAX_WAIT, 2 * found.wait)
+                found.wait = min(_MAX_WAIT_S, 2 * found.wait)
         return again
 
     def forget(self, room: int) -> None:

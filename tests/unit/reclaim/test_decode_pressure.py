@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.reclaim import messages
 from sglang_scaling_fixes.reclaim.rules.exposure import ExposureState
-from sglang_scaling_fixes.reclaim.rules.quarantine import IDLE_AFTER
+from sglang_scaling_fixes.reclaim.rules.quarantine import IDLE_AFTER_S
 from sglang_scaling_fixes.reclaim.rules.types import Proof
 from tests.decode_rank import NEW, OLD, POOL, Decode
 
@@ -17,7 +17,7 @@ def test_a_successor_nobody_announced_says_who_it_is(fenced: list[str]) -> None:
     """It got destinations meant for its predecessor: nobody can tell who else has them."""
     decode = Decode(Config(max_held=1.0))
     decode.hears(messages.HelloAck(decode.rank, "first", seq=1))
-    lost = decode.give_up(*decode.expose(7, 1), age=IDLE_AFTER + 1)
+    lost = decode.give_up(*decode.expose(7, 1), age=IDLE_AFTER_S + 1)
     receiver, slots, aux = decode.expose(8, 1)
     lease = receiver.sglang_scaling_fixes_exposure.lease
     decode.hears(messages.HelloAck(decode.rank, "second", lease))
@@ -41,7 +41,7 @@ def test_below_the_bound_nothing_is_refused_and_nothing_fenced(fenced: list[str]
 def test_a_gone_writers_hold_below_the_bound_ends_when_nothing_flies(fenced: list[str]) -> None:
     decode = Decode(Config(max_held=1.0))
     decode.prefill.close()
-    decode.give_up(*decode.expose(7, 1), age=IDLE_AFTER + 1)
+    decode.give_up(*decode.expose(7, 1), age=IDLE_AFTER_S + 1)
     flying = decode.expose(8, 1)
     deadline = time.monotonic() + 60  # a look every two seconds
     while not decode.guard.relief._liveness.gone(decode.rank) and time.monotonic() < deadline:
@@ -61,7 +61,7 @@ def test_a_writer_whose_rank_another_process_serves_is_gone(fenced: list[str]) -
     """Its port is open: its successor's."""
     decode = Decode(Config(max_held=1.0))
     decode.hears(messages.HelloAck(decode.rank, "first", seq=1))
-    decode.give_up(*decode.expose(7, 50), age=IDLE_AFTER + 1)
+    decode.give_up(*decode.expose(7, 50), age=IDLE_AFTER_S + 1)
     decode.guard.tick()
     assert not fenced
     decode.tap.send_multipart([b"None", b"192.0.2.2", b"1", OLD.encode(), b"pointers"])

@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 
 from tests.model.explore import CONTROLS, SMALL, reached
-from tests.model.factored import QUICK, Nodes, explore_factored
+from tests.model.factored import QUICK_S, Nodes, explore_factored
 from tests.model.world import Config, Met
 
 Keys = set[tuple[Any, ...]]
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", QUICK_S)
 def test_every_interleaving_is_safe_and_ends(
     name: str, record_property: Callable[[str, object], None]
 ) -> None:
-    found = explore_factored(QUICK[name])
+    found = explore_factored(QUICK_S[name])
     record_property("explored", f"{name}: {found}")
     assert not found.violation, "\n".join((found.violation, *found.trace))
     assert found.complete

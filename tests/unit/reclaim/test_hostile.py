@@ -193,7 +193,7 @@ def test_prefill_outlives_it_and_vouches_for_nothing(arrives: list[bytes]) -> No
 def test_what_is_dropped_is_counted(guards: tuple[DecodeSide, PrefillSide]) -> None:
     decode, prefill = guards
     rubbish = [m.TAG + b"rubbish"]
-    huge = [m.TAG + b"\0" * (m.MAX_FRAME + 1)]
+    huge = [m.TAG + b"\0" * (m.MAX_FRAME_BYTES + 1)]
     for frames in (rubbish, huge, [*STOCK, *rubbish], []):
         assert decode.inbox.read(frames) is None
         assert prefill.read(frames) is None

@@ -43,7 +43,7 @@ OUT_OF_BOUNDS = [
     m.HelloAck(RANK, "inc", seq=-1),
     m.AbortAck(RANK, "inc", "g-1", "gone"),  # type: ignore[arg-type]
     m.AbortAck(RANK, "inc", "g-1", "poisoned", "x" * 5000),
-    m.AbortAck(RANK, "inc", "g-1", "poisoned", "x" * m.MAX_FRAME),
+    m.AbortAck(RANK, "inc", "g-1", "poisoned", "x" * m.MAX_FRAME_BYTES),
 ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sglang_scaling_fixes.reclaim.rules.pace import RARELY, UNHEARD, Pace
+from sglang_scaling_fixes.reclaim.rules.pace import RARELY_S, UNHEARD, Pace
 
 
 def test_a_silent_rank_is_asked_often_and_then_rarely() -> None:
@@ -11,7 +11,7 @@ def test_a_silent_rank_is_asked_often_and_then_rarely() -> None:
     assert not pace.may("p0", 2.0)
     assert pace.may("p1", 2.0), "another rank's silence is its own"
     asked = sum(pace.may("p0", 1.0 + second) for second in range(3600))
-    assert asked <= 3600 / RARELY
+    assert asked <= 3600 / RARELY_S
 
 
 def test_a_word_from_it_starts_anew() -> None:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 
 from sglang_scaling_fixes.reclaim.rules.quarantine import (
-    AT_LATEST,
-    GRACE,
-    IDLE_AFTER,
+    AT_LATEST_S,
+    GRACE_S,
+    IDLE_AFTER_S,
     Hold,
     Pressure,
     Quarantine,
 )
 
 BOUND = Quarantine(tokens=1000, metadata=8, max_held=0.05)
-OLD = GRACE + 0.1
+OLD = GRACE_S + 0.1
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ OLD = GRACE + 0.1
         ([Hold(OLD, 50, True)], False),
         ([Hold(OLD, 51, True)], True),
         ([Hold(OLD, 30, True), Hold(OLD, 30, True)], True),
-        ([Hold(GRACE, 900, True)], False),  # draining: the slots truly in flight
+        ([Hold(GRACE_S, 900, True)], False),  # draining: the slots truly in flight
         ([Hold(OLD, 30, True), Hold(0.1, 900, True)], False),
         ([Hold(OLD, 1, True)] * 4, False),
         ([Hold(OLD, 1, True)] * 5, True),  # metadata slots: more than half
@@ -46,11 +46,11 @@ def test_a_gone_writers_slots_come_back_below_the_bound_too() -> None:
         return decision.fence
 
     assert not fences([], flying=0), "no such hold"
-    assert not fences(gone(IDLE_AFTER), flying=0)
-    assert fences(gone(IDLE_AFTER + 1), flying=0)
-    assert not fences(gone(IDLE_AFTER + 1), flying=3)
-    assert fences(gone(AT_LATEST + 1), flying=3)
-    assert not fences([Hold(AT_LATEST + 1, 1, True, unproven=1)], flying=0), "it may still answer"
+    assert not fences(gone(IDLE_AFTER_S), flying=0)
+    assert fences(gone(IDLE_AFTER_S + 1), flying=0)
+    assert not fences(gone(IDLE_AFTER_S + 1), flying=3)
+    assert fences(gone(AT_LATEST_S + 1), flying=3)
+    assert not fences([Hold(AT_LATEST_S + 1, 1, True, unproven=1)], flying=0), "it may still answer"
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from sglang_scaling_fixes.retry.rendezvous import LAST_ROOM, with_rendezvous
 from sglang_scaling_fixes.retry.request import BodyFacts, ClientRequest
 from sglang_scaling_fixes.retry.routes import CHANGING_GETS, INFERENCE, READ, route
 from sglang_scaling_fixes.retry.settings import Pair, Target, checked_settings
-from sglang_scaling_fixes.retry.workers import LONGEST_BACKOFF, Worker, Workers, WorkerState
+from sglang_scaling_fixes.retry.workers import LONGEST_BACKOFF_S, Worker, Workers, WorkerState
 
 
 def some(count: int) -> Workers:
@@ -76,7 +76,7 @@ def test_a_broken_worker_is_probed_with_a_back_off_that_doubles() -> None:
         waits.append(worker.probe_at - now)
         now = worker.probe_at
         assert workers.due(now) == [worker]
-    assert waits == [1, 2, 4, 8, 16, *[LONGEST_BACKOFF] * 4]
+    assert waits == [1, 2, 4, 8, 16, *[LONGEST_BACKOFF_S] * 4]
     workers.probed(worker, True, now)
     assert workers.live(now) and pick(workers, now=now) is worker
 

@@ -17,7 +17,7 @@ from sglang_scaling_fixes.specguard import notify
 from sglang_scaling_fixes.specguard.taint import beginnings
 
 PROMPT = list(range(200))
-HANG_S = 20 * notify.ATTEMPTS * notify.TIMEOUT
+HANG_S = 20 * notify.ATTEMPTS * notify.TIMEOUT_S
 """A test hangs if one notification takes twenty times as long as its attempts may take."""
 
 
