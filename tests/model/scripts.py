@@ -9,7 +9,7 @@
     ----                          `why` (what holds wait for), `can` EVENT
     what happened, then `=` and where everything stands
 
-The output follows `----` up to an empty line. `pytest tests/unit/test_races.py
+The output follows `----` up to an empty line. `pytest tests/unit/reclaim/test_races.py
 --rewrite-races` writes it anew; read the diff.
 """
 
