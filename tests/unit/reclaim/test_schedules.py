@@ -1,6 +1,6 @@
 """Random schedules of worlds too large to explore.
 
-Schedules are seeded: `SCHEDULES=1000000 SEED=42 pytest tests/unit/test_schedules.py`
+Schedules are seeded: `SCHEDULES=1000000 SEED=42 pytest tests/unit/reclaim/test_schedules.py`
 runs more and others. A failure names its seed and tells its story; Hypothesis, which
 draws the same choices, shrinks what it finds.
 """
