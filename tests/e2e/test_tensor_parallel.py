@@ -48,7 +48,7 @@ from sglang_scaling_fixes.lab import import_hooks
 def patch(ranks):
     agree = ranks.TpGroup.all_true
     ranks.TpGroup.all_true = lambda group, proven: (
-        proven if os.path.exists({switch!r}) else agree(guard, proven)
+        proven if os.path.exists({switch!r}) else agree(group, proven)
     )
 
 import_hooks.after_import("sglang_scaling_fixes.ranks", patch)
