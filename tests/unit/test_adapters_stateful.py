@@ -1,0 +1,86 @@
+"""The real adapters of both sides, driven by Hypothesis over sockets and writes in memory.
+
+`tests.stateful` plays stock and keeps the oracle. The exhaustive model (`test_explore`) visits
+every state of the ledgers in small worlds; this goes through what lies between them and stock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+pytest.importorskip("sglang.srt.mem_cache.allocator")
+
+from sglang_scaling_fixes.reclaim.decode.gate import Gate, Slots
+from sglang_scaling_fixes.reclaim.decode.inbox import Inbox
+from sglang_scaling_fixes.reclaim.decode.peers import Peers
+from sglang_scaling_fixes.reclaim.decode.side import DecodeSide
+from sglang_scaling_fixes.reclaim.prefill.side import PrefillSide
+from sglang_scaling_fixes.reclaim.rules.attempt import Attempt
+from tests.stateful.machine import Adapters
+from tests.stateful.wire import Harm
+
+SETTINGS = settings(
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=150,
+    stateful_step_count=20,
+    suppress_health_check=list(HealthCheck),
+)
+CONTROL = settings(SETTINGS, max_examples=1000, phases=[Phase.generate], report_multiple_bugs=False)
+
+
+def test_no_slot_is_reachable_that_is_not_its_own() -> None:
+    run_state_machine_as_test(Adapters, settings=SETTINGS)
+
+
+def lets_frees_through(gate: Gate, *_: Any) -> bool:
+    for slots in gate._watched:
+        slots.seen.update(slots.pages.tolist())
+    return False
+
+
+def frees_metadata_slots(gate: Gate, slots: Slots, call: Callable[[], None]) -> None:
+    del gate, slots
+    call()
+
+
+def takes_any_chunk(side: PrefillSide, attempt: Attempt, chunk: Any) -> bool:
+    del side
+    attempt.begin()
+    pages, last = len(chunk.prefill_kv_indices), bool(chunk.is_last_chunk)
+    attempt.coverage.begin(pages, last, attempt.sessions)
+    return True
+
+
+def yes(*_: Any) -> bool:
+    return True
+
+
+Broken = tuple[tuple[type, str, Callable[..., Any]], ...]
+CONTROLS: dict[str, Broken] = {
+    "the gate keeps no free": ((Gate, "_kept", lets_frees_through),),
+    "the gate keeps no metadata slot": ((Gate, "_keep_aux", frees_metadata_slots),),
+    "every success reaches stock, and is shown": (
+        (Inbox, "_admits", yes),
+        (DecodeSide, "_complete", yes),
+    ),
+    "every success leaves": ((PrefillSide, "success_leaves", yes),),
+    "chunks of closed attempts are taken": ((PrefillSide, "take", takes_any_chunk),),
+    "no slot is asked for": ((Peers, "send_aborts", lambda *_: None),),
+    "a failed write is not recorded": ((PrefillSide, "failed", lambda *_: None),),
+}
+"""One rule of an adapter off, or two that stand in for each other."""
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_without_one_rule_the_harm_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for owner, method, broken in CONTROLS[name]:
+        monkeypatch.setattr(owner, method, broken)
+    with pytest.raises(Harm):
+        run_state_machine_as_test(Adapters, settings=CONTROL)
