@@ -1,6 +1,6 @@
 """What may happen between a decode rank and its prefill ranks, in any order, for Hypothesis.
 
-The oracle knows what the guards cannot: every request's slots, and every write that may land.
+the oracle knows what the sides cannot: every request's slots, and every write that may land.
 After each step no such write reaches a slot that is free, another's or in use; a request is
 used only with all of its KV; and whatever happens, the records agree with each other.
 

@@ -92,7 +92,7 @@ class Prefill:
         self.guard = PrefillSide(self.manager).install()
         self.guard.tap_socket()
         self.queue = self.guard.tap_queue(queue)
-        assert self.guard.guards(self.manager)
+        assert self.guard.protects(self.manager)
         replies, self._statuses = network.connect(decode), network.connect(decode)
         self.guard._replies = SimpleNamespace(  # type: ignore[assignment]
             send=lambda to, frame: replies.send_multipart([frame])
