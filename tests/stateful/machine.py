@@ -1,6 +1,6 @@
 """What may happen between a decode rank and its prefill ranks, in any order, for Hypothesis.
 
-the oracle knows what the sides cannot: every request's slots, and every write that may land.
+The oracle knows what the sides cannot: every request's slots, and every write that may land.
 After each step no such write reaches a slot that is free, another's or in use; a request is
 used only with all of its KV; and whatever happens, the records agree with each other.
 
@@ -63,11 +63,8 @@ class Adapters(RuleBasedStateMachine):
         for module in (side, peers, pressure, holds, inbox):
             self.restored.enter_context(mock.patch.object(module, "time", here))
         self.restored.enter_context(mock.patch.object(release, "mooncake_retries", lambda: False))
-        for owner, name in (
-            (DecodeSide, "current"),
-            (PrefillSide, "current"),
-            (IN_HAND, "attempt"),
-        ):
+        found = (DecodeSide, "current"), (PrefillSide, "current"), (IN_HAND, "attempt")
+        for owner, name in found:
             self.restored.enter_context(mock.patch.object(owner, name, None))
         self.restored.callback(logging.disable, logging.root.manager.disable)
         logging.disable(logging.CRITICAL)
