@@ -62,7 +62,7 @@ def test_both_halves_get_the_same_room_and_the_clients_bytes() -> None:
 
 def test_a_prefill_that_ends_after_its_decode_is_let_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """The client leaves as soon as it has decode's answer; nobody has failed."""
-    monkeypatch.setattr(pair, "PREFILL_GRACE_SECONDS", 3600.0)
+    monkeypatch.setattr(pair, "PREFILL_GRACE_S", 3600.0)
 
     async def test() -> None:
         async with two_pairs() as (proxy, (p, *_)):
@@ -80,7 +80,7 @@ def test_a_prefill_that_ends_after_its_decode_is_let_end(monkeypatch: pytest.Mon
 
 
 def test_a_prefill_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pair, "PREFILL_GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(pair, "PREFILL_GRACE_S", 0.1)
 
     async def test() -> None:
         async with two_pairs() as (proxy, (p, *_)):

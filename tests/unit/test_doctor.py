@@ -117,6 +117,6 @@ def test_mooncake_does_not_hide_that_the_fix_itself_does_not_hold(
 
 
 def test_no_answer_in_time_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "_TIMEOUT", 0.0)
+    monkeypatch.setattr(loading, "_TIMEOUT_S", 0.0)
     with pytest.raises(ConfigError, match="within 0 s; try again"):
         loading.ask({})

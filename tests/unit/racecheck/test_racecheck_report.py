@@ -81,7 +81,7 @@ def test_an_environment_without_sglang_says_so(monkeypatch: pytest.MonkeyPatch) 
 def test_a_check_that_takes_too_long_is_one_line_and_no_race(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(racecheck, "_TIMEOUT", 0.0)
+    monkeypatch.setattr(racecheck, "_TIMEOUT_S", 0.0)
     assert cli.main(["racecheck"]) == 2
     line = capsys.readouterr().err
     assert "not checked within 0 s; try again" in line and line.count("\n") == 1

@@ -63,7 +63,7 @@ class Recording:
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The scheduler's own quick attempt succeeds however busy this machine is."""
-    monkeypatch.setattr(notify, "QUICK", HANG_S)
+    monkeypatch.setattr(notify, "QUICK_S", HANG_S)
 
 
 @pytest.mark.usefixtures("patient")
