@@ -16,13 +16,8 @@ from pathlib import Path
 import pytest
 import wheels
 
-from sglang_scaling_fixes.reclaim.messages import (
-    KNOWN_TRAILER_AT,
-    PAGE_BYTES,
-    PAGES_FRAME,
-    SESSION_FRAME,
-    TRAILER_AT,
-)
+from sglang_scaling_fixes.reclaim.messages import KNOWN_TRAILER_AT, TRAILER_AT
+from sglang_scaling_fixes.reclaim.stock_wire import PAGE_BYTES, PAGES_FRAME, SESSION_FRAME
 
 READ = re.compile(r"\b(?:msg|waiting_req_bytes)\[(\d+)\]")
 SESSION = re.compile(r"mooncake_session_id ?= ?(?:msg|waiting_req_bytes)\[(\d+)\]")
