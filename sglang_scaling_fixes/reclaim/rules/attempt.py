@@ -27,7 +27,10 @@ class Phase(enum.StrEnum):
     CLOSED = "closed"  # closed; nothing is written; stock still looks at its sender
     OVER = "over"  # closed; nothing is written or looked at
 
+    __hash__ = str.__hash__  # an enumeration's own is slow, and looked up for each request
 
+
+_OPEN, _OVER = (Phase.WAITING, Phase.SERVED), Phase.OVER
 _WRITING, _QUIET = "a chunk in hand", "nothing in hand"
 
 ATTEMPT_TRANSITIONS: dict[tuple[Phase, str], Phase] = {
@@ -63,6 +66,10 @@ class Attempt:
     """Why its success did not leave as one, see `coverage`."""
     awaiting_ack: set[str] = field(default_factory=set)
     phase: Phase = Phase.WAITING
+    closed: bool = False
+    """No chunk of it is accepted or taken any more: what its phase says, at hand."""
+    over: bool = False
+    """Nothing of it is being written, will be, or is still looked at by stock: the same."""
     sender: Hashable | None = None
     """Stock's sender of this attempt; its chunks, and no others, are this attempt's."""
     active: int = 0
@@ -71,18 +78,8 @@ class Attempt:
     """A write failed in a way that may still land. Never cleared."""
 
     @property
-    def closed(self) -> bool:
-        """No chunk of it is accepted or taken any more."""
-        return self.phase not in (Phase.WAITING, Phase.SERVED)
-
-    @property
     def quiet(self) -> bool:
         return self.active == 0
-
-    @property
-    def over(self) -> bool:
-        """Nothing of it is being written, will be, or is still looked at by stock."""
-        return self.phase is Phase.OVER
 
     @property
     def sender_gone(self) -> bool:
@@ -93,11 +90,6 @@ class Attempt:
     def verdict(self) -> Verdict:
         """What is answered about it once it is closed and quiet."""
         return "poisoned" if self.poisoned else "drained"
-
-    @property
-    def sessions(self) -> set[str]:
-        """Decode's transfer sessions that its chunks are written to."""
-        return {extent.session for extent in self.exposed.values()}
 
     def exposed_at(self, to: str) -> Extent | None:
         """What the decode rank at `to` exposed to it."""
@@ -137,7 +129,7 @@ class Attempt:
         if self.active <= 0:
             raise LedgerError(f"room {self.room}: more ends than beginnings")
         self.active -= 1
-        if self.quiet and self.phase in (Phase.DRAINING, Phase.ABANDONED):
+        if self.closed and self.quiet:
             self._move("last chunk ended")
 
     def _move(self, event: str) -> None:
@@ -145,3 +137,5 @@ class Attempt:
             self.phase = ATTEMPT_TRANSITIONS[self.phase, event]
         except KeyError:
             raise LedgerError(f"room {self.room}: {event!r} in phase {self.phase}") from None
+        self.closed = self.phase not in _OPEN
+        self.over = self.phase is _OVER

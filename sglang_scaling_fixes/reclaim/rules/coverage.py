@@ -24,13 +24,12 @@ by design (see `layout.sends_kv`).
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Extent:
+class Extent(NamedTuple):
     """What the destinations of one decode rank stand for, as decode says it with them."""
 
     session: str
@@ -68,6 +67,8 @@ class Coverage:
     """A chunk that was handed over was not queued."""
     in_hand: tuple[int, bool] | None = None
     """Pages of the chunk being written, and whether it is the last."""
+    looked_at: int = -1
+    """So many writes of it there were at the last look: without more there is nothing to see."""
 
     def offer(self, pages: int, states: tuple[int, ...] | None, tokens: int | None) -> None:
         """Stock hands `pages` more to the transfer, of a prompt of `tokens` tokens.
@@ -79,22 +80,27 @@ class Coverage:
         if states is not None:
             self.states = states
 
-    def begin(self, pages: int, last: bool, sessions: Iterable[str]) -> None:
+    def begin(self, pages: int, last: bool, extents: Iterable[Extent]) -> None:
         """A worker takes the next chunk, so it is through with the one before."""
-        self.settle(sessions)
-        self.writes.clear()
+        if self.in_hand is not None:
+            self.settle(extents)
+            self.writes.clear()
         self.in_hand = pages, last
+        self.looked_at = -1
 
-    def settle(self, sessions: Iterable[str]) -> None:
+    def settle(self, extents: Iterable[Extent]) -> None:
         """Look at what the chunk in hand has written so far."""
-        if self.in_hand is None:
+        written = len(self.writes)
+        if self.in_hand is None or written == self.looked_at:
             return
+        self.looked_at = written
         pages, last = self.in_hand
         if not pages:
             return
         due = 2 if last else 1  # the metadata follows the last pages
-        counts = Counter(self.writes)  # a task may append meanwhile: list copies in one step
-        self.unwritten.update(s for s in sessions if counts[s] < due)
+        for extent in extents:
+            if self.writes.count(extent.session) < due:
+                self.unwritten.add(extent.session)
 
     def missing(self, extent: Extent, sends_kv: Callable[[str], bool]) -> str:
         """What `extent` has that was not sent, empty when nothing is missing. After `settle`."""

@@ -22,6 +22,8 @@ class ExposureState(enum.StrEnum):
     PROVEN = "proven"
     RETURNED = "returned"
 
+    __hash__ = str.__hash__  # an enumeration's own is slow, and looked up for each request
+
 
 TRANSITIONS: dict[tuple[ExposureState, str], ExposureState] = {
     (ExposureState.EXPOSED, "landed"): ExposureState.LANDED,

@@ -187,7 +187,7 @@ class PrefillLedger:
         if attempt.closed:
             return False
         attempt.begin()
-        attempt.coverage.begin(pages, last, attempt.sessions)
+        attempt.coverage.begin(pages, last, attempt.exposed.values())
         return True
 
     def success_leaves(self, attempt: Attempt, to: str, sends_kv: Callable[[str], bool]) -> bool:
@@ -200,7 +200,7 @@ class PrefillLedger:
         extent = attempt.exposed_at(to)
         if extent is None:  # of a decode with the plugin it is known
             return attempt.attempt_id == WITHOUT_PLUGIN and not attempt.poisoned
-        attempt.coverage.settle(attempt.sessions)
+        attempt.coverage.settle(attempt.exposed.values())
         missing = attempt.coverage.missing(extent, sends_kv)
         attempt.short = missing or attempt.short
         return not (missing or attempt.poisoned)

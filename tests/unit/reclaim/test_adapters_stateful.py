@@ -54,7 +54,7 @@ def takes_any_chunk(side: PrefillSide, attempt: Attempt, chunk: Any) -> bool:
     del side
     attempt.begin()
     pages, last = len(chunk.prefill_kv_indices), bool(chunk.is_last_chunk)
-    attempt.coverage.begin(pages, last, attempt.sessions)
+    attempt.coverage.begin(pages, last, attempt.exposed.values())
     return True
 
 

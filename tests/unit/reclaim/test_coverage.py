@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -232,17 +232,18 @@ def test_each_decode_rank_is_judged_by_what_it_exposed() -> None:
     coverage.offer(4, (), 200)
     extent = Extent(SESSION, 4, (), 200)
     assert coverage.missing(extent, bool) == ""
-    assert "5" in coverage.missing(replace(extent, pages=5), bool)
+    assert "5" in coverage.missing(extent._replace(pages=5), bool)
 
 
 def test_a_session_without_writes_is_short_and_the_other_is_not() -> None:
-    coverage, sessions = Coverage(), {"a", "b"}
+    coverage = Coverage()
+    a, b = Extent("a", 2, (), 90), Extent("b", 2, (), 90)
     coverage.offer(2, (), 90)
-    coverage.begin(2, True, sessions)
+    coverage.begin(2, True, (a, b))
     coverage.writes += ["a", "a", "b"]  # b: pages or metadata, not both
-    coverage.settle(sessions)
-    assert coverage.missing(Extent("a", 2, (), 90), bool) == ""
-    assert coverage.missing(Extent("b", 2, (), 90), bool)
+    coverage.settle((a, b))
+    assert coverage.missing(a, bool) == ""
+    assert coverage.missing(b, bool)
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,9 @@ from tests.model.explore import CONTROLS, OPEN, SMALL, explore, reached, story
 KNOWN = {
     Writer: "rank incarnation hello bound_by disputed sent reported proof stuck aborts next_abort",
     Exposure: "lease attempt_id room writers state gave_up_at untagged late slots next_log",
-    Attempt: "room attempt_id bindings exposed coverage short awaiting_ack phase sender active "
-    "poisoned",
-    Coverage: "pages states tokens writes unwritten unqueued in_hand",
+    Attempt: "room attempt_id bindings exposed coverage short awaiting_ack phase closed over "
+    "sender active poisoned",
+    Coverage: "pages states tokens writes unwritten unqueued in_hand looked_at",
     DecodeLedger: "_incarnation group _number _first_wait _max_wait peers _hellos _exposed _held "
     "_given_up_rooms _memory successes",
     PrefillLedger: "incarnation _memory _rooms _by_attempt_id _by_lease _senders _waiting "
