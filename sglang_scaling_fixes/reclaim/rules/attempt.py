@@ -31,6 +31,7 @@ class Phase(enum.StrEnum):
 
 
 _OPEN, _OVER = (Phase.WAITING, Phase.SERVED), Phase.OVER
+_WRITTEN = (Phase.DRAINING, Phase.ABANDONED)
 _WRITING, _QUIET = "a chunk in hand", "nothing in hand"
 
 ATTEMPT_TRANSITIONS: dict[tuple[Phase, str], Phase] = {
@@ -129,7 +130,7 @@ class Attempt:
         if self.active <= 0:
             raise LedgerError(f"room {self.room}: more ends than beginnings")
         self.active -= 1
-        if self.closed and self.quiet:
+        if self.quiet and self.phase in _WRITTEN:
             self._move("last chunk ended")
 
     def _move(self, event: str) -> None:
