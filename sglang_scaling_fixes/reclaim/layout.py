@@ -77,16 +77,17 @@ def rebind_captured(tree_cache: Any, allocator: Any) -> None:
                 setattr(holder, attribute, late(name))
 
 
-def page_states(kv_args: Any, state_indices: list[Any] | None) -> list[np.ndarray]:
-    """Page numbers that state transfers may write, in the allocator's page space."""
-    if not state_indices:
+def page_states(kv_args: Any, state_indices: Any) -> list[np.ndarray]:
+    """Page numbers that state transfers may write, in the allocator's page space.
+
+    `state_indices` as stock passes them: a list by kind, or in 0.5.11 one flat array.
+    """
+    if state_indices is None:
         return []
     kinds = state_kinds(kv_args)
-    if len(kinds) == 1 and len(state_indices) != 1:
-        state_indices = [state_indices]  # 0.5.11: one flat list
     return [
         np.array(indices, dtype=np.int64)
-        for kind, indices in zip(kinds, state_indices, strict=False)
+        for kind, indices in zip(kinds, _by_kind(kinds, state_indices), strict=False)
         if kind in PAGE_STATES and indices is not None
     ]
 
@@ -95,10 +96,14 @@ def state_rows(kv_args: Any, state_indices: Any) -> tuple[int, ...]:
     """How many rows of each kind of state a transfer has; `state_indices` as stock passes them."""
     if state_indices is None:
         return ()
-    kinds = state_kinds(kv_args)
-    if len(kinds) == 1 and (len(state_indices) != 1 or np.ndim(state_indices[0]) == 0):
-        return (len(state_indices),)  # 0.5.11: one flat list
-    return tuple(0 if indices is None else len(indices) for indices in state_indices)
+    by_kind = _by_kind(state_kinds(kv_args), state_indices)
+    return tuple(0 if indices is None else len(indices) for indices in by_kind)
+
+
+def _by_kind(kinds: list[str], state_indices: Any) -> Any:
+    """`state_indices`, one entry for each kind: 0.5.11 has one kind, and its indices flat."""
+    flat = len(kinds) == 1 and (len(state_indices) != 1 or np.ndim(state_indices[0]) == 0)
+    return [state_indices] if flat else state_indices
 
 
 def sends_kv(manager: Any, session: str) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sglang_scaling_fixes.reclaim import layout, messages
@@ -255,6 +256,9 @@ def test_a_session_without_writes_is_short_and_the_other_is_not() -> None:
         (["dsa"], [5, 6], (2,)),  # 0.5.11: one flat list
         (["dsa"], [5], (1,)),
         (["dsa"], [], (0,)),
+        (["dsa"], np.array([5, 6]), (2,)),  # as 0.5.11 passes it
+        (["dsa"], np.array([5]), (1,)),
+        (["dsa"], np.array([], dtype=np.int32), (0,)),
         (["dsa", "swa"], [[1, 2], None], (2, 0)),
     ],
 )
@@ -262,3 +266,26 @@ def test_state_rows_are_counted_as_each_release_lists_them(
     kinds: list[str], indices: Any, rows: tuple[int, ...]
 ) -> None:
     assert layout.state_rows(SimpleNamespace(state_types=kinds), indices) == rows
+
+
+@pytest.mark.parametrize(
+    ("kinds", "indices", "pages"),
+    [
+        ([], None, []),
+        (["dsa"], None, []),
+        (["dsa"], [[1, 2, 3]], [[1, 2, 3]]),
+        (["dsa"], [np.array([1])], [[1]]),
+        (["dsa"], [5], [[5]]),  # 0.5.11: flat
+        (["dsa"], np.array([5, 6]), [[5, 6]]),  # as 0.5.11 passes it
+        (["dsa"], np.array([5]), [[5]]),
+        (["dsa"], np.array([0]), [[0]]),
+        (["dsa"], np.array([], dtype=np.int32), [[]]),
+        (["swa"], np.array([5, 6]), []),  # not pages of the KV
+        (["dsa", "swa"], [[1, 2], None], [[1, 2]]),
+    ],
+)
+def test_state_pages_are_read_as_each_release_lists_them(
+    kinds: list[str], indices: Any, pages: list[list[int]]
+) -> None:
+    found = layout.page_states(SimpleNamespace(state_types=kinds), indices)
+    assert [part.tolist() for part in found] == pages
