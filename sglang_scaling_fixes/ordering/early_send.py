@@ -16,6 +16,7 @@ from typing import Any
 
 from sglang_scaling_fixes.attach import wrap
 from sglang_scaling_fixes.ordering import points
+from sglang_scaling_fixes.passthrough import Passthrough
 
 MIXIN = points.MIXIN
 EARLY_SEND = points.EARLY_SEND.target
@@ -104,18 +105,9 @@ def attach_nixl() -> None:
     wrap(points.NIXL_WORKER, transfer_worker)
 
 
-class _Queue:
-    """A transfer queue; what is not intercepted goes to the stock one."""
-
-    def __init__(self, stock: Any) -> None:
-        self._stock = stock
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stock, name)
-
-
-class _Marking(_Queue):
-    """Puts an event on every chunk. Used by the one thread that sends, during one send."""
+class _Marking(Passthrough):
+    """A transfer queue that puts an event on every chunk. Used by the one thread that sends,
+    during one send."""
 
     def __init__(self, stock: Any, event: Any) -> None:
         super().__init__(stock)
@@ -126,8 +118,9 @@ class _Marking(_Queue):
         self._stock.put(chunk)
 
 
-class _Waiting(_Queue):
-    """Gives a chunk out once its event has happened. Waits in the worker thread."""
+class _Waiting(Passthrough):
+    """A transfer queue that gives a chunk out once its event has happened. Waits in the worker
+    thread."""
 
     def get(self, *args: Any, **kwargs: Any) -> Any:
         chunk = self._stock.get(*args, **kwargs)

@@ -1,23 +1,11 @@
-"""What stands between stock and an object of its own: everything not intercepted passes through.
-
-Wrapping the object is what outlives upstream's refactorings: receive loops are
-closures and method bodies change, but a socket is still read with `recv_multipart`.
-"""
+"""What both roles put between stock and its socket for control messages."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-
-class Passthrough:
-    """Everything not intercepted goes to the stock object."""
-
-    def __init__(self, stock: Any) -> None:
-        self._stock = stock
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stock, name)
+from sglang_scaling_fixes.passthrough import Passthrough
 
 
 class ReceivingSocket(Passthrough):

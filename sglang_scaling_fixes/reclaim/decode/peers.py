@@ -14,9 +14,9 @@ from typing import Any
 import zmq
 from msgspec import structs
 
+from sglang_scaling_fixes.passthrough import Passthrough
 from sglang_scaling_fixes.reclaim import messages
 from sglang_scaling_fixes.reclaim.decode.records import Records
-from sglang_scaling_fixes.reclaim.interposers import Passthrough
 from sglang_scaling_fixes.reclaim.rules.exposure import Exposure
 from sglang_scaling_fixes.reclaim.rules.pace import Pace
 from sglang_scaling_fixes.reclaim.rules.types import Rank

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from typing import Any, Protocol
 
-from sglang_scaling_fixes.reclaim.interposers import Passthrough
+from sglang_scaling_fixes.passthrough import Passthrough
 from sglang_scaling_fixes.reclaim.rules.attempt import Attempt
 from sglang_scaling_fixes.reclaim.stock_wire import AUX_DATA, FAILED_FRAME, is_success
 
