@@ -92,17 +92,21 @@ class Attempt:
         """What is answered about it once it is closed and quiet."""
         return "poisoned" if self.poisoned else "drained"
 
+    def bind(self, lease: str, reply_to: str, rank: Rank, extent: Extent) -> None:
+        """Destinations of `lease` arrived, of a decode that is answered at `reply_to`."""
+        self.bindings[lease] = (reply_to, rank)
+        self.exposed[lease] = extent
+
     def exposed_at(self, to: str) -> Extent | None:
         """What the decode rank at `to` exposed to it."""
-        for lease, (address, _) in self.bindings.items():
-            if address == to:
-                return self.exposed.get(lease)
-        return None
+        found = self._bound_at(to)
+        return None if found is None else self.exposed.get(found[0])
 
     def bound_at(self, to: str) -> tuple[str, Rank] | None:
         """Lease and rank of the owner at `to`, None without the plugin."""
-        if self.attempt_id == WITHOUT_PLUGIN:
-            return None
+        return None if self.attempt_id == WITHOUT_PLUGIN else self._bound_at(to)
+
+    def _bound_at(self, to: str) -> tuple[str, Rank] | None:
         for lease, (address, rank) in self.bindings.items():
             if address == to:
                 return lease, rank

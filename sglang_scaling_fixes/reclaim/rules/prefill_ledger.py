@@ -114,8 +114,7 @@ class PrefillLedger:
         if attempt is None:
             self._deferred[lease] = False
             return delivery, actions
-        attempt.bindings[lease] = (reply_to, rank)
-        attempt.exposed[lease] = extent
+        attempt.bind(lease, reply_to, rank, extent)
         self._by_lease[lease] = attempt
         return (Delivery.DROP if attempt.closed else delivery), actions
 
@@ -123,20 +122,17 @@ class PrefillLedger:
         self, room: int, source: str, extent: Extent
     ) -> tuple[Delivery, list[Action]]:
         """Destinations from a decode rank without the plugin. It is never asked for."""
+        delivery, actions = Delivery.DELIVER, list[Action]()
         attempt = self._rooms.get(room)
         if (
-            attempt is not None
-            and attempt.attempt_id == WITHOUT_PLUGIN
-            and not attempt.closed
-            and source not in attempt.bindings
+            attempt is None
+            or attempt.attempt_id != WITHOUT_PLUGIN
+            or attempt.closed
+            or source in attempt.bindings
         ):
-            attempt.bindings[source] = (source, "")
-            attempt.exposed[source] = extent
-            return Delivery.DELIVER, []
-        delivery, actions, attempt = self._next_attempt(room, WITHOUT_PLUGIN)
+            delivery, actions, attempt = self._next_attempt(room, WITHOUT_PLUGIN)
         if attempt is not None:
-            attempt.bindings[source] = (source, "")
-            attempt.exposed[source] = extent
+            attempt.bind(source, source, "", extent)
         return delivery, actions
 
     def abort(self, room: int, lease: str, reply_to: str, rank: Rank) -> list[Action]:
