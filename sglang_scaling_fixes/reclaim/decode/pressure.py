@@ -75,14 +75,14 @@ class Relief:
 
     # -- refusing -----------------------------------------------------------------------
 
-    def refuse_requests(self, refusing: bool, held_tokens: int, max_held: float) -> None:
+    def refuse_requests(self, refusing: bool, gate: Gate, max_held: float) -> None:
         """Begin to refuse new requests, or stop."""
         if refusing and not self.refusing:
             logger.error(
                 "safe-reclaim: %d token slots are held without proof, more than "
                 "--safe-reclaim-max-held %g allows: new requests are refused with 503 until "
                 "proof comes; the log and /server_info say what is held and why%s",
-                held_tokens,
+                gate.held_tokens,
                 max_held,
                 f" (no fence: {self.no_fence})" if self.no_fence else "",
             )

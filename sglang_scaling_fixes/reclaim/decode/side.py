@@ -267,14 +267,14 @@ class DecodeSide:
         for exposure, back in zip(held, returns, strict=True):
             if back:
                 self._give_back(exposure)
-        self.relief.refuse_requests(not relaxed, self.gate.held_tokens, self._config.max_held)
+        self.relief.refuse_requests(not relaxed, self.gate, self._config.max_held)
         if not no_fence:
             self.relief.fence(self._group)
         self.holds.update(self.gate)
         if self._config.audit:
             self.check_integrity()
         if not self.ledger.holding:
-            self.relief.refuse_requests(False, 0, self._config.max_held)
+            self.relief.refuse_requests(False, self.gate, self._config.max_held)
             self.holds.show(self.gate)
 
     def holding(self) -> bool:
