@@ -62,6 +62,17 @@ class Manager(SimpleNamespace):
         self.request_status[room] = status
 
 
+def preallocation_queue(tokens: Any, metadata: Any) -> SimpleNamespace:
+    """What the gate reads of stock's queue, with these two allocators and no other TP rank."""
+    return SimpleNamespace(
+        token_to_kv_pool_allocator=tokens,
+        req_to_metadata_buffer_idx_allocator=metadata,
+        gloo_group=None,
+        metadata_buffers=None,
+        tree_cache=None,
+    )
+
+
 class Decode:
     """One decode rank with one prefill rank it has registered at."""
 
@@ -74,15 +85,7 @@ class Decode:
         self.guard = DecodeSide(self.manager, config).install()
         self.tokens = allocators.TokenToKVPoolAllocator(POOL, torch.float32, "cpu", None, False)
         self.aux = utils.ReqToMetadataIdxAllocator(8)
-        self.guard.install_gate(
-            SimpleNamespace(
-                token_to_kv_pool_allocator=self.tokens,
-                req_to_metadata_buffer_idx_allocator=self.aux,
-                gloo_group=None,
-                metadata_buffers=None,
-                tree_cache=None,
-            )
-        )
+        self.guard.install_gate(preallocation_queue(self.tokens, self.aux))
         self.socket = Socket()
         self.tap = OutgoingSocket(
             self.socket,

@@ -199,6 +199,12 @@ CONTROLS: dict[str, Config] = {
 }
 """One rule off: the exploration must find the corruption, or it proves nothing."""
 
+
+def harm(control: Config) -> str:
+    """What the violation that this one of `CONTROLS` must lead to says."""
+    return "can still land" if control.covers else "never wrote chunk"
+
+
 OPEN: dict[str, Config] = {
     "a prefill without the plugin sends short": Config(chunks=2, plugged=(False,), short=1),
     "decode restarts, prefill runs without the plugin": replace(

@@ -19,6 +19,7 @@ from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.kv_poll import FAILED, SUCCESS, WAITING
 from sglang_scaling_fixes.reclaim.decode.peers import OutgoingSocket
 from sglang_scaling_fixes.reclaim.decode.side import DecodeSide
+from tests.decode_rank import preallocation_queue
 
 from .wire import Harm, Incoming, Link, Network, Request, Silent, Write
 
@@ -53,15 +54,7 @@ class Decode:
         self.guard = DecodeSide(self.manager, config).install()
         self.tokens = TokenToKVPoolAllocator(POOL, torch.float32, "cpu", None, False)
         self.aux = ReqToMetadataIdxAllocator(METADATA)
-        self.guard.install_gate(
-            SimpleNamespace(
-                token_to_kv_pool_allocator=self.tokens,
-                req_to_metadata_buffer_idx_allocator=self.aux,
-                gloo_group=None,
-                metadata_buffers=None,
-                tree_cache=None,
-            )
-        )
+        self.guard.install_gate(preallocation_queue(self.tokens, self.aux))
         # A look at a rank's port is no part of what is tested here.
         self.guard.relief._liveness = SimpleNamespace(  # type: ignore[assignment]
             look=lambda ranks: None, gone=lambda rank: False
