@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,10 +14,14 @@ import psutil
 
 LOOK_S = 300.0
 LEAST_CPU_S = 10.0
-"""A command that uses less CPU time than this from one look to the next hangs. It would get more
-beside fifty others on two cores."""
+"""A command that uses less CPU time than this between two looks, twice in a row, hangs. It would
+get more beside fifty others on two cores. Once may happen: a cold disk gave an import 5.9 s."""
 MOST_CPU_S = 2400.0
 """A command that has used so much CPU time will not end."""
+
+
+STACKS_S = 5.0
+"""Time that a command gets to write its stacks."""
 
 
 class Hangs(AssertionError):
@@ -28,23 +34,25 @@ def finished(
     """Runs it to its end, and returns its status and output. Raises Hangs, and then kills it.
 
     The limit is on the CPU time that its processes use: too little of it, or too much. How long
-    they take for that depends on what else the machine does.
+    they take for that depends on what else the machine does. A Python that hangs says where.
     """
     words = [str(word) for word in command]
+    env = {**(os.environ if env is None else env), "PYTHONFAULTHANDLER": "1"}
     pipe = subprocess.PIPE
     with subprocess.Popen(words, env=env, stdout=pipe, stderr=pipe, text=True) as process:
-        before = 0.0
+        before, idle = 0.0, 0
         while True:
             try:
                 out, err = process.communicate(timeout=LOOK_S)
                 return subprocess.CompletedProcess(words, process.returncode, out, err)
             except subprocess.TimeoutExpired:
                 used = _cpu_s(process.pid)
-            if used - before < LEAST_CPU_S or used > MOST_CPU_S:
+            idle = idle + 1 if used - before < LEAST_CPU_S else 0
+            if idle > 1 or used > MOST_CPU_S:
                 _kill(process.pid)
                 _, err = process.communicate()
                 what = f"{words[:3]} used {used:.1f} s of CPU time, {before:.1f} s of it"
-                raise Hangs(f"{what} before the last {LOOK_S:.0f} s\n{err[-2000:]}")
+                raise Hangs(f"{what} before the last {LOOK_S:.0f} s\n{err[-8000:]}")
             before = used
 
 
@@ -77,8 +85,11 @@ def _cpu_s(pid: int) -> float:
 
 
 def _kill(pid: int) -> None:
-    for process in reversed(_tree(pid)):
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
+    """End it and its descendants, one after the other. A Python first writes its stacks."""
+    for process in _tree(pid):
+        for number in (signal.SIGABRT, signal.SIGKILL):
+            try:
+                process.send_signal(number)
+            except psutil.NoSuchProcess:
+                break
+            psutil.wait_procs([process], timeout=STACKS_S)
