@@ -26,8 +26,8 @@ class Config:
     peer: str = "hold"
     audit: bool = False
     resend: float = 0.1
-    max_held: float = 0.05
-    fence: bool = False
+    max_held: float = 0.5
+    fence: str = "auto"
     guard: str = "observe"
     guard_after: int = 128
     guard_min_length: float = 1.4

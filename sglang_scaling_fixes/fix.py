@@ -24,6 +24,7 @@ from sglang_scaling_fixes.metrics import Family
 
 if TYPE_CHECKING:
     from sglang_scaling_fixes.config import Config, Setting
+    from sglang_scaling_fixes.readiness import Report
     from sglang_scaling_fixes.refusals import Edit
 
 
@@ -99,6 +100,11 @@ class Fix(abc.ABC):
         """Why a server that needs this fix would not start on this machine, although it can be
         armed there: what `check` will say to some roles. Asked by the doctor, which has no role.
         """
+        return None
+
+    def unready(self, report: Report) -> str | None:
+        """Why a server with a scheduler that reports this takes no request, None if it does."""
+        del report
         return None
 
     def error_edits(self) -> Sequence[Edit]:

@@ -12,13 +12,14 @@ it. So everything that must stop a start leaves here as `SystemExit`.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import multiprocessing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
-from sglang_scaling_fixes import fixes, flags, metrics, points, refusals
+from sglang_scaling_fixes import fixes, flags, metrics, points, readiness, refusals
 from sglang_scaling_fixes.attach import require_in_place, wrap
 from sglang_scaling_fixes.config import ENV_PREFIX, PLUGIN_ENV, PLUGIN_FLAG, Config
 from sglang_scaling_fixes.errors import ScalingFixesError
@@ -158,7 +159,23 @@ def _attach(config: Config, *, again: bool) -> None:
     if (line := fixes.refusal(_process.statuses, config)) is not None:
         stop(line)
     if launches and not again:
-        refusals.attach([edit for fix in fixes.FIXES for edit in fix.error_edits()])
+        _hook_http()
+
+
+def _hook_http() -> None:
+    """Add our middleware to stock's HTTP application right before it is run."""
+
+    def run(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        from sglang.srt.entrypoints.http_server import app
+
+        edits = [edit for fix in fixes.FIXES for edit in fix.error_edits()]
+        app.add_middleware(refusals.Refusals, edits=edits)
+        judges = [fix.unready for fix in fixes.FIXES]
+        ask = functools.partial(readiness.schedulers, REPORT_KEY)
+        app.add_middleware(readiness.Readiness, ask=ask, judges=judges)
+        return stock(*args, **kwargs)
+
+    wrap(points.RUN_HTTP, run)
 
 
 def _hook_scheduler() -> None:

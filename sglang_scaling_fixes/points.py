@@ -18,6 +18,10 @@ LAUNCH = AttachPoint(NAME, "server", "sglang.srt.entrypoints.engine:Engine._laun
 RUN_HTTP = AttachPoint(
     NAME, "server", "sglang.srt.entrypoints.http_server:_setup_and_run_http_server"
 )
+# Asked for what the schedulers report.
+GLOBAL_STATE = AttachPoint(
+    NAME, "server", "sglang.srt.entrypoints.http_server:get_global_state", wrapped=False
+)
 SCHEDULER_INIT = AttachPoint(
     NAME, "both", f"{_SCHEDULER}.__init__", ("server_args",), uses=("tree_cache", "tp_worker")
 )

@@ -23,6 +23,15 @@ class TpGroup:
 
         return int(dist.get_world_size(self._group))
 
+    @property
+    def first(self) -> bool:
+        """Whether this is the first of them."""
+        if self._group is None:
+            return True
+        import torch.distributed as dist
+
+        return int(dist.get_rank(self._group)) == 0
+
     def all_true(self, flags: Sequence[bool]) -> list[bool]:
         """For each flag whether it is true on every rank. All ranks pass equally many."""
         if self.size == 1:

@@ -8,13 +8,10 @@ text, so that stock's own 503s stay as they are. Streams, whose status is 200, p
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from starlette.types import Message, Receive, Scope, Send
-
-from sglang_scaling_fixes import points
-from sglang_scaling_fixes.attach import wrap
 
 Headers = list[tuple[bytes, bytes]]
 Edit = Callable[[Headers, bytes], tuple[Headers, bytes]]
@@ -66,15 +63,3 @@ class Refusals:
         await self._app(scope, receive, edited)
         if start is not None:  # the application left its body unfinished; so does ours
             await finish({"type": "http.response.body", "more_body": True})
-
-
-def attach(edits: Sequence[Edit]) -> None:
-    """Add the middleware to stock's HTTP application right before it is run."""
-
-    def run(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        from sglang.srt.entrypoints.http_server import app
-
-        app.add_middleware(Refusals, edits=edits)
-        return stock(*args, **kwargs)
-
-    wrap(points.RUN_HTTP, run)

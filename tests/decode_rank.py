@@ -25,6 +25,8 @@ utils = pytest.importorskip("sglang.srt.disaggregation.utils")
 
 OLD, NEW = "192.0.2.2:1", "192.0.2.2:2"
 POOL = 100
+PREFILL = "192.0.2.1:8998"
+"""The prefill instance that requests name, unless they name another."""
 
 
 class Socket:
@@ -94,12 +96,27 @@ class Decode:
             self.guard.peers,
         )
         self.tap.send_multipart([b"None", b"192.0.2.2", b"1", OLD.encode(), b"pointers"])
+        self.answers: list[str] = []
+        """Messages of the refusals."""
 
-    def expose(self, room: int, count: int, session: str = OLD) -> tuple[Any, Any, int]:
-        """A request of `count` token slots, its destinations sent as stock sends them."""
+    def expose(
+        self, room: int, count: int, session: str = OLD, ranks: int = 1
+    ) -> tuple[Any, Any, int]:
+        """A request of `count` token slots, its destinations sent as stock sends them.
+
+        Only the first of its `ranks` prefill ranks is there to get them.
+        """
         slots, aux = self.tokens.alloc(count), self.aux.alloc()
-        info = {"rank_ip": "127.0.0.1", "rank_port": self.port, "is_dummy": False}
-        receiver = SimpleNamespace(bootstrap_room=room, bootstrap_infos=[info], conclude_state=None)
+        infos = [
+            {"rank_ip": f"127.0.0.{rank + 1}", "rank_port": self.port, "is_dummy": False}
+            for rank in range(ranks)
+        ]
+        receiver = SimpleNamespace(
+            bootstrap_room=room,
+            bootstrap_infos=infos,
+            conclude_state=None,
+            sglang_scaling_fixes_prefill=PREFILL,
+        )
         self.manager.request_status[room] = 2
 
         def stock(receiver: Any, *_: Any) -> None:
@@ -120,6 +137,27 @@ class Decode:
 
     def hears(self, message: messages.HelloAck | messages.AbortAck) -> None:
         assert self.guard.inbox.read([messages.encode(message)]) is None
+
+    def refused(self, prefill: str, room: int = 1, tokens: int = 1) -> bool:
+        """Whether a new request that names this prefill instance is refused."""
+        host, _, port = prefill.rpartition(":")
+        request = SimpleNamespace(
+            bootstrap_host=host,
+            bootstrap_port=int(port),
+            bootstrap_room=room,
+            return_logprob=False,
+            origin_input_ids=[1] * tokens,
+        )
+        streamer = SimpleNamespace(stream_output=lambda *_: None)
+        queue = SimpleNamespace(scheduler=SimpleNamespace(output_streamer=streamer))
+
+        def prepare_abort(request: Any, message: str, status_code: int) -> None:
+            assert status_code == 503
+            self.answers.append(message)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(utils, "prepare_abort", prepare_abort)
+            return self.guard.refused(queue, request)
 
     def asks(self) -> int:
         said = (messages.strip_trailer(frames)[1] for frames in self.socket.sent)

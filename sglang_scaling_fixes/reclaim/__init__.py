@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sglang_scaling_fixes.fix import Armed, Fix
@@ -48,7 +48,7 @@ class SafeReclaim(Fix):
     def check(self, server_args: Any, config: Config) -> None:
         from sglang_scaling_fixes.reclaim.server_args import check
 
-        check(server_args, fence_asked=config.fence)
+        check(server_args, fence_asked=config.fence == "always")
 
     def arm(self, config: Config) -> Armed:
         """Attach both roles: which one this process will have is not known yet."""
@@ -86,6 +86,12 @@ class SafeReclaim(Fix):
 
         problem = release.mooncake_problem(release.mooncake())
         return problem and f"no prefill or decode server over Mooncake starts: {problem}"
+
+    def unready(self, report: Mapping[str, Any]) -> str | None:
+        from sglang_scaling_fixes.reclaim.retry_after import REFUSAL
+
+        decode = report.get("safe_reclaim_decode") or {}
+        return REFUSAL if decode.get("refusing") else None
 
     def error_edits(self) -> Sequence[Edit]:
         from sglang_scaling_fixes.reclaim import retry_after

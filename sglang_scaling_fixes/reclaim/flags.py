@@ -23,14 +23,14 @@ SETTINGS = (
     Setting(
         "--safe-reclaim-resend",
         "resend",
-        "Seconds before an unanswered ABORT is sent again (doubles up to 5 s).",
+        "Seconds before an unanswered ABORT is sent again (doubles up to 2 s).",
     ),
     Setting(
         "--safe-reclaim-max-held",
         "max_held",
-        "Share of the KV pool that may be held for more than 5 s without proof. Past it decode "
-        "answers new requests with 503 and Retry-After, and fences its memory if a prefill that "
-        "could still write is gone, or --safe-reclaim-fence is given. 1: no limit.",
+        "Share of the KV pool that may be held for prefills that are ailing: gone, silent for "
+        "5 s, or with a failed write. Up to it only requests that name such a prefill are answered "
+        "with 503 and Retry-After; past it every new request is. 1: no limit.",
         low=0.001,
         high=1.0,
         unit="share of the pool",
@@ -38,8 +38,11 @@ SETTINGS = (
     Setting(
         "--safe-reclaim-fence",
         "fence",
-        "Past --safe-reclaim-max-held, fence whoever is to blame: decode replaces its receiving "
-        "Mooncake engine, so that nothing sent before can land. Costs about a second and every "
-        "transfer in flight to this decode.",
+        "When decode makes its memory unreachable for what it sent before: a second Mooncake "
+        "engine takes over, and the first is closed. auto: for a hold that nothing else can end "
+        "(a failed write, a prefill that is gone), once the transfers under way have landed. "
+        "always: also for a prefill that does not answer, and without waiting for its transfers. "
+        "off: never; such holds last until decode restarts.",
+        choices=("auto", "always", "off"),
     ),
 )

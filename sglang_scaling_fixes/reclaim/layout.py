@@ -175,6 +175,11 @@ def restores_fail_alone() -> bool:
     return int(restores.HiCacheRestoreGatedKVReceiver(request).poll()) != FAILED
 
 
+def prefill_of(req: Any) -> str:
+    """The prefill instance that a request names: host and port of its bootstrap server."""
+    return f"{req.bootstrap_host}:{req.bootstrap_port}"
+
+
 def is_fake(req: Any) -> bool:
     """Whether a request's transfer is stock's fake one (health checks, warm-up): no writer."""
     from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST

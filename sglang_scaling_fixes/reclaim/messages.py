@@ -4,19 +4,20 @@
                         Bind        trailer frame on stock's metadata message: the lease and
                                     the attempt that these destinations belong to
                         Abort       a message of its own: the owner of a lease gave up
+                        Refusal     a message of its own: this request is not taken at all
     prefill -> decode   HelloAck    answers a Hello, and a Bind that expected another process
                         SuccessTag  trailer frame on stock's success: the lease it is of
                         AbortAck    answers an Abort
 
 Stock peers must never see a message they cannot read: a stock prefill's receive thread dies of
 one. So the first words travel as one extra frame behind a message that stock sends anyway, and
-behind every frame of it that a release reads (`attach_trailer`). `Abort` has no such carrier: it
-goes only to a rank that has sent a `HelloAck`. `HelloAck`, `SuccessTag` and `AbortAck` go only to
-whoever spoke first. A request without trouble costs two frames, behind its destinations and
-behind its success, and no message.
+behind every frame of it that a release reads (`attach_trailer`). `Abort` and `Refusal` have no
+such carrier: they go only to a rank that has sent a `HelloAck`. `HelloAck`, `SuccessTag` and
+`AbortAck` go only to whoever spoke first. A request without trouble costs two frames, behind its
+destinations and behind its success, and no message.
 
-Wire format: one frame, `TAG` followed by a msgpack-encoded tagged struct. `Abort`, `HelloAck` and
-`AbortAck` travel alone, as a message of a single frame.
+Wire format: one frame, `TAG` followed by a msgpack-encoded tagged struct. `Abort`, `Refusal`,
+`HelloAck` and `AbortAck` travel alone, as a message of a single frame.
 
 A receive thread must outlive whatever arrives. A message that claims to be ours and
 is not readable, out of bounds or misplaced is `GARBAGE`: dropped as a whole.
@@ -101,6 +102,13 @@ class Abort(msgspec.Struct, frozen=True, tag="abort"):
     lease: Name
 
 
+class Refusal(msgspec.Struct, frozen=True, tag="refusal"):
+    """Decode takes no part in the request of this room, and has sent no destinations for it."""
+
+    rank: RankField
+    room: Room
+
+
 class HelloAck(msgspec.Struct, frozen=True, tag="hello_ack"):
     """A prefill process with safe reclaim in force serves `rank`.
 
@@ -124,9 +132,10 @@ class SuccessTag(msgspec.Struct, frozen=True, tag="success_tag"):
 class AbortAck(msgspec.Struct, frozen=True, tag="abort_ack"):
     """What prefill can say of `lease`.
 
-    `verdict` is "drained" (nothing posted, nothing will be), "poisoned" (a write
-    failed in a way that may still land; `reason` says which) or "unknown" (this
-    process never received the destinations and now never will accept them).
+    `verdict` is "drained" (nothing posted, nothing will be), "writing" (the chunk in
+    hand is being written; another answer follows), "poisoned" (a write failed in a way
+    that may still land; `reason` says which) or "unknown" (this process never received
+    the destinations and now never will accept them).
     """
 
     rank: RankField
@@ -136,7 +145,7 @@ class AbortAck(msgspec.Struct, frozen=True, tag="abort_ack"):
     reason: Annotated[str, Meta(max_length=MAX_REASON)] = ""
 
 
-Message = Hello | Bind | Abort | HelloAck | SuccessTag | AbortAck
+Message = Hello | Bind | Abort | Refusal | HelloAck | SuccessTag | AbortAck
 
 
 class Garbage(Enum):

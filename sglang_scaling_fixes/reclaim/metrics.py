@@ -43,6 +43,7 @@ PREFILL = Family(
     (
         Metric("bound", "counter", "Destinations received with a lease."),
         Metric("aborts_received", "counter", "Aborts received."),
+        Metric("refusals_received", "counter", "Requests that decode did not take."),
         Metric("abort_acks", "counter", "Acknowledgements of aborts, by verdict.", ("verdict",)),
         Metric("poisoned_rooms", "counter", "Attempts with a write of unknown end."),
         Metric(

@@ -66,7 +66,7 @@ def check(server_args: Any, *, fence_asked: bool = False) -> None:
         )
     obstacle = fence.obstacle(server_args)
     if mode == "decode" and fence_asked and obstacle is not None:
-        raise ConfigError(f"--safe-reclaim-fence: {obstacle}; drop one of the two")
+        raise ConfigError(f"--safe-reclaim-fence always: {obstacle}; drop one of the two")
     restores = getattr(server_args, "enable_hierarchical_cache", False) and getattr(
         server_args, "disaggregation_decode_enable_radix_cache", False
     )

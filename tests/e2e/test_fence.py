@@ -1,4 +1,4 @@
-"""Past the bound: refuse, and fence once the writer is gone. Real servers, real Mooncake."""
+"""An ailing prefill is refused, the other one served; a fence. Real servers, real Mooncake."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from sglang_scaling_fixes.lab.install import Environment
 from sglang_scaling_fixes.lab.servers.checkpoints import Model
 from sglang_scaling_fixes.lab.servers.cluster import Cluster, ClusterSpec
 from sglang_scaling_fixes.lab.servers.link import link
-from sglang_scaling_fixes.reclaim.retry_after import REFUSAL
+from sglang_scaling_fixes.lab.servers.server import Server
+from sglang_scaling_fixes.reclaim.retry_after import AILING, REASON_HEADER
 from sglang_scaling_fixes.reclaim.rules.quarantine import RETRY_AFTER_S
 
 from .servers import prompt, report, wait_for
@@ -36,13 +37,13 @@ def cluster(new: Environment, checkpoint: Model, tmp_path: Path) -> Iterator[Clu
         yield cluster
 
 
-def refused(cluster: Cluster) -> tuple[int, str, str]:
-    """Status, Retry-After and text of decode's answer to one more request."""
+def refused(cluster: Cluster, prefill: Server) -> tuple[int, str, str, str]:
+    """Status, Retry-After, reason and text of decode's answer to one more request."""
     payload = {
         "input_ids": prompt(20),
         "sampling_params": {"max_new_tokens": 4},
-        "bootstrap_host": cluster.fast.place.address,
-        "bootstrap_port": cluster.fast.bootstrap_port,
+        "bootstrap_host": prefill.place.address,
+        "bootstrap_port": prefill.bootstrap_port,
         "bootstrap_room": 99,
     }
     server = cluster.decode
@@ -54,7 +55,8 @@ def refused(cluster: Cluster) -> tuple[int, str, str]:
     with pytest.raises(urllib.error.HTTPError) as caught:
         urllib.request.urlopen(request, timeout=60)
     error = caught.value
-    return error.code, error.headers.get("Retry-After", ""), error.read().decode()
+    said = error.headers.get("Retry-After", ""), error.headers.get(REASON_HEADER.decode(), "")
+    return error.code, *said, error.read().decode()
 
 
 def test_a_writer_that_does_not_answer_is_waited_for_and_one_that_is_gone_is_fenced(
@@ -71,12 +73,15 @@ def test_a_writer_that_does_not_answer_is_waited_for_and_one_that_is_gone_is_fen
     lost = cluster.send(cluster.slow, prompt(1000), "lost", max_new_tokens=8)
     wait_for(lambda: report(cluster)["exposures"] == 3, "destinations were never sent")
     cluster.abort(lost.rid)
-    wait_for(lambda: report(cluster)["refusing"], "the hold was never too old")
+    wait_for(lambda: report(cluster)["ailing"], "the hold was never too old")
 
-    # Alive and silent: no proof and no reason to fence. New requests go elsewhere.
-    status, retry_after, text = refused(cluster)
-    assert (status, retry_after) == (503, str(RETRY_AFTER_S))
-    assert REFUSAL in text
+    # Alive and silent: no proof, and no reason to fence. Only its own requests are refused.
+    *said, text = refused(cluster, cluster.slow)
+    assert said == [503, str(RETRY_AFTER_S), "prefill-ailing"]
+    assert AILING in text and f":{cluster.slow.bootstrap_port}" in text
+    beside = cluster.send(cluster.fast, prompt(600), "beside", max_new_tokens=8).wait()
+    assert beside.ids == reference.ids
+    assert cluster.decode.get("/health").status == 200
     time.sleep(3)
     held = report(cluster)
     assert held["held_tokens"] == 1000 and held["fences"] == 0
@@ -89,7 +94,7 @@ def test_a_writer_that_does_not_answer_is_waited_for_and_one_that_is_gone_is_fen
         os.kill(pid, signal.SIGKILL)
     wait_for(lambda: report(cluster)["held_tokens"] == 0, "the slots never came back")
     after = report(cluster)
-    assert after["fences"] == 1 and after["frees"] == {"P4": 1} and not after["refusing"]
+    assert after["fences"] == 1 and after["frees"] == {"P4": 1} and not after["ailing"]
     again = cluster.send(cluster.fast, prompt(600), "after", max_new_tokens=8).wait()
     assert again.ids == reference.ids
-    assert report(cluster)["landed"] == 3
+    assert report(cluster)["landed"] == 4

@@ -212,9 +212,16 @@ class Decode:
     admitted: tuple[tuple[str, int], ...] = ()
     """Successes (prefill rank, room) let through that stock has not counted yet."""
     epoch: int = 0
-    """Of its memory: a fence makes the addresses of older ones unreachable."""
+    """The oldest engine that still receives: addresses that name one before reach nothing."""
+    base: int = 0
+    """Engines that decodes had at this address before."""
     number: int = 0
     blob: bytes = b""
+
+    @property
+    def engine(self) -> int:
+        """What destinations name that are sent now."""
+        return self.base + self.ledger.engine
 
     def exposure(self, request: int) -> Exposure:
         found = self.ledger.find(self.exposures[request])
@@ -508,8 +515,11 @@ class World:
 
     def _at_decodes(self) -> list[str]:
         events = []
-        if self.left["fence"]:
-            events += [f"fence {d}" for d in self.decodes]
+        for name, d in self.decodes.items():
+            if d.engine > d.epoch:
+                events.append(f"close {name}")
+            elif self.left["fence"]:
+                events.append(f"fence {name}")
         if self.left["restart"] and len(self.decodes) == 1:
             events += [f"restart {d}" for d in self.decodes]
         return events
@@ -577,7 +587,7 @@ class World:
                     room,
                     exposure.writers[p].incarnation or "",
                     slot=slot,
-                    epoch=d.epoch,
+                    epoch=d.engine,
                     attempt=exposure.attempt_id,
                 )
                 self._send(d.name, p, meta)
@@ -666,7 +676,7 @@ class World:
             self._becomes(i, "done")
         d = self.decodes[name] = self._new_decode(name, old.life + 1)
         self.wire = tuple(w for w in self.wire if w.decode != name)
-        d.epoch = old.epoch + 1
+        d.epoch = d.base = old.engine + 1
         for p in self.prefills:
             self.channels[f"{name}>{p}"] = ()
             self._hello(name, p)
@@ -677,21 +687,31 @@ class World:
         self._hello(name, p)
 
     def do_fence(self, name: str) -> None:
-        """Every address `name` ever sent dies, and with it what is posted there."""
+        """Another engine receives what is sent from now on; the old one still receives."""
+        self._decode(name).ledger.engine_made()
+        for p in self.prefills:
+            self._hello(name, p)
+
+    def do_close(self, name: str) -> None:
+        """Every address that names an older engine dies, and with it what is posted there.
+
+        Here it comes at any time; the adapter waits for those that may still complete.
+        """
         d = self._decode(name)
         if self.config.stops:
             d.epoch += 1
             self._cut_off(name)
-        for exposure in d.ledger.fence():
+        else:
+            d.base -= 1
+        for exposure in d.ledger.engines_closed():
             self.say(f"{name}: {exposure.lease} cannot complete")
         for exposure in d.ledger.held:
             self.say(f"{name}: {exposure.lease} {exposure.state.value}")
-        for p in self.prefills:
-            self._hello(name, p)
 
     def _cut_off(self, name: str) -> None:
-        """What is posted to this decode rank fails and can no longer land."""
-        for write in [w for w in self.wire if w.decode == name]:
+        """What is posted to an engine of this decode rank that is closed can no longer land."""
+        oldest = self.decodes[name].epoch
+        for write in [w for w in self.wire if w.decode == name and w.epoch < oldest]:
             if self._watched(write):
                 self._fails(write)
             self.wire = tuple(w for w in self.wire if w.name != write.name)
@@ -855,7 +875,7 @@ class World:
             elif isinstance(action, ForgetRoom):
                 if p.infos.pop(action.room, None):
                     self.say(f"{p.name}: room {action.room}: old destinations forgotten")
-            else:
+            elif action.verdict != "writing":  # proves nothing, and changes only whom decode blames
                 room = self.config.rooms[self.leases[action.lease]]
                 self.say(f"{p.name}: abort_ack({action.lease} {action.verdict})")
                 self._send(
@@ -1199,6 +1219,7 @@ def decode_key(d: Decode) -> Any:
         d.admitted,
         tuple(sorted((r, i, tuple(sorted(s))) for r, (i, s) in d.receivers.items())),
         d.epoch,
+        d.base,
     )
 
 

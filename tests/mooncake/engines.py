@@ -5,10 +5,12 @@ python -m tests.mooncake.engines receive MODE   |   send ONCE SESSION ADDRESS   
 Both print JSON lines and read lines from stdin. The receiver says where it is, and on
 "go" waits for the first byte of a long write and then does what MODE says:
 
-    fence          fence.renew, as decode does
+    fence          fence.switch and fence.retire, as decode does, without waiting
     unregister     what renewing the registration would do
+    switch         fence.switch alone
 
-Then it clears its memory and reports how many bytes arrived afterwards.
+Then it clears its memory and reports how many bytes arrived afterwards. Under "switch" it
+clears nothing, and after the last line retires the first engine.
 """
 
 from __future__ import annotations
@@ -91,8 +93,19 @@ def receive(mode: str) -> None:
     sys.stdin.readline()
     while memory.first() == b"\0":
         time.sleep(0.0002)
+    if mode == "switch":
+        old = fence.switch(manager)
+        say(session=manager.engine.session_id, address=memory.address)
+        sys.stdin.readline()
+        say(long=memory.count(255))
+        while not old.ready(time.monotonic()):
+            time.sleep(0.01)
+        fence.retire(old, lambda ports: ports)
+        say(retired=True)
+        return
     if mode == "fence":
-        _, session = fence.renew(manager, lambda ports: ports)
+        fence.retire(fence.switch(manager), lambda ports: ports)
+        session = manager.engine.session_id
     else:
         manager.engine.engine.unregister_memory(memory.address)
         session = manager.engine.session_id
@@ -139,8 +152,9 @@ def leave(door: bool) -> None:
     with socket.create_server((HOST, 0)) as left:
         if door:
             fence.record(manager.engine, opened | {f"port {left.getsockname()[1]}"})
+        old = fence.switch(manager)
         try:
-            fence.renew(manager, lambda ports: ports)
+            fence.retire(old, lambda ports: ports)
         except fence.FenceError as error:
             say(opened=len(opened), error=str(error))
         else:

@@ -98,6 +98,23 @@ def test_nothing_lands_behind_a_fence_and_the_new_session_works() -> None:
     assert found["small"] == SMALL
 
 
+def test_a_transfer_under_way_lands_whole_while_another_engine_takes_over() -> None:
+    """Nobody in flight is ended; then the old session is gone, and the new one works."""
+    with processes("switch", "stock") as (receiver, sender):
+        target = receiver.heard()
+        assert sender.heard() == {"ready": True}
+        receiver.tell("go")
+        sender.tell({**target, "size": SIZE})
+        new = receiver.heard()
+        assert new["session"] != target["session"]
+        assert sender.heard()["status"] == 0, "the long write"
+        sender.tell({**new, "size": SMALL})
+        assert sender.heard()["status"] == 0
+        receiver.tell("retire")
+        assert receiver.heard() == {"long": SIZE}
+        assert receiver.heard() == {"retired": True}
+
+
 def test_one_submission_says_the_same_as_stocks_call() -> None:
     """What a prefill with RDMA devices uses, so that 0 is never a second try's."""
     found = interrupted("fence", once="once")

@@ -38,7 +38,7 @@ def launch():
 AGAIN = """
 print("found:" + json.dumps({
     "environment": {s["name"]: s["state"] for s in plugin.statuses()},
-    "more": start("--plugin", "safe-reclaim,hicache-ordering", "--safe-reclaim-fence"),
+    "more": start("--plugin", "safe-reclaim,hicache-ordering", "--safe-reclaim-audit"),
     "same": start(),
     "less": start("--plugin", "hicache-ordering"),
     "none": start("--plugin", "none"),

@@ -17,6 +17,7 @@ from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
 
 from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.kv_poll import FAILED, SUCCESS, WAITING
+from sglang_scaling_fixes.reclaim.decode import fence
 from sglang_scaling_fixes.reclaim.decode.peers import OutgoingSocket
 from sglang_scaling_fixes.reclaim.decode.side import DecodeSide
 from tests.decode_rank import preallocation_queue
@@ -36,6 +37,8 @@ class Decode:
         self.targets = targets
         """Who serves each prefill rank now."""
         self.session, self._sessions = f"{IP}:1", 1
+        self.closed: set[str] = set()
+        """Sessions of engines that are no more."""
         self.status: dict[int, int] = {}
         self.reported: dict[int, set[int]] = {}
         self.manager = SimpleNamespace(
@@ -193,7 +196,7 @@ class Decode:
 
     def lands(self, write: Write) -> bool:
         """The bytes arrive. False: an engine that is no more had the memory registered."""
-        if write.session != self.session:
+        if write.session in self.closed:
             return False
         self.check(write)
         for slot, n in write.pages:
@@ -204,7 +207,7 @@ class Decode:
 
     def check(self, write: Write) -> None:
         """What can be reached belongs to the request that it is written for, and waits for it."""
-        if write.session != self.session:
+        if write.session in self.closed:
             return
         request = write.request
         if request.state in ("used", "done"):
@@ -217,12 +220,17 @@ class Decode:
         if not write.pages and (aux in self.aux.free_slots or self.aux_owner[aux] is not request):
             raise Harm(f"metadata slot {aux} may still be written for request {request.number}")
 
-    def renew(self, manager: Any, of_all_ranks: Any) -> tuple[str, str]:
-        """In place of `fence.renew`: another engine, another session."""
-        assert manager is self.manager and of_all_ranks({1}) == {1}
+    def switch(self, manager: Any) -> fence.Retiring:
+        """In place of `fence.switch`: another engine, another session."""
+        assert manager is self.manager
         old, self._sessions = self.session, self._sessions + 1
         self.session = f"{IP}:{self._sessions}"
-        return old, self.session
+        return fence.Retiring(old, raw=None, opened=set(), knocked_at=-fence.KNOCK_S)
+
+    def retire(self, old: fence.Retiring, of_all_ranks: Any) -> None:
+        """In place of `fence.retire`."""
+        assert of_all_ranks({1}) == {1}
+        self.closed.add(old.session)
 
     @property
     def free(self) -> tuple[int, int]:

@@ -74,8 +74,9 @@ class Adapters(RuleBasedStateMachine):
         self.looks = looks
         self.prefills: list[Prefill] = []
         targets: list[Any] = [lambda rank=rank: self.prefills[rank] for rank in range(ranks)]
-        self.decode = Decode(self.network, targets, Config(max_held=0.3, fence=True))
-        self.restored.enter_context(mock.patch.object(fence, "renew", self.decode.renew))
+        self.decode = Decode(self.network, targets, Config(max_held=0.3))
+        for name in ("switch", "retire"):
+            self.restored.enter_context(mock.patch.object(fence, name, getattr(self.decode, name)))
         self.prefills += [self._prefill(rank) for rank in range(ranks)]
         for rank in range(ranks):
             self.decode.register(rank, anew=True)

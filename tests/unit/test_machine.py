@@ -268,11 +268,49 @@ def test_a_fence_over_tcp_does_not_wait_for_somebody_elses_device(
     """NCCL's handles stay, and are none of the engine's."""
     monkeypatch.setattr(machine, "here", Busy())
     manager = Manager()
-    old, new = fence.renew(manager, lambda ports: ports)
-    assert old != new
+    before = manager.engine.session_id
+    old = fence.switch(manager)
+    assert before == old.session != manager.engine.session_id
+    fence.retire(old, lambda ports: ports)
     fence.record(manager.engine, fence.engine_has(manager.engine) | {HANDLE})
-    with pytest.raises(fence.FenceError, match="could not be closed"):
-        fence.renew(manager, lambda ports: ports)
+    old = fence.switch(manager)
+    with pytest.raises(fence.FenceError, match=r"not closed whole: .*uverbs0"):
+        fence.retire(old, lambda ports: ports)
+
+
+def test_an_engine_that_nobody_saw_opened_is_no_fence(started: Manager) -> None:
+    raw, session = started.engine.engine, started.engine.session_id
+    fence.record(started.engine, set())
+    with pytest.raises(fence.FenceError, match="nobody saw what the engine"):
+        fence.switch(started)
+    assert (started.engine.engine, started.engine.session_id) == (raw, session)
+
+
+def test_a_second_engine_that_takes_no_memory_leaves_the_first_as_it_was(
+    started: Manager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw, session = started.engine.engine, started.engine.session_id
+    opened = fence.engine_has(started.engine)
+    monkeypatch.setattr(Engine, "batch_register", lambda *_: -1)
+    with pytest.raises(fence.FenceError, match="registered anew"):
+        fence.switch(started)
+    assert (started.engine.engine, started.engine.session_id) == (raw, session)
+    assert fence.engine_has(started.engine) == opened
+    assert opened <= fence.openings()
+
+
+def test_an_engine_that_somebody_else_holds_is_not_closed(started: Manager) -> None:
+    old = fence.switch(started)
+    held = old.raw
+    unions: list[set[int]] = []
+
+    def of_all_ranks(ports: set[int]) -> set[int]:
+        unions.append(ports)
+        return ports
+
+    with pytest.raises(fence.FenceError, match="held by another part"):
+        fence.retire(old, of_all_ranks)
+    assert held is old.raw and len(unions) == 1, "every rank takes part, or the others hang"
 
 
 # -- nobody else looks ----------------------------------------------------------------------

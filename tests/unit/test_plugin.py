@@ -168,7 +168,7 @@ def test_other_settings_reach_the_children_and_no_scheduler_of_this_process(
     process.env.setenv(PLUGIN_ENV, DEFAULT)
     plugin.activate()
     process.scheduler()
-    process.flags("--safe-reclaim-fence")
+    process.flags("--safe-reclaim-fence", "off")
     process.launch()
     text = line(process.scheduler)
     assert "settings" in text and ENV_PREFIX in text

@@ -66,7 +66,6 @@ class Scenario:
     runner_tokens: int = 0
     reuse_room: bool = False  # the late requests come one after the other, in one room
     flags: tuple[str, ...] = ()
-    fixed_flags: tuple[str, ...] = ()
     prefill_flags: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     decode_env: Mapping[str, str] = field(default_factory=dict)
@@ -86,7 +85,7 @@ class Scenario:
 
     def cluster(self, release: str, *, fixed: bool) -> ClusterSpec:
         """The servers of one half of the race: stock's, or those with the plugin."""
-        armed = ("--plugin", *self.fixed_flags) if fixed else ()
+        armed = ("--plugin",) if fixed else ()
         return ClusterSpec(
             flags=(*self.flags, *armed),
             prefill_flags=self.prefill_flags,
@@ -131,7 +130,6 @@ SCENARIOS = {
             5,
             ending=Ending.FAILURE,
             slow_env={"MC_TRANSFER_TIMEOUT": "5"},
-            fixed_flags=("--safe-reclaim-fence",),
             ends_slow=True,
             new_tokens=200,
         ),

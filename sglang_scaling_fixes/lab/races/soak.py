@@ -37,7 +37,7 @@ from sglang_scaling_fixes.lab.servers.link import link
 from sglang_scaling_fixes.lab.servers.pending import Outcome
 from sglang_scaling_fixes.lab.servers.server import ANSWER_S, Server
 
-FIXED_FLAGS = ("--plugin", "--safe-reclaim-fence")
+FIXED_FLAGS = ("--plugin",)
 RATE_MBIT = 48.0
 PROMPTS = 12
 PROMPT_TOKENS = (80, 420)

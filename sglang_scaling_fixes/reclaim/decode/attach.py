@@ -50,6 +50,7 @@ def _attach_manager(config: Config) -> None:
         made.kv_receiver.sglang_scaling_fixes_tokens = functools.partial(
             layout.prompt_tokens, queue, req
         )
+        made.kv_receiver.sglang_scaling_fixes_prefill = layout.prefill_of(req)
         made.kv_receiver.sglang_scaling_fixes_rejected = functools.partial(
             layout.rejected, queue.kv_manager, req
         )
@@ -127,8 +128,8 @@ def _attach_scheduler() -> None:
         """Admission, before a request has anything. One that comes back is not refused."""
         side = DecodeSide.current
         back = is_retracted or is_rebootstrap
-        if side is not None and side.refusing and not back and not layout.is_fake(req):
-            return side.refuse(queue, req)
+        if side is not None and not back and not layout.is_fake(req) and side.refused(queue, req):
+            return None
         if is_rebootstrap:
             kwargs["is_rebootstrap"] = True
         return stock(queue, req, is_retracted, **kwargs)

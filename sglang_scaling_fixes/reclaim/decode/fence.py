@@ -1,16 +1,19 @@
-"""P4: a decode rank makes its memory unreachable for everything sent to it so far.
+"""P4: a decode rank makes its memory unreachable for what it sent some time ago.
 
 Mooncake cannot close one session or revoke one key, and renewing a registration is
 no fence: over TCP the receiver checks it when a write begins, not while it lands, and
-over RDMA the sender's own retry fetches the new key. So the whole receiving engine is
-destroyed, with its listeners, connections, queue pairs and registrations, and another
-one takes its place under a new session:
+over RDMA the sender's own retry fetches the new key. So a whole receiving engine is
+destroyed, with its listeners, connections, queue pairs and registrations. Nobody who
+is well shall notice: a second engine takes over first, for the same memory, and the old
+one is closed when nothing that its owner still waits for can arrive there any more.
 
-    before   prefill --- session A ---> engine A --> memory
-    between  prefill --- session A -x                memory    nobody reads A's sockets
-    after    prefill --- session B ---> engine B --> memory    A's ports stay taken
+    before    prefill --- session A ---> engine A --> memory
+    switch    new requests  -- session B --> engine B --> memory
+              old ones      -- session A --> engine A -->   "      until they have landed
+    retire    prefill --- session A -x                memory       nobody reads A's sockets
+              prefill --- session B ---> engine B --> memory       A's ports stay taken
 
-Engine B never listens where an engine before it did, on this or another TP rank, so
+An engine never listens where one before it did, on this or another TP rank, so
 that no late writer finds it behind an address it remembers. The old ports stay taken
 for as long as this process lives, so that no other process on this host gets them;
 whoever connects there is reset.
@@ -25,6 +28,7 @@ import struct
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 from sglang_scaling_fixes import machine
@@ -38,13 +42,39 @@ _AT_ONCE = struct.pack("ii", 1, 0)
 _TRIES = 10
 _RETRY_S = 0.5
 """Seconds: the kernel may keep a port while a peer has not closed its end."""
+_DESTRUCTOR_SLEEPS_S = 1.0
+"""Mooncake's listener looks whether it shall end after each visitor, and every second."""
+KNOCK_S = 0.9 * _DESTRUCTOR_SLEEPS_S
+"""Seconds between a visit and the destructor, which then waits for the rest of that second."""
 
 _shut: set[int] = set()
 """The ports of engines that are no more, of all TP ranks."""
 
 
 class FenceError(ScalingFixesError):
-    """There is no fence, or no engine behind it: this process must not go on."""
+    """There is no fence: nothing is proven by it, and the engine in use stays in use."""
+
+
+@dataclass
+class Retiring:
+    """An engine that nothing new is sent to. It still receives, until `retire` closes it."""
+
+    session: str
+    raw: Any
+    """Mooncake's engine; the only reference to it. None once it is closed."""
+    opened: set[str]
+    """Every way into it, see `openings`."""
+    knocked_at: float = 0.0
+    """When its listener was last woken (seconds, monotonic), 0 if never."""
+
+    def ready(self, now: float) -> bool:
+        """Wake its listener; true as soon as its destructor will not sleep for long."""
+        if not self.knocked_at:
+            host, _, port = self.session.rpartition(":")
+            with contextlib.suppress(OSError):
+                socket.create_connection((host.strip("[]"), int(port)), timeout=0.1).close()
+            self.knocked_at = now
+        return now - self.knocked_at >= KNOCK_S
 
 
 def obstacle(server_args: Any) -> str | None:
@@ -58,35 +88,55 @@ def obstacle(server_args: Any) -> str | None:
     return None
 
 
-def renew(manager: Any, of_all_ranks: Callable[[set[int]], set[int]]) -> tuple[str, str]:
-    """Replace the Mooncake engine of a stock decode `KVManager`; its old and new session.
+def switch(manager: Any) -> Retiring:
+    """Another Mooncake engine takes over from the one of a stock decode `KVManager`.
 
-    `of_all_ranks` returns the union of a set of ports over the TP ranks, once every
-    rank has closed its engine. Blocks for about a second (Mooncake's listener thread
-    wakes up once a second). Raises `FenceError` if the old engine cannot be shown to
-    be gone.
+    It receives into the same buffers; the old one still does. Raises `FenceError` if it
+    cannot be; then the old one goes on as if nothing had been tried.
     """
     engine = manager.engine
-    old = str(engine.session_id)
-    own = engine_has(engine)
-    doors = _listening()
-    devices = len(_rdma_handles()) if opened_rdma(engine) else 0
-    _destroy(engine)
-    shut = doors - _listening()
-    if _port(old) not in shut or (devices and len(_rdma_handles()) >= devices):
-        raise FenceError(
-            f"the receiving engine of session {old} is still in use by another part of this "
-            "process and could not be closed"
-        )
-    if left := own & openings():
-        raise FenceError(f"the engine of session {old} was not closed whole: {sorted(left)}")
-    if still_open := shut & _local_ports():
-        raise FenceError(f"connections of session {old} are still open at ports {still_open}")
-    threading.Thread(target=_keep, args=(shut,), daemon=True).start()
-    _shut.update(of_all_ranks(shut))
+    old = Retiring(str(engine.session_id), engine.engine, engine_has(engine))
+    if f"port {_port(old.session)}" not in old.opened:
+        raise FenceError(f"nobody saw what the engine of session {old.session} opened")
     _replace(engine)
-    _register(manager, engine)
-    return old, str(engine.session_id)
+    try:
+        _register(manager, engine)
+    except FenceError:
+        take_back(manager, old)
+        raise
+    return old
+
+
+def take_back(manager: Any, old: Retiring) -> None:
+    """Undo a `switch`: the new engine goes, nothing was sent under its session yet."""
+    engine = manager.engine
+    engine.engine, engine.session_id = old.raw, old.session
+    record(engine, old.opened)
+
+
+def retire(old: Retiring, of_all_ranks: Callable[[set[int]], set[int]]) -> None:
+    """Close the engine. Raises `FenceError` if it cannot be shown to be gone.
+
+    `of_all_ranks` returns the union of a set of ports over the TP ranks, once every rank has
+    got here; it is called in any case. Blocks for up to a second, see `Retiring.ready`.
+    """
+    try:
+        _close(old)
+    finally:
+        _shut.update(of_all_ranks(_ports(old.opened)))
+
+
+def _close(old: Retiring) -> None:
+    if sys.getrefcount(old.raw) > 2:  # the field, and the argument of getrefcount
+        raise FenceError(f"the engine of session {old.session} is held by another part here")
+    old.raw = None  # its destructor closes and joins all
+    if left := old.opened & openings():
+        raise FenceError(
+            f"the engine of session {old.session} was not closed whole: {sorted(left)}"
+        )
+    if still_open := _ports(old.opened) & _local_ports():
+        raise FenceError(f"connections of session {old.session} are still open at {still_open}")
+    threading.Thread(target=_keep, args=(_ports(old.opened),), daemon=True).start()
 
 
 def record(engine: Any, opened: set[str]) -> None:
@@ -128,17 +178,8 @@ def _replace(engine: Any) -> None:
             engine.engine, engine.session_id = fresh.engine, fresh.session_id
             record(engine, engine_has(fresh))
             return
-        _destroy(fresh)
+        fresh.engine = None
     raise FenceError(f"no engine with new ports in {_TRIES} tries")
-
-
-def _destroy(engine: Any) -> None:
-    """Drop the only reference to Mooncake's engine: its destructor closes and joins all."""
-    raw, engine.engine = engine.engine, None
-    if sys.getrefcount(raw) > 2:  # `raw` and the argument of getrefcount
-        engine.engine = raw
-        raise FenceError("the receiving engine is held by another part of this process")
-    del raw
 
 
 def _register(manager: Any, engine: Any) -> None:
@@ -181,6 +222,10 @@ def _keep(ports: set[int]) -> None:
 
 def _port(session: str) -> int:
     return int(session.rpartition(":")[2])
+
+
+def _ports(opened: set[str]) -> set[int]:
+    return {int(way.removeprefix("port ")) for way in opened if way.startswith("port ")}
 
 
 def _listening() -> set[int]:

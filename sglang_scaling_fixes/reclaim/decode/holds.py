@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from sglang_scaling_fixes.reclaim.decode.gate import Gate
@@ -76,7 +77,9 @@ class HoldReport:
             ",".join(sorted({w.proof or "" for w in exposure.writers.values()})) or "P1",
         )
 
-    def report(self, gate: Gate | None, *, refusing: bool) -> dict[str, Any]:
+    def report(
+        self, gate: Gate | None, *, refusing: bool, ailing: Mapping[str, str]
+    ) -> dict[str, Any]:
         """Counters and holds for `/server_info` and the lab."""
         with self._lock:
             peers = self._ledger.peers
@@ -89,6 +92,7 @@ class HoldReport:
             "held_tokens": gate.held_tokens if gate is not None else 0,
             "held_tokens_max": self._tokens_max,
             "refusing": refusing,
+            "ailing": dict(ailing),
             "held": held,
             "peers": len(self._ledger.peers),
         }

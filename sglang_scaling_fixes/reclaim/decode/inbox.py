@@ -82,7 +82,12 @@ class Inbox:
             self._ledger.hello_acked(message.rank, message.incarnation, message.lease, message.seq)
             return
         exposure = self._ledger.ack(
-            message.rank, message.incarnation, message.lease, message.verdict, message.reason
+            message.rank,
+            message.incarnation,
+            message.lease,
+            message.verdict,
+            message.reason,
+            now=time.monotonic(),
         )
         if exposure is None:
             self._metrics.inc("stale")

@@ -53,6 +53,8 @@ class Peers:
         self._uninformed: set[Rank] = set()
         """Ranks that do not know the present session yet: they get no destinations."""
         self._silent_until: dict[Rank, float] = {}
+        self._instances: dict[str, set[Rank]] = {}
+        """Prefill instance -> those of its ranks that destinations were sent to."""
         self._sending: tuple[Exposure, messages.Bind] | None = None
         """What stock is sending destinations for, and what goes with them but for the rank."""
         self.pace = Pace()
@@ -127,6 +129,20 @@ class Peers:
             self._stock_aborts.sent(room, rank, frames)
         else:
             self._stock_aborts.unexposed(room)
+
+    def serve(self, prefill: str, ranks: Iterable[Rank]) -> None:
+        """Requests of this prefill instance are served by these ranks."""
+        self._instances.setdefault(prefill, set()).update(ranks)
+
+    def send_refusal(self, prefill: str, room: int) -> None:
+        """Tell this prefill instance that a request is not taken: its half need not wait.
+
+        Any rank that fails the room ends the request on all of them.
+        """
+        now = time.monotonic()
+        for rank in sorted(self._instances.get(prefill, ())):
+            if rank in self._ledger.peers and self.pace.may(rank, now):
+                self._send(rank, [messages.encode(messages.Refusal(rank, room))])
 
     # -- questions -----------------------------------------------------------------------
 

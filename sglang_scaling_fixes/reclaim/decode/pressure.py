@@ -1,4 +1,4 @@
-"""Decode under pressure: too much is held without proof. New requests are refused; a fence falls.
+"""Decode under pressure: a prefill is ailing. Its new requests are refused; a fence falls.
 
 `rules.quarantine` decides, the TP ranks agree, and what they agreed on is done here.
 """
@@ -18,120 +18,245 @@ from sglang_scaling_fixes.reclaim.decode.gate import Gate
 from sglang_scaling_fixes.reclaim.decode.liveness import Liveness
 from sglang_scaling_fixes.reclaim.decode.peers import Peers
 from sglang_scaling_fixes.reclaim.decode.records import Records
-from sglang_scaling_fixes.reclaim.retry_after import REFUSAL
+from sglang_scaling_fixes.reclaim.retry_after import AILING, REFUSAL
 from sglang_scaling_fixes.reclaim.rules.exposure import Exposure
-from sglang_scaling_fixes.reclaim.rules.quarantine import GRACE_S, Hold, Pressure, Quarantine
+from sglang_scaling_fixes.reclaim.rules.quarantine import (
+    FENCE_SHARE,
+    GRACE_S,
+    Hold,
+    Pressure,
+    Quarantine,
+)
+from sglang_scaling_fixes.reclaim.rules.reasons import why_held
 
 logger = logging.getLogger(__name__)
 
 
-class Relief:
-    """The bound on what one decode rank holds, and the ways out past it."""
+LOOK_AGAIN_S = 0.1
+"""Seconds between two assessments of what is held."""
 
-    def __init__(
-        self,
-        manager: Any,
-        records: Records,
-        peers: Peers,
-        *,
-        may_fence: bool,
-    ) -> None:
+
+class Relief:
+    """What one decode rank does about holds that do not drain."""
+
+    def __init__(self, manager: Any, records: Records, peers: Peers, *, mode: str) -> None:
         self._manager = manager
         self._ledger = records.ledger
         self._lock = records.lock
         self._metrics = records.metrics
         self._peers = peers
-        self._may_fence = may_fence
         self._liveness = Liveness()
+        self._next_look = 0.0
+        self._pressure = Pressure(refuse=False, fence=False)
+        self._next_fence = 0.0
+        self._retiring: fence.Retiring | None = None
+        self._mode = mode
         self.refusing = False
-        """More is held than allowed: new requests are refused. The same on all TP ranks."""
+        """Too little is left of the pool: every request is refused. The same on all TP ranks."""
+        self.ailing: dict[str, str] = {}
+        """Prefill instance -> why its new requests are refused. The same keys on all TP ranks."""
+        self._standing_tokens = 0
+        """Token slots that ailing prefills hold. The same on all TP ranks."""
         self.no_fence = fence.obstacle(getattr(manager, "server_args", None))
         """Why a fence is impossible here, None if it is not: then refusing has to do."""
+        if mode == "off":
+            self.no_fence = "--safe-reclaim-fence off"
+
+    @property
+    def retiring(self) -> bool:
+        """An engine is on its way out; until it is closed every TP rank takes part in each tick."""
+        return self._retiring is not None
 
     def assess(self, held: Sequence[Exposure], gate: Gate, quarantine: Quarantine) -> Pressure:
-        """What this rank alone would do about what it holds."""
+        """What this rank alone would do about what it holds, and whom it blames (`blames`)."""
         now = time.monotonic()
-        with self._lock:
-            late = [e for e in held if now - e.gave_up_at > GRACE_S]
-            suspects = {w.rank for e in late for w in e.unproven}
-            flying = len(self._ledger.exposures()) - len(held)
-        if self.no_fence is None:
-            self._liveness.look(suspects)
+        if now < self._next_look:
+            return self._pressure
+        self._next_look = now + LOOK_AGAIN_S
         with self._lock:
             holds = [self._hold(e, gate, now) for e in held]
-        may_fence = self._may_fence if self.no_fence is None else None
-        return quarantine.decide(holds, flying=flying, may_fence=may_fence)
+            suspects = {
+                w.rank
+                for exposure, hold in zip(held, holds, strict=True)
+                if hold.quiet_s > GRACE_S
+                for w in exposure.unproven
+            }
+        if suspects:
+            self._liveness.look(suspects)
+        for exposure, hold in zip(held, holds, strict=True):
+            exposure.blames = hold.blames
+        mode = "off" if self.no_fence else self._mode
+        self._pressure = quarantine.decide(holds, mode=mode)
+        return self._pressure
 
     def _hold(self, exposure: Exposure, gate: Gate, now: float) -> Hold:
         unproven = exposure.unproven
-        gone = [w for w in unproven if self._ledger.replaced(w) or self._liveness.gone(w.rank)]
+        replaced = [w for w in unproven if self._ledger.replaced(w)]
+        gone = [w for w in unproven if w not in replaced and self._liveness.gone(w.rank)]
+        live = [w for w in unproven if w not in replaced and w not in gone]
+        mute = [w for w in live if not w.poisoned and not self._ledger.successes.runs_plugin(w)]
+        heard = min((w.writes_at for w in unproven), default=0.0)
         return Hold(
-            now - exposure.gave_up_at,
+            now - max(exposure.gave_up_at, heard),
             gate.tokens(exposure),
             gate.metadata_slot(exposure) is not None,
             unproven=len(unproven),
+            poisoned=sum(w.poisoned for w in live),
             gone=len(gone),
+            replaced=len(replaced),
+            mute=len(mute),
+            fencing=exposure.engine != self._ledger.engine,
         )
 
     # -- refusing -----------------------------------------------------------------------
 
-    def refuse_requests(self, refusing: bool, gate: Gate, max_held: float) -> None:
-        """Begin to refuse new requests, or stop."""
+    def refuse_requests(self, refusing: bool, held: Sequence[Exposure], gate: Gate) -> None:
+        """Take up what the ranks agreed on: refuse everybody, and the requests of these prefills.
+
+        `held`: the exposures that some rank blames a prefill for.
+        """
         if refusing and not self.refusing:
             logger.error(
                 "safe-reclaim: %d token slots are held without proof, more than "
-                "--safe-reclaim-max-held %g allows: new requests are refused with 503 until "
-                "proof comes; the log and /server_info say what is held and why%s",
+                "--safe-reclaim-max-held allows: every new request is refused with 503 until "
+                "some are back; the log and /server_info say what is held and why%s",
                 gate.held_tokens,
-                max_held,
-                f" (no fence: {self.no_fence})" if self.no_fence else "",
+                self._no_fence_either(),
             )
         self.refusing = refusing
+        self._standing_tokens = sum(gate.tokens(exposure) for exposure in held)
+        ailing = {e.prefill: why_held(e, self._ledger.peers) for e in held}
+        for prefill in ailing.keys() - self.ailing.keys():
+            logger.error(
+                "safe-reclaim: prefill %s: %s; new requests that name it are refused with 503 "
+                "until that ends, others are served%s",
+                prefill,
+                ailing[prefill],
+                self._no_fence_either(),
+            )
+        for prefill in self.ailing.keys() - ailing.keys():
+            logger.warning("safe-reclaim: prefill %s is served again", prefill)
+        self.ailing = ailing
 
-    def refuse(self, queue: Any, req: Any) -> None:
+    def _no_fence_either(self) -> str:
+        return f" (no fence: {self.no_fence})" if self.no_fence else ""
+
+    def refusal(self, prefill: str, tokens: int, pool: int) -> str | None:
+        """Why a new request of this prefill instance is not taken, None if it is.
+
+        `tokens`: the length of its prompt; `pool`: the token slots of this decode. What does not
+        fit beside what ailing prefills hold would wait at the head of the queue, before all others.
+        """
+        if self.refusing or tokens > pool - self._standing_tokens:
+            return f"{REFUSAL}; retry here later, or at another decode now"
+        if prefill in self.ailing:
+            return (
+                f"{AILING} {prefill}: {self.ailing[prefill]}; retry with another prefill now, "
+                "or with this one later"
+            )
+        return None
+
+    def refuse(self, queue: Any, req: Any, why: str) -> None:
         """End a request that has not been admitted with 503, as stock ends its own refusals."""
         from sglang.srt.disaggregation.utils import prepare_abort
 
-        self._metrics.inc("refusals", "held")
-        message = f"{REFUSAL}; retry here later, or at another decode now"
-        prepare_abort(req, message, status_code=HTTPStatus.SERVICE_UNAVAILABLE)
+        self._metrics.inc("refusals", "held" if self.refusing else "ailing")
+        prepare_abort(req, why, status_code=HTTPStatus.SERVICE_UNAVAILABLE)
         scheduler = queue.scheduler
         streamer = getattr(scheduler, "output_streamer", scheduler)
         streamer.stream_output([req], req.return_logprob)
 
     # -- fencing ------------------------------------------------------------------------
 
-    def fence(self, group: TpGroup) -> None:
-        """Make everything sent so far harmless (P4), and be reachable again under a new session.
+    def wants_switch(self, pressure: Pressure) -> bool:
+        """A fence is called for, none is under way, and the last one is long enough ago."""
+        due = time.monotonic() >= self._next_fence
+        return pressure.fence and due and self._retiring is None and self.no_fence is None
 
-        The engine goes first: only when nothing can land any more does the ledger learn
-        of it. Transfers in flight are lost with it and end as failed.
-        """
-        logger.error(
-            "safe-reclaim: fencing: the receiving engine is replaced, transfers in flight end"
-        )
-        began = time.monotonic()
-        old, new = fence.renew(self._manager, group.union)
-        self._peers.end_session(old)
+    def may_retire(self) -> bool:
+        """Nobody waits any more for what the old engine receives, and it can go quickly."""
+        if self._retiring is None:
+            return False
         with self._lock:
-            lost = self._ledger.fence()
+            waiting = [e for e in self._ledger.receiving_elsewhere() if not self._hopeless(e)]
+        return not waiting and self._retiring.ready(time.monotonic())
+
+    def _hopeless(self, exposure: Exposure) -> bool:
+        """Its transfer cannot complete, or `always` says not to wait for it."""
+        if self._mode == "always" and exposure.prefill in self.ailing:
+            return True
+        return any(
+            self._ledger.replaced(w) or self._liveness.gone(w.rank)
+            for w in exposure.writers.values()
+            if not w.reported
+        )
+
+    def switch(self, group: TpGroup) -> None:
+        """From now on another engine receives what is sent; transfers under way go on."""
+        began = time.monotonic()
+        error, old = "", None
+        try:
+            old = fence.switch(self._manager)
+        except fence.FenceError as problem:
+            error = str(problem)
+        (everywhere,) = group.all_true([old is not None])
+        if not everywhere:
+            if old is not None:
+                fence.take_back(self._manager, old)
+            self.no_fence = error or "another TP rank could not make a second engine"
+            logger.error("safe-reclaim: no fence: %s", self.no_fence)
+            return
+        assert old is not None
+        self._retiring = old
+        self._peers.end_session(old.session)
+        with self._lock:
+            self._ledger.engine_made()
+        self._peers.register_everywhere()
+        self._took(began)
+        logger.warning(
+            "safe-reclaim: fencing: session %s takes over from %s, which is closed as soon as "
+            "what is under way to it has landed",
+            self._manager.get_session_id(),
+            old.session,
+        )
+
+    def retire(self, group: TpGroup) -> None:
+        """Close the old engine: nothing sent under its session can land any more (P4)."""
+        assert self._retiring is not None
+        began, old = time.monotonic(), self._retiring
+        self._retiring = None
+        error = ""
+        try:
+            fence.retire(old, group.union)
+        except fence.FenceError as problem:
+            error = str(problem)
+        (everywhere,) = group.all_true([not error])
+        self._took(began)
+        if not everywhere:
+            self.no_fence = error or "another TP rank could not close its engine"
+            logger.error("safe-reclaim: no fence: %s; what it would free is held", self.no_fence)
+            return
+        with self._lock:
+            lost = self._ledger.engines_closed()
         for exposure in lost:
             if self._manager.request_status.get(exposure.room) != SUCCESS:
                 self.end_room(
                     exposure.room,
-                    "this decode fenced its memory (safe-reclaim) while the KV was on its way: "
-                    "retry the request",
+                    "this decode fenced its memory (safe-reclaim) while the KV was on its way "
+                    "from a prefill that is gone or does not answer: retry the request",
                 )
-        self._peers.register_everywhere()
         self._metrics.inc("fences")
-        logger.error(
-            "safe-reclaim: fenced in %.1f s: session %s is gone, %s took its place; %d transfers "
-            "in flight were ended",
+        logger.warning(
+            "safe-reclaim: fenced: session %s is gone after %.2f s; %d transfers were ended",
+            old.session,
             time.monotonic() - began,
-            old,
-            new,
             len(lost),
         )
+
+    def _took(self, began: float) -> None:
+        """Part of a fence is done: it is paid for before the next begins."""
+        now = time.monotonic()
+        self._next_fence = max(self._next_fence, now) + (now - began) / FENCE_SHARE
 
     def end_room(self, room: int, reason: str) -> None:
         """Fail a room in stock, as stock fails its own."""

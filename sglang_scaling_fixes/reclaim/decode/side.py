@@ -67,7 +67,7 @@ class DecodeSide:
         self._lock = records.lock
         self.peers = Peers(manager, records)
         self.inbox = Inbox(records, self.peers, self._owns_aux)
-        self.relief = Relief(manager, records, self.peers, may_fence=config.fence)
+        self.relief = Relief(manager, records, self.peers, mode=config.fence)
         self.holds = HoldReport(records)
         self._group = TpGroup()
         self._buffers: Any = None
@@ -112,6 +112,19 @@ class DecodeSide:
         """More is held than allowed: new requests are refused. The same on all TP ranks."""
         return self.relief.refusing
 
+    def refused(self, queue: Any, req: Any) -> bool:
+        """End a request that is about to be admitted, here and at prefill, if it must not be."""
+        prefill = layout.prefill_of(req)
+        assert self._quarantine is not None
+        pool = self._quarantine.tokens
+        why = self.relief.refusal(prefill, len(req.origin_input_ids), pool)
+        if why is None:
+            return False
+        self.relief.refuse(queue, req, why)
+        if self._group.first:
+            self.peers.send_refusal(prefill, req.bootstrap_room)
+        return True
+
     # -- exposure ---------------------------------------------------------------
 
     def send_metadata(
@@ -127,8 +140,10 @@ class DecodeSide:
         assert self.gate is not None, "send_metadata before the allocators exist"
         infos = receiver.bootstrap_infos or ()
         ranks = [rank_of(info) for info in infos if not info["is_dummy"]]
+        prefill = getattr(receiver, "sglang_scaling_fixes_prefill", "")
+        self.peers.serve(prefill, ranks)
         with self._lock:
-            exposure = self.ledger.expose(receiver.bootstrap_room, ranks)
+            exposure = self.ledger.expose(receiver.bootstrap_room, ranks, prefill)
         shared = layout.page_states(self._manager.kv_args, state_indices)
         self.gate.exposed(exposure, kv_indices, shared, aux_index)
         self.metrics.inc("exposures")
@@ -250,8 +265,8 @@ class DecodeSide:
     # -- once per scheduler tick ---------------------------------------------------
 
     def tick(self) -> None:
-        """Abort again, give back what is proven on every TP rank, fence past the bound."""
-        if not self.ledger.holding:
+        """Abort again, give back what is proven on every TP rank, refuse and fence as agreed."""
+        if not self.ledger.holding and not self.relief.retiring:
             return
         assert self.gate is not None and self._quarantine is not None
         self.gate.settle()
@@ -260,21 +275,32 @@ class DecodeSide:
             held = self.ledger.held
             proven = [not exposure.unproven for exposure in held]
         mine = self.relief.assess(held, self.gate, self._quarantine)
-        # One collective: proof must be on all ranks; pressure on one of them is enough.
-        *returns, relaxed, no_fence = self._group.all_true(
-            [*proven, not mine.refuse, not mine.fence]
+        # One collective: proof, and an engine that may go, must be on all ranks; pressure, blame
+        # and the wish for a fence on one of them are enough.
+        *returns, relaxed, no_switch, retire = self._group.all_true(
+            [
+                *proven,
+                *(not exposure.blames for exposure in held),
+                not mine.refuse,
+                not self.relief.wants_switch(mine),
+                self.relief.may_retire(),
+            ]
         )
+        returns, blameless = returns[: len(held)], returns[len(held) :]
         for exposure, back in zip(held, returns, strict=True):
             if back:
                 self._give_back(exposure)
-        self.relief.refuse_requests(not relaxed, self.gate, self._config.max_held)
-        if not no_fence:
-            self.relief.fence(self._group)
+        blamed = [e for e, well in zip(held, blameless, strict=True) if not well]
+        self.relief.refuse_requests(not relaxed, blamed, self.gate)
+        if retire:
+            self.relief.retire(self._group)
+        elif not no_switch:
+            self.relief.switch(self._group)
         self.holds.update(self.gate)
         if self._config.audit:
             self.check_integrity()
         if not self.ledger.holding:
-            self.relief.refuse_requests(False, self.gate, self._config.max_held)
+            self.relief.refuse_requests(False, (), self.gate)
             self.holds.show(self.gate)
 
     def holding(self) -> bool:
@@ -308,10 +334,7 @@ class DecodeSide:
             self._stock_aborts.forget(exposure.room)
         self.holds.returned(exposure, tokens)
 
-    def refuse(self, queue: Any, req: Any) -> None:
-        """End a request that has not been admitted with 503."""
-        self.relief.refuse(queue, req)
-
     def report(self) -> dict[str, Any]:
         """Counters and holds for `/server_info` and the lab."""
-        return self.holds.report(self.gate, refusing=self.refusing)
+        relief = self.relief
+        return self.holds.report(self.gate, refusing=relief.refusing, ailing=relief.ailing)

@@ -14,6 +14,7 @@ import functools
 import itertools
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -150,6 +151,12 @@ class PrefillSide:
                 )
             self._actions.act(actions)
             return None
+        if isinstance(message, messages.Refusal):
+            self.metrics.inc("refusals_received")
+            with self._lock:
+                actions = self._ledger.refused(message.room, time.monotonic())
+            self._actions.act(actions)
+            return None
         if isinstance(message, messages.Hello):
             self._actions.greet(message.reply_to, message.rank, seq=message.seq)
             return stock
@@ -159,7 +166,7 @@ class PrefillSide:
         """Something a decode rank says, as far as it is read here."""
         if isinstance(message, messages.Bind):
             return is_metadata(stock)
-        if isinstance(message, messages.Abort):
+        if isinstance(message, messages.Abort | messages.Refusal):
             return True
         if isinstance(message, messages.Hello):
             return stock[:1] == [b"None"]
@@ -231,7 +238,7 @@ class PrefillSide:
         ticket = Ticket(next(self._keys), sender.bootstrap_room, self._dropped)
         sender.sglang_scaling_fixes_ticket = ticket
         with self._lock:
-            actions = self._ledger.sender_made(ticket.key, ticket.room)
+            actions = self._ledger.sender_made(ticket.key, ticket.room, time.monotonic())
         self._actions.act(actions)
 
     def _retire_dropped(self) -> None:

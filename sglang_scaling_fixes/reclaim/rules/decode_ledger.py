@@ -77,7 +77,7 @@ class DecodeLedger:
         incarnation: str,
         *,
         first_wait: float = 0.1,
-        max_wait: float = 5.0,
+        max_wait: float = 2.0,
         memory: int = 65536,
     ) -> None:
         self._incarnation = incarnation
@@ -85,6 +85,8 @@ class DecodeLedger:
         """An identity all TP ranks share, once they have agreed on one."""
         self._number = 0
         """Of the last exposure."""
+        self.engine = 0
+        """Number of the receiving engine that destinations name from now on."""
         self._first_wait = first_wait
         self._max_wait = max_wait
         self.peers: dict[Rank, str] = {}
@@ -143,12 +145,13 @@ class DecodeLedger:
             if writer is not None and writer.hello == seq:
                 writer.incarnation = writer.incarnation or incarnation
 
-    def expose(self, room: int, ranks: Iterable[Rank]) -> Exposure:
+    def expose(self, room: int, ranks: Iterable[Rank], prefill: str = "") -> Exposure:
         """Destinations are about to be sent to `ranks`. Call before the first send."""
         # TP ranks expose the same requests in the same order: the number is common.
         self._number = number = self._number + 1
         lease, attempt_id = f"{self._incarnation}-{number}", f"{self.group}-{number}"
-        exposure = Exposure(lease, attempt_id, room, {rank: Writer(rank) for rank in ranks})
+        writers = {rank: Writer(rank) for rank in ranks}
+        exposure = Exposure(lease, attempt_id, room, writers, self.engine, prefill)
         self._exposed[lease] = exposure
         return exposure
 
@@ -159,7 +162,8 @@ class DecodeLedger:
         messages. `after_hello`: the last Hello to `rank` left on this very socket.
         """
         writer = exposure.writers[rank]
-        writer.sent = True
+        writer.sent, writer.proof = True, None
+        exposure.engine = self.engine  # sent again, they name the present one
         writer.incarnation = self.peers.get(rank)
         writer.hello = self._hellos.get(rank, 0) if after_hello else 0
 
@@ -232,7 +236,14 @@ class DecodeLedger:
         exposure.late.update(reporters)
 
     def ack(
-        self, rank: Rank, incarnation: str, lease: str, verdict: Verdict, reason: str = ""
+        self,
+        rank: Rank,
+        incarnation: str,
+        lease: str,
+        verdict: Verdict,
+        reason: str = "",
+        *,
+        now: float = 0.0,
     ) -> Exposure | None:
         """A prefill rank answered an Abort. Late, repeated and foreign answers change nothing.
 
@@ -244,26 +255,39 @@ class DecodeLedger:
         exposure = self._held[lease]
         if writer.proven_by(incarnation, verdict):
             exposure.prove(writer, Proof.DRAINED)
+        elif verdict == "writing":
+            writer.writes_at = now
         elif verdict == "poisoned":
+            writer.poisoned = True
             writer.stuck = f"a write failed and may still land ({reason})"
         else:
             writer.stuck = "it cannot vouch for the process that may have had the destinations"
         return exposure
 
-    def fence(self) -> list[Exposure]:
-        """Nothing that was ever sent can be reached any more: P4 for every writer that has any.
+    def engine_made(self) -> None:
+        """Another engine receives what is sent from now on; the ones before still receive."""
+        self.engine += 1
+
+    def engines_closed(self) -> list[Exposure]:
+        """A fence: every engine but the present one is closed. P4 for all writers that name one.
 
         The adapter made it so before this call. Returns the exposures whose owners
         still wait: their transfers cannot complete, except where the success is on
         its way already, and that may be taken: it says that all had landed before.
         """
         for exposure in self.exposures():
+            if exposure.engine == self.engine:
+                continue
             for writer in exposure.unproven:
                 if writer.sent:
                     writer.proof = Proof.FENCED
             if exposure.state is ExposureState.HELD:
                 exposure.move("last writer proven")
-        return list(self._exposed.values())
+        return self.receiving_elsewhere()
+
+    def receiving_elsewhere(self) -> list[Exposure]:
+        """Exposures whose owners wait for what an engine before the present one receives."""
+        return [e for e in self._exposed.values() if e.engine != self.engine]
 
     def returned(self, exposure: Exposure) -> None:
         """Every TP rank agreed; the adapter puts the slots back right after this call."""
@@ -337,6 +361,7 @@ class DecodeLedger:
         """
         return (
             self._number,
+            self.engine,
             self.group,
             tuple(sorted(self.peers.items())),
             tuple(e.snapshot(now) for e in self._exposed.values()),

@@ -52,6 +52,10 @@ CREDENCE: dict[tuple[Verdict, Speaker], bool] = {
     ("unknown", Speaker.SAME): True,
     ("unknown", Speaker.UNKNOWN): False,
     ("unknown", Speaker.OTHER): False,
+    # It lives, and has not ended.
+    ("writing", Speaker.SAME): False,
+    ("writing", Speaker.UNKNOWN): False,
+    ("writing", Speaker.OTHER): False,
     ("poisoned", Speaker.SAME): False,
     ("poisoned", Speaker.UNKNOWN): False,
     ("poisoned", Speaker.OTHER): False,
@@ -78,6 +82,10 @@ class Writer:
     proof: Proof | None = None
     stuck: str = ""
     """Why an answer did not prove anything, for the operator. Empty: no answer yet."""
+    poisoned: bool = False
+    """A write of it failed, and may still land."""
+    writes_at: float = 0.0
+    """When it last said that it is still writing (seconds, monotonic), 0 if never."""
     aborts: int = 0
     next_abort: float = 0.0
 
@@ -110,6 +118,10 @@ class Exposure:
     """Common to all TP ranks of this decode for this attempt; `lease` is this rank's own."""
     room: int
     writers: dict[Rank, Writer]
+    engine: int = 0
+    """Which of decode's receiving engines its destinations name, the latest if several."""
+    prefill: str = ""
+    """The prefill instance that its request names, as the adapter writes it."""
     state: ExposureState = ExposureState.EXPOSED
     gave_up_at: float = 0.0
     untagged: set[Hashable] = field(default_factory=set)
@@ -120,6 +132,8 @@ class Exposure:
     """What the adapter keeps with it: the slots, and the frees withheld."""
     next_log: float = 0.0
     """When the adapter says next what it waits for."""
+    blames: bool = False
+    """This rank holds its prefill instance to be ailing, see `quarantine.Hold.blames`."""
 
     @property
     def unproven(self) -> list[Writer]:
@@ -149,11 +163,12 @@ class Exposure:
                 w.reported,
                 w.proof,
                 bool(w.stuck),
+                w.poisoned,
                 w.proof is None and w.next_abort > now,
             )
             for w in self.writers.values()
         )
-        return (self.lease, self.attempt_id, self.room, self.state, *told, writers)
+        return (self.lease, self.attempt_id, self.room, self.engine, self.state, *told, writers)
 
     def prove(self, writer: Writer, proof: Proof) -> None:
         """This writer of a held exposure can no longer write."""

@@ -49,6 +49,10 @@ class ForgetRoom:
 
 Action = SendAck | FailRoom | ForgetRoom
 
+REFUSED = "refused by the decode side (503): it takes no requests of this prefill at the moment"
+REFUSED_S, REFUSED_MEMORY = 10.0, 4096
+"""For how long (seconds) and for how many rooms a refusal waits for its request to come."""
+
 
 def ends_room(*, known: bool, succeeded: bool) -> bool:
     """Is a `FailRoom` carried out?
@@ -94,6 +98,8 @@ class PrefillLedger:
         self._unsent: OrderedDict[Attempt, None] = OrderedDict()
         """Attempts aborted before their request reached prefill."""
         self._aborted_unseen: OrderedDict[str, None] = OrderedDict()
+        self._refused: OrderedDict[int, float] = OrderedDict()
+        """Rooms that decode does not take, whose request has not come, and when it said so."""
         self._deferred: dict[str, bool] = {}
         """Leases whose destinations wait, and whether their owner gave up meanwhile."""
 
@@ -103,6 +109,7 @@ class PrefillLedger:
         self, room: int, attempt_id: str, lease: str, reply_to: str, rank: Rank, *, extent: Extent
     ) -> tuple[Delivery, list[Action]]:
         """Destinations of `lease` arrived. The verdict comes before stock sees them."""
+        self._refused.pop(room, None)  # decode tried again, and takes it this time
         if self._deferred.pop(lease, False):
             self._remember_aborted(lease)
         if lease in self._aborted_unseen or lease in self._by_lease:
@@ -146,16 +153,36 @@ class PrefillLedger:
             return [SendAck(reply_to, rank, lease, "unknown")]
         attempt.bindings[lease] = (reply_to, rank)
         attempt.awaiting_ack.add(lease)
-        return [*self._close(attempt, "aborted by the decode side"), *self._acks(attempt)]
+        closed = self._close(attempt, "aborted by the decode side")
+        if attempt.quiet:
+            return [*closed, *self._acks(attempt)]
+        return [*closed, SendAck(reply_to, rank, lease, "writing")]
+
+    def refused(self, room: int, now: float) -> list[Action]:
+        """Decode does not take the request of `room`: it will send no destinations for it.
+
+        The request may not be here yet; then it ends as soon as it comes, within REFUSED_S.
+        """
+        before = self._rooms.get(room)
+        if before is not None and not before.over:
+            return []  # destinations are here: of another decode, or of a request before
+        if room in self._waiting:
+            return [FailRoom(room, REFUSED)]
+        self._refused[room] = now
+        if len(self._refused) > REFUSED_MEMORY:
+            self._refused.popitem(last=False)
+        return []
 
     # -- stock's senders and their chunks -----------------------------------------
 
-    def sender_made(self, sender: Hashable, room: int) -> list[Action]:
+    def sender_made(self, sender: Hashable, room: int, now: float = 0.0) -> list[Action]:
         """Stock began to serve a request: it belongs to the room's attempt that has none."""
         attempt = self._rooms.get(room)
+        refused_at = self._refused.pop(room, None)
         if attempt is None or attempt.sender is not None:
             self._waiting.setdefault(room, deque()).append(sender)
-            return []
+            recent = refused_at is not None and now - refused_at < REFUSED_S
+            return [FailRoom(room, REFUSED)] if recent else []
         self._adopt(attempt, sender)
         if attempt.closed:
             return [FailRoom(room, "aborted by the decode side before it began")]
@@ -273,6 +300,7 @@ class PrefillLedger:
             tuple(name(a) for a in self._finished),
             tuple(self._aborted_unseen),
             tuple(sorted(self._deferred.items())),
+            tuple(self._refused),
         )
 
     def check_integrity(self) -> None:

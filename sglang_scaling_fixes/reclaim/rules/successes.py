@@ -109,7 +109,7 @@ class Successes:
         (exposure,) = found
         unproven = exposure.unproven
         confusable = self._ledger.given_up(room) != exposure.lease
-        if confusable or any(self._runs_plugin(w) for w in unproven):
+        if confusable or any(self.runs_plugin(w) for w in unproven):
             return None, []
         return exposure, unproven
 
@@ -119,7 +119,7 @@ class Successes:
             exposure.prove(writer, proof)
         return True
 
-    def _runs_plugin(self, writer: Writer) -> bool:
+    def runs_plugin(self, writer: Writer) -> bool:
         """It runs safe reclaim, or did when it had these destinations."""
         known = writer.incarnation or writer.bound_by or writer.reported
         return writer.rank in self._ledger.peers or bool(known)

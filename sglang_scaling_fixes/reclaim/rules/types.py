@@ -8,7 +8,7 @@ from typing import Literal
 Rank = str
 """A prefill rank as decode addresses it: `"ip:port"` of its ZMQ endpoint."""
 
-Verdict = Literal["drained", "poisoned", "unknown"]
+Verdict = Literal["drained", "writing", "poisoned", "unknown"]
 """What a prefill process can say of a lease, see `messages.AbortAck`."""
 
 

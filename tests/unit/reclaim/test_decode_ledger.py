@@ -30,6 +30,12 @@ def exposed(ledger: DecodeLedger, room: int = 7, *ranks: str) -> Exposure:
     return exposure
 
 
+def fenced(ledger: DecodeLedger) -> list[Exposure]:
+    """Another engine takes over, and the one before is closed at once."""
+    ledger.engine_made()
+    return ledger.engines_closed()
+
+
 def held(ledger: DecodeLedger, room: int = 7, *ranks: str) -> Exposure:
     exposure = exposed(ledger, room, *ranks)
     ledger.give_up(exposure, now=0.0)
@@ -39,14 +45,14 @@ def held(ledger: DecodeLedger, room: int = 7, *ranks: str) -> Exposure:
 class TestTable:
     @pytest.mark.parametrize(("state", "event"), ILLEGAL)
     def test_what_is_not_in_the_table_raises(self, state: ExposureState, event: str) -> None:
-        exposure = Exposure("g", "e", 7, {}, state)
+        exposure = Exposure("g", "e", 7, {}, state=state)
         with pytest.raises(LedgerError, match=event):
             exposure.move(event)
         assert exposure.state is state
 
     @pytest.mark.parametrize(("state", "event"), TRANSITIONS)
     def test_what_is_in_the_table_happens(self, state: ExposureState, event: str) -> None:
-        exposure = Exposure("g", "e", 7, {}, state)
+        exposure = Exposure("g", "e", 7, {}, state=state)
         exposure.move(event)
         assert exposure.state is TRANSITIONS[state, event]
 
@@ -187,7 +193,7 @@ class TestProofs:
     def test_p3_late_success_proves_nothing_of_a_room_given_up_before(self) -> None:
         ledger = decode()
         first = held(ledger)
-        ledger.fence()
+        fenced(ledger)
         ledger.returned(first)
         held(ledger)
         assert not ledger.successes.stock_success(7, "p0"), "it may be the first one's"
@@ -209,7 +215,7 @@ class TestProofs:
         assert not ledger.successes.stock_acked(7, 1), "which of the two?"
         ledger.give_up(second, now=0.0)
         assert not ledger.successes.stock_acked(7, 1)
-        ledger.fence()
+        fenced(ledger)
         ledger.returned(first)
         ledger.returned(second)
         held(ledger)
@@ -280,10 +286,10 @@ class TestProofs:
         exposure = held(ledger)
         ledger.ack("p0", "p0-process", exposure.lease, "poisoned", "write returned -1")
         assert "write returned -1" in why_held(exposure, ledger.peers)
-        assert ledger.fence() == []
+        assert fenced(ledger) == []
         assert exposure.writers["p0"].proof is Proof.FENCED
         assert exposure.state is ExposureState.PROVEN
-        assert ledger.fence() == []
+        assert fenced(ledger) == []
         ledger.ack("p0", "p0-process", exposure.lease, "poisoned", "late")
         ledger.returned(exposure)
 
@@ -292,7 +298,7 @@ class TestProofs:
         landed, waits = exposed(ledger, 7), ledger.expose(8, ["p0", "p1"])
         ledger.landed(landed)
         ledger.sent(waits, "p0")
-        assert ledger.fence() == [waits]
+        assert fenced(ledger) == [waits]
         assert waits.state is ExposureState.EXPOSED
         ledger.sent(waits, "p1")
         after = exposed(ledger, 9)
@@ -301,10 +307,48 @@ class TestProofs:
         assert [w.rank for w in waits.unproven] == ["p1"], "sent after the fence"
         assert after.unproven
 
+    def test_p4_closes_older_engines_only(self) -> None:
+        ledger = decode("p0")
+        before = held(ledger, 7)
+        ledger.engine_made()
+        after = held(ledger, 8)
+        assert ledger.receiving_elsewhere() == []
+        assert ledger.engines_closed() == []
+        assert before.state is ExposureState.PROVEN
+        assert after.state is ExposureState.HELD
+
+    def test_p4_no_proof_of_what_is_sent_again_behind_it(self) -> None:
+        ledger = decode("p0")
+        exposure = exposed(ledger)
+        assert fenced(ledger) == [exposure]
+        ledger.sent(exposure, "p0")
+        ledger.give_up(exposure, now=0.0)
+        assert exposure.unproven and exposure.state is ExposureState.HELD
+
+    def test_who_still_waits_for_an_older_engine(self) -> None:
+        ledger = decode("p0")
+        lands, gives_up = exposed(ledger, 7), exposed(ledger, 8)
+        ledger.engine_made()
+        exposed(ledger, 9)
+        assert ledger.receiving_elsewhere() == [lands, gives_up]
+        ledger.landed(lands)
+        ledger.give_up(gives_up, now=0.0)
+        assert ledger.receiving_elsewhere() == []
+
+    def test_a_write_that_goes_on_proves_nothing_and_is_known(self) -> None:
+        ledger = decode("p0")
+        exposure = held(ledger)
+        before = ledger.snapshot(now=0.0)
+        ledger.ack("p0", "p0-process", exposure.lease, "writing", now=5.0)
+        assert ledger.snapshot(now=0.0) == before
+        assert exposure.writers["p0"].writes_at == 5.0
+        ledger.ack("p0", "p0-process", exposure.lease, "drained")
+        assert exposure.state is ExposureState.PROVEN
+
     def test_p4_a_fenced_exposure_given_up_later_is_proven_at_once(self) -> None:
         ledger = decode("p0")
         exposure = exposed(ledger)
-        ledger.fence()
+        fenced(ledger)
         ledger.give_up(exposure, now=0.0)
         assert exposure.state is ExposureState.PROVEN
         assert exposure.writers["p0"].proof is Proof.FENCED
@@ -312,7 +356,7 @@ class TestProofs:
     def test_p4_a_success_on_its_way_during_a_fence_may_be_taken(self) -> None:
         ledger = decode("p0")
         exposure = exposed(ledger)
-        ledger.fence()
+        fenced(ledger)
         ledger.successes.tagged(exposure.lease, "p0")
         assert ledger.complete(exposure)
         ledger.landed(exposure)

@@ -7,6 +7,9 @@ import pytest
 from sglang_scaling_fixes.reclaim.rules.attempt import Attempt
 from sglang_scaling_fixes.reclaim.rules.coverage import Extent
 from sglang_scaling_fixes.reclaim.rules.prefill_ledger import (
+    REFUSED,
+    REFUSED_MEMORY,
+    REFUSED_S,
     Action,
     Delivery,
     FailRoom,
@@ -47,12 +50,41 @@ def taken(ledger: PrefillLedger, n: int = 1, room: int = 7) -> Attempt:
 
 
 class TestPrefill:
+    def test_a_request_that_decode_does_not_take_ends(self) -> None:
+        ledger = prefill()
+        ledger.sender_made("s1", 7)
+        assert ledger.refused(7, now=0.0) == [FailRoom(7, REFUSED)]
+        # Or as soon as it comes, once.
+        assert ledger.refused(8, now=0.0) == []
+        assert ledger.sender_made("s2", 8, now=1.0) == [FailRoom(8, REFUSED)]
+        assert ledger.sender_made("s3", 8, now=1.0) == []
+
+    def test_a_refusal_ends_no_request_but_the_one_that_it_is_about(self) -> None:
+        ledger = prefill()
+        taken(ledger)
+        assert ledger.refused(7, now=0.0) == [], "another decode takes it"
+        ledger.refused(8, now=0.0)
+        assert ledger.sender_made("s2", 8, now=REFUSED_S) == [], "a later one"
+        ledger.refused(9, now=0.0)
+        ledger.bind(9, "e9", "g9", "d0", "p0", extent=Extent("s", 0))
+        assert ledger.sender_made("s3", 9, now=1.0) == [], "decode tried again and takes it"
+
+    def test_refusals_are_bounded(self) -> None:
+        ledger = prefill()
+        for room in range(REFUSED_MEMORY + 1):
+            ledger.refused(room, now=0.0)
+        assert ledger.sender_made("s1", 0, now=1.0) == []
+        assert ledger.sender_made("s2", 1, now=1.0) == [FailRoom(1, REFUSED)]
+
     def test_an_answer_waits_for_the_chunk_in_hand_and_its_helpers(self) -> None:
         ledger = prefill()
         attempt = taken(ledger)
         ledger.opened(attempt)
         assert ledger.busy("s1")
-        assert ledger.abort(7, "g1", "d0", "p0") == [FailRoom(7, "aborted by the decode side")]
+        closed, *rest = ledger.abort(7, "g1", "d0", "p0")
+        assert closed == FailRoom(7, "aborted by the decode side")
+        assert answers(rest) == [("g1", "writing")]
+        assert answers(ledger.abort(7, "g1", "d0", "p0")) == [("g1", "writing")], "asked again"
         assert ledger.done(attempt) == []
         assert answers(ledger.done(attempt)) == [("g1", "drained")]
         assert not ledger.busy("s1")

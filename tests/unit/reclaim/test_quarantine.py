@@ -1,74 +1,80 @@
-"""The bound on what is held without proof."""
+"""What a hold costs, and whom."""
 
 from __future__ import annotations
 
 import pytest
 
-from sglang_scaling_fixes.reclaim.rules.quarantine import (
-    AT_LATEST_S,
-    GRACE_S,
-    IDLE_AFTER_S,
-    Hold,
-    Pressure,
-    Quarantine,
-)
+from sglang_scaling_fixes.reclaim.rules.quarantine import GRACE_S, Hold, Quarantine
 
-BOUND = Quarantine(tokens=1000, metadata=8, max_held=0.05)
+BOUND = Quarantine(tokens=1000, metadata=8, max_held=0.5)
 OLD = GRACE_S + 0.1
+
+
+def hold(quiet_s: float = 0.0, tokens: int = 1, *, metadata: bool = True, **counts: int) -> Hold:
+    """One writer without proof, unless `counts` say otherwise."""
+    return Hold(quiet_s, tokens, metadata, **{"unproven": 1, **counts})
 
 
 @pytest.mark.parametrize(
     ("holds", "over"),
     [
         ([], False),
-        ([Hold(OLD, 50, True)], False),
-        ([Hold(OLD, 51, True)], True),
-        ([Hold(OLD, 30, True), Hold(OLD, 30, True)], True),
-        ([Hold(GRACE_S, 900, True)], False),  # draining: the slots truly in flight
-        ([Hold(OLD, 30, True), Hold(0.1, 900, True)], False),
-        ([Hold(OLD, 1, True)] * 4, False),
-        ([Hold(OLD, 1, True)] * 5, True),  # metadata slots: more than half
-        ([Hold(OLD, 1, False)] * 5, False),
+        ([hold(OLD, 500)], False),
+        ([hold(OLD, 501)], True),
+        ([hold(OLD, 300), hold(OLD, 300)], True),
+        ([hold(GRACE_S, 900)], False),  # drains: its writer answered a moment ago
+        ([hold(OLD, 300), hold(0.1, 900)], False),
+        ([hold(0.1, 900, poisoned=1)], True),
+        ([hold(0.1, 900, gone=1)], True),
+        ([hold(0.1, 900, replaced=1)], True),
+        ([hold(OLD, 900, unproven=0)], False),  # waits for the other TP ranks
+        ([hold(OLD, 900, mute=1)], True),
+        ([hold(OLD)] * 4, False),
+        ([hold(OLD)] * 5, True),  # metadata slots: more than half
+        ([hold(OLD, metadata=False)] * 5, False),
     ],
 )
-def test_only_old_holds_count_and_only_past_the_bound(holds: list[Hold], over: bool) -> None:
+def test_only_what_stands_counts_and_only_past_the_bound(holds: list[Hold], over: bool) -> None:
     assert BOUND.over(holds) is over
-
-
-def gone(age: float) -> list[Hold]:
-    return [Hold(age, 1, True, unproven=1, gone=1)]
-
-
-def test_a_gone_writers_slots_come_back_below_the_bound_too() -> None:
-    def fences(holds: list[Hold], flying: int) -> bool:
-        decision = BOUND.decide(holds, flying=flying, may_fence=False)
-        assert not decision.refuse
-        return decision.fence
-
-    assert not fences([], flying=0), "no such hold"
-    assert not fences(gone(IDLE_AFTER_S), flying=0)
-    assert fences(gone(IDLE_AFTER_S + 1), flying=0)
-    assert not fences(gone(IDLE_AFTER_S + 1), flying=3)
-    assert fences(gone(AT_LATEST_S + 1), flying=3)
-    assert not fences([Hold(AT_LATEST_S + 1, 1, True, unproven=1)], flying=0), "it may still answer"
+    assert not Quarantine(tokens=1000, metadata=8, max_held=1.0).over(holds)
 
 
 @pytest.mark.parametrize(
-    ("may_fence", "unproven", "are_gone", "fence"),
+    ("found", "blames"),
     [
-        (False, 1, 0, False),  # only refuse: nobody allowed a fence for a writer that lives
-        (False, 1, 1, True),
-        (True, 1, 0, True),
-        (True, 0, 0, False),  # proven here: it waits for the other ranks
-        (None, 1, 1, False),  # there is no fence
+        (hold(GRACE_S), False),
+        (hold(OLD), True),
+        (hold(OLD, unproven=0), False),
+        (hold(poisoned=1), True),
+        (hold(gone=1), True),
+        (hold(OLD, replaced=1), False),  # its successor did nothing
+        (hold(OLD, unproven=2, replaced=1), True),  # the other one is silent
+        (hold(OLD, mute=1), False),  # runs without the plugin: refusing would not help
+        (hold(OLD, unproven=2, replaced=1, poisoned=1), True),
+        (Hold(0.0, 1, True, unproven=1, poisoned=1, fencing=True), False),
+        (Hold(OLD, 1, True, unproven=1, poisoned=1, fencing=True), False),
+        (Hold(0.0, 1, True, unproven=1, gone=1, fencing=True), True),
+        (Hold(OLD, 1, True, unproven=1, fencing=True), True),
     ],
 )
-def test_past_the_bound(may_fence: bool | None, unproven: int, are_gone: int, fence: bool) -> None:
-    holds = [Hold(OLD, 51, True, unproven=unproven, gone=are_gone)]
-    decided = BOUND.decide(holds, flying=3, may_fence=may_fence)
-    assert decided == Pressure(refuse=True, fence=fence)
+def test_whose_new_requests_are_refused(found: Hold, blames: bool) -> None:
+    assert found.blames is blames
 
 
-def test_one_means_no_limit() -> None:
-    unlimited = Quarantine(tokens=1000, metadata=8, max_held=1.0)
-    assert not unlimited.over([Hold(OLD, 1000, True)] * 8)
+@pytest.mark.parametrize(
+    ("found", "modes"),
+    [
+        (hold(0.0), ()),
+        (hold(OLD), ("always",)),
+        (hold(poisoned=1), ("auto", "always")),
+        (hold(gone=1), ("auto", "always")),
+        (hold(replaced=1), ("auto", "always")),
+        (hold(OLD, unproven=0), ()),
+        (hold(GRACE_S, mute=1), ()),  # stock up to 0.5.12 sends its success when it has landed
+        (hold(OLD, mute=1), ("auto", "always")),  # since 0.5.13 it sends nothing
+        (Hold(OLD, 1, True, unproven=1, poisoned=1, fencing=True), ()),  # under way already
+    ],
+)
+def test_when_a_fence_is_called_for(found: Hold, modes: tuple[str, ...]) -> None:
+    for mode in ("off", "auto", "always"):
+        assert BOUND.decide([found], mode=mode).fence is (mode in modes)
