@@ -2,28 +2,32 @@
 
 A fresh process goes through stock's own plugin loader with the environment of this one, as a
 server does when it starts. A fix counts as armed only if the loader called us and the fix was
-attached and proven there. Without a GPU stock SGLang cannot be imported; then, and only then, the
-lab's stand-ins are used, and the report says so.
+attached and proven there, now or earlier with the same files and environment. Without a GPU
+stock SGLang cannot be imported; then, and only then, the lab's stand-ins are used, and the
+report says so.
 """
 
 from __future__ import annotations
 
 import os
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from sglang_scaling_fixes import fixes, flags, loading, release
 from sglang_scaling_fixes.config import PLUGIN_ENV, PLUGIN_FLAG, Config
 from sglang_scaling_fixes.fixes import FixState
+from sglang_scaling_fixes.racecheck import patches
 
 Statuses = list[dict[str, str]]
 
 
-def report(asked: str | None) -> dict[str, Any]:
+def report(asked: str | None, *, again: bool = False) -> dict[str, Any]:
     """`{"sglang", "mooncake", "plugin", "fixes": [{"name", "state", "reason"}], ...}`.
 
     `asked`: fix names as `--plugin` takes them; None means the environment's, or
-    else what a bare `--plugin` asks for. Raises `ConfigError` for unknown names.
+    else what a bare `--plugin` asks for. `again`: prove it now, whatever was proven before.
+    Raises `ConfigError` for unknown names.
     """
     config = flags.from_env()
     wanted = config.fixes if asked is None else flags.parse_fixes(asked, PLUGIN_FLAG)
@@ -35,16 +39,23 @@ def report(asked: str | None) -> dict[str, Any]:
     mooncake = release.mooncake()
     result: dict[str, Any] = {
         "sglang": version,
+        "untested": None if version is None else release.untested(version),
+        "patches": [],
         "mooncake": None if mooncake is None else asdict(mooncake),
         "plugin": None,
         "asked": list(names),
         "standins": False,
+        "proof": None,
     }
     if version is None:
         result["fixes"] = _all("SGLang is not installed in this environment; pip install sglang")
         return result
-    found, result["standins"] = _load(env)
+    found, result["standins"] = _load(env, again=again)
     result["plugin"] = found.as_dict()
+    if found.sglang is not None:
+        result["patches"] = patches.state(version, Path(found.sglang).parent)
+    if found.proof is not None:
+        result["proof"] = {"at": found.proof.at, "kept": found.proof.kept}
     if found.problem is not None:
         result["fixes"] = _all(found.problem)
         return result
@@ -67,14 +78,14 @@ def _all(reason: str) -> Statuses:
     return [fixes.Status(fix.name, state, reason).as_dict() for fix in fixes.FIXES]
 
 
-def _load(asked: dict[str, str]) -> tuple[loading.Loading, bool]:
+def _load(asked: dict[str, str], *, again: bool) -> tuple[loading.Loading, bool]:
     """What stock's loader makes of us, and whether stand-ins were used."""
     env = {**os.environ, **asked}
     if has_gpu():
-        return loading.ask(env), False
+        return loading.ask(env, again=again), False
     from sglang_scaling_fixes.lab.runtime import cpu_env
 
-    return loading.ask(env, cpu_env(asked)), True
+    return loading.ask(env, cpu_env(asked), again=again), True
 
 
 def _refused(statuses: Statuses, names: tuple[str, ...], line: str | None) -> None:

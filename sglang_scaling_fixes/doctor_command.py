@@ -21,6 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="machine-readable output")
     parser.add_argument(
+        "--again",
+        action="store_true",
+        help="prove it now, though it was proven before with the same files and environment",
+    )
+    parser.add_argument(
         "--plugin",
         metavar="FIX[,FIX...]",
         help="fixes to ask for (default: the environment's, or else what a bare --plugin arms)",
@@ -29,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Status 1 if a fix that is asked for is not in force. Raises ScalingFixesError."""
-    result = doctor.report(args.plugin)
+    result = doctor.report(args.plugin, again=args.again)
     print(json.dumps(result, indent=2) if args.json else text(result))
     return 0 if doctor.in_force(result) else 1
 
@@ -37,12 +42,16 @@ def run(args: argparse.Namespace) -> int:
 def text(result: dict[str, Any]) -> str:
     """Versions, whether the plugin is loaded, and one line per fix."""
     mooncake = result["mooncake"]
+    untested = f" ({result['untested']})" if result["untested"] else ""
     lines = [
-        f"SGLang    {result['sglang'] or 'not installed'}",
+        f"SGLang    {result['sglang'] or 'not installed'}{untested}",
+        *_patch_lines(result["patches"]),
         "Mooncake  "
         + (f"{mooncake['version']} ({mooncake['protocol']})" if mooncake else "not installed"),
     ]
     lines += _plugin_lines(result["plugin"])
+    if (proof := result["proof"]) is not None and proof["kept"]:
+        lines.append(f"Proven    {proof['at']}, with these files (--again: prove it now)")
     if result["standins"]:
         lines.append("No GPU here: probed with the lab's CPU stand-ins.")
     lines.append("")
@@ -55,6 +64,10 @@ def text(result: dict[str, Any]) -> str:
     lines.append("")
     lines.append("* asked for")
     return "\n".join(lines)
+
+
+def _patch_lines(found: list[dict[str, str]]) -> list[str]:
+    return [f"Patch     {patch['name']}: {patch['state']}" for patch in found]
 
 
 def _plugin_lines(plugin: dict[str, Any] | None) -> list[str]:

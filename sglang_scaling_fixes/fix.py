@@ -59,6 +59,8 @@ class Fix(abc.ABC):
     """What it does against that."""
     stock: ClassVar[tuple[tuple[str, str], ...]]
     """`(release, what stock does by itself from this release on)`, oldest first."""
+    native: ClassVar[tuple[str, ...]] = ()
+    """The releases of `stock` from which, up to the next one there, nothing has to be attached."""
     upstream: ClassVar[str]
     """Where upstream has worked on it."""
     remove_when: ClassVar[str]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from sglang_scaling_fixes import points
 from sglang_scaling_fixes.config import Config
+from sglang_scaling_fixes.early_send_ordering import FIX as EARLY_SEND_ORDERING
 from sglang_scaling_fixes.errors import ScalingFixesError
 from sglang_scaling_fixes.fix import Fix, Native
 from sglang_scaling_fixes.layersplit import FIX as LAYER_SPLIT
@@ -22,7 +23,13 @@ from sglang_scaling_fixes.specguard import FIX as SPEC_GUARD
 
 logger = logging.getLogger(__name__)
 
-FIXES: tuple[Fix, ...] = (SAFE_RECLAIM, HICACHE_ORDERING, LAYER_SPLIT, SPEC_GUARD)
+FIXES: tuple[Fix, ...] = (
+    SAFE_RECLAIM,
+    EARLY_SEND_ORDERING,
+    HICACHE_ORDERING,
+    LAYER_SPLIT,
+    SPEC_GUARD,
+)
 """In the order in which they are reported."""
 
 FIX_NAMES = tuple(fix.name for fix in FIXES)

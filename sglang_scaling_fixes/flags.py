@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any, cast
 
 from sglang_scaling_fixes.config import PLUGIN_ENV, PLUGIN_FLAG, Config, Setting
@@ -42,6 +42,18 @@ def from_env(env: Mapping[str, str] = os.environ) -> Config:
             fixes = tuple(dict.fromkeys([*(fixes or ()), fix.name]))
             named = tuple(dict.fromkeys([*named, fix.name]))
     return Config(fixes, named=named, **cast(Any, values))
+
+
+def by_name(names: Sequence[str], env: Mapping[str, str] = os.environ) -> Config | None:
+    """What `--plugin` with these names asks for here; None where that is not just what they name.
+
+    A setting arms its fix as well.
+    """
+    try:
+        config = from_env({**env, PLUGIN_ENV: ",".join(names) or "none"})
+    except ConfigError:
+        return None
+    return config if config.fixes == tuple(names) else None
 
 
 def left_out(env: Mapping[str, str] = os.environ, name: str = ENTRY) -> str | None:

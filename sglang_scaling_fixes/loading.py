@@ -3,7 +3,7 @@
 Stock calls a plugin only where the release has a loader, the package is installed beside it,
 SGLANG_PLUGINS does not leave it out, and it can be imported. Where one of these is missing stock
 starts without it, and at most logs that. None of our code runs then, so no server can refuse to
-start; only somebody who asks from outside notices. `ask` does, in a fresh process.
+start; only somebody who asks from outside notices. `ask` does, in fresh processes.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sglang_scaling_fixes import child_process, loading_probe
+from sglang_scaling_fixes import child_process, fixes, loading_probe, proof_store
 from sglang_scaling_fixes.attach import FIRST_RELEASE, LAST_RELEASE
 from sglang_scaling_fixes.config import PLUGIN_ENV
 from sglang_scaling_fixes.errors import ConfigError
+from sglang_scaling_fixes.fixes import FixState
 from sglang_scaling_fixes.flags import left_out
 from sglang_scaling_fixes.lab.wheels import OLDER_RELEASES
 from sglang_scaling_fixes.paths import PACKAGE
-from sglang_scaling_fixes.release import version_tuple
+from sglang_scaling_fixes.proof_store import Proof
+from sglang_scaling_fixes.release import sglang_version, version_tuple
 
 _PROBE = Path(loading_probe.__file__)
 _TIMEOUT_S = 600.0
@@ -42,6 +44,10 @@ class Loading:
     """Where a server takes the plugin's code from."""
     copies: list[dict[str, str]] = field(default_factory=list)
     """`{"version", "folder"}` of every installed copy; the first is the one that counts."""
+    sglang: str | None = None
+    """SGLang's folder."""
+    proof: Proof | None = None
+    """When the states were proven; None where there is nothing to keep."""
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -52,22 +58,62 @@ class Loading:
         }
 
 
-def ask(env: Mapping[str, str], runtime: Mapping[str, str] | None = None) -> Loading:
+def ask(
+    env: Mapping[str, str], runtime: Mapping[str, str] | None = None, *, again: bool = False
+) -> Loading:
     """Let a fresh process load plugins as a server with the environment `env` does.
 
     `runtime`: the environment to import SGLang in, where it cannot be imported in `env` itself
     (no GPU). What is installed is still asked in `env`: the stand-ins may add to the path.
+    Whom the loader calls is asked each time. What is in force then is proven once for the same
+    files and environment, and anew if `again`.
     Raises `ConfigError` where the process ends without an answer.
     """
     here = _answer("installed", env)
-    there = _answer("load", env if runtime is None else runtime)
+    runtime = env if runtime is None else runtime
+    there, proof = _nobody_called(here), None
+    if there is None:
+        there, proof = _proven(here["state"], runtime, again=again)
     return Loading(
         problem=_problem(here, there, env),
         refused=there["refused"],
         statuses=there["statuses"],
         folder=here["folder"],
         copies=here["copies"],
+        sglang=here["sglang"],
+        proof=proof,
     )
+
+
+def _nobody_called(here: dict[str, Any]) -> dict[str, Any] | None:
+    """The answer of a process in which no code of ours runs; None where it does, or may."""
+    if here["loader"] and here["calls"] is not False:
+        return None
+    there = {"sglang": sglang_version(), "loader": here["loader"], "called": False}
+    return {**there, "refused": None, "error": None, "statuses": []}
+
+
+def _proven(
+    state: str, runtime: Mapping[str, str], *, again: bool
+) -> tuple[dict[str, Any], Proof | None]:
+    key = proof_store.key(state, runtime)
+    if not again and (kept := proof_store.read(key)) is not None:
+        return kept.answer, kept
+    answer = _answer("load", runtime)
+    if not _sound(answer):
+        return answer, None
+    return answer, proof_store.write(key, answer)
+
+
+def _sound(answer: dict[str, Any]) -> bool:
+    """Whether everything asked for was in force. Anything else is looked at anew each time."""
+    missing = {fix.name for fix in fixes.FIXES if fix.missing}
+    bad = [
+        status["name"]
+        for status in answer["statuses"]
+        if status["state"] == FixState.UNSUPPORTED and status["name"] not in missing
+    ]
+    return bool(answer["called"] and answer["refused"] is answer["error"] is None and not bad)
 
 
 def _answer(question: str, env: Mapping[str, str]) -> Any:

@@ -1,7 +1,10 @@
 """Runs in a fresh process, by its path: what SGLang's plugin loader finds here, and whom it calls.
 
-    python -P loading_probe.py installed     the entry points, as the loader would find them
+    python -P loading_probe.py installed     the entry points, and whom stock's loader would call
     python -P loading_probe.py load          stock's own `load_plugins`, then what is in force
+
+The first imports nothing of SGLang but its loader, which takes a second. The second imports what a
+scheduler imports.
 
 Prints one line, `MARK` and JSON. `-P` keeps the current folder out of the path, so that only what
 is really installed is found. Only the standard library is imported at the top: this package may
@@ -10,12 +13,17 @@ be what cannot be imported here.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import importlib.util
 import json
 import logging
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 MARK = "sglang-scaling-fixes-loading:"
@@ -26,11 +34,13 @@ DISTRIBUTION = "sglang-scaling-fixes"
 
 
 def installed() -> dict[str, Any]:
-    """`{"ours", "others", "copies", "folder", "error"}`.
+    """`{"ours", "others", "copies", "folder", "error", "sglang", "loader", "calls", "state"}`.
 
     `ours`: names of the entry points that lead to this package; `others`: `{name: distribution}`
     of the rest; `copies`: `[{"version", "folder"}]` of every installed copy, the first is the one
     that counts; `folder`: where the code comes from; `error`: why it cannot be imported.
+    `sglang`: SGLang's folder; `loader`: whether it has a loader; `calls`: whether that calls this
+    plugin (None: it cannot be told without the rest of SGLang); `state`: see `_state`.
     """
     found: dict[str, Any] = {"ours": [], "others": {}, "folder": None, "error": None}
     for entry in metadata.entry_points(group=LOADER):
@@ -49,7 +59,72 @@ def installed() -> dict[str, Any]:
         {"version": copy.version, "folder": str(copy.locate_file(""))}
         for copy in metadata.distributions(name=DISTRIBUTION)
     ]
+    folders = _folders("sglang")
+    found["sglang"] = folders[0] if folders else None
+    found["loader"], found["calls"] = _decision(folders)
+    found["state"] = _state(folders)
     return found
+
+
+def _decision(folders: list[str]) -> tuple[bool, bool | None]:
+    """Let stock's own loader decide whom it calls: is there one, and does it call this plugin?
+
+    `folders`: SGLang's, whose own `__init__` would import torch and is left out. Our entry point
+    only notes that it is called. Hooks of other plugins are not applied.
+    """
+    if not any(Path(folder, "srt", "plugins").exists() for folder in folders):
+        return False, None
+    sys.modules["sglang"] = bare = ModuleType("sglang")
+    bare.__path__ = folders
+    called: list[bool] = []
+    try:
+        loader = importlib.import_module(LOADER)
+        for entry in filter(_is_ours, metadata.entry_points(group=LOADER)):
+            setattr(sys.modules[entry.module], entry.attr, lambda: called.append(True))
+        loader.HookRegistry.apply_hooks = lambda *_: None
+        loader.load_plugins()
+    except (Exception, SystemExit):  # another plugin's; a server tells what becomes of it
+        return True, None
+    return True, bool(called)
+
+
+def _folders(package: str) -> list[str]:
+    spec = importlib.util.find_spec(package)
+    return [] if spec is None else list(spec.submodule_search_locations or ())
+
+
+def _state(folders: list[str]) -> str:
+    """A digest of everything here that decides what is in force, but for the environment.
+
+    The sources of SGLang (in `folders`) and of every plugin by size and time of change, all
+    distributions by name, version and time of installation, Python, and this machine's boot.
+    """
+    said: list[object] = [sys.version, sys.executable, sys.path, _boot()]
+    for folder in map(Path, sys.path):
+        if folder.is_dir():
+            infos = (*folder.glob("*.dist-info"), *folder.glob("*.egg-info"))
+            said += [(str(info), info.stat().st_mtime_ns) for info in sorted(infos)]
+    tops = {entry.module.partition(".")[0] for entry in metadata.entry_points(group=LOADER)}
+    for source in (*folders, *(found for top in sorted(tops) for found in _folders(top))):
+        said += sorted(_sources(source))
+    return hashlib.sha256(repr(said).encode()).hexdigest()
+
+
+def _sources(folder: str) -> Iterator[tuple[str, int, int]]:
+    for entry in os.scandir(folder):
+        if entry.is_dir():
+            yield from _sources(entry.path)
+        elif entry.name.endswith(".py"):
+            about = entry.stat()
+            yield entry.path, about.st_size, about.st_mtime_ns
+
+
+def _boot() -> str:
+    """Drivers may change with a boot. Empty where the kernel does not tell."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        return ""
 
 
 def _is_ours(entry: metadata.EntryPoint) -> bool:

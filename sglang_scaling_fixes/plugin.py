@@ -2,6 +2,7 @@
 
     launch_server    activate -> flags added; flags parsed -> checked, into the environment
     scheduler child  activate -> environment read, fixes attached and proven
+    other children   activate -> nothing, unless a scheduler is built there after all
                      Scheduler.__init__ -> what was asked is in force here, or the start stops
     main process     every scheduler's states come back with its "ready" message
 
@@ -12,17 +13,27 @@ it. So everything that must stop a start leaves here as `SystemExit`.
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import multiprocessing
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from types import FrameType
 from typing import Any, NoReturn
 
-from sglang_scaling_fixes import fixes, flags, metrics, points, readiness, refusals
+from sglang_scaling_fixes import (
+    fixes,
+    flags,
+    http,
+    import_hooks,
+    metrics,
+    points,
+)
 from sglang_scaling_fixes.attach import require_in_place, wrap
 from sglang_scaling_fixes.config import ENV_PREFIX, PLUGIN_ENV, PLUGIN_FLAG, Config
 from sglang_scaling_fixes.errors import ScalingFixesError
+from sglang_scaling_fixes.fix import Fix
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +50,10 @@ class _Process:
     """What it was armed for first: the settings that what is attached was attached with."""
     config: Config | None = None
     """What it was armed for last; None while nothing was ever armed."""
+    awaited: Config | None = None
+    """What it will be armed for once that is needed here (`_arm_when_needed`)."""
+    hooked: set[str] = field(default_factory=set)
+    """The hooks of ours that are in place."""
     refused: str | None = None
     """The line of a refused arming. What it had attached by then stays, so nothing starts here."""
     statuses: list[fixes.Status] = field(default_factory=list)
@@ -53,7 +68,38 @@ def activate() -> None:
         if not _process.activated:
             _wrap_command_line()  # first: what cannot be read now is read again with the flags
             _process.activated = True
-        _arm_process(flags.from_env())
+        config = flags.from_env()
+        if _process.config is None and config.armed and _without_kv():
+            _arm_when_needed(config)
+        else:
+            _arm_process(config)
+
+
+def _without_kv() -> bool:
+    """Whether a function on this thread's stack is one that needs no fix (`points.WITHOUT_KV`).
+
+    It is one that called stock's loader. Any other process is armed at once, also one that
+    nobody has heard of.
+    """
+    known = {tuple(point.target.split(":")) for point in points.WITHOUT_KV}
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if (frame.f_globals.get("__name__"), frame.f_code.co_qualname) in known:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _arm_when_needed(config: Config) -> None:
+    """Arm not now, but before a scheduler is built or a server launched here, whoever does it."""
+    _process.awaited = config
+    for point, hook in ((points.SCHEDULER_INIT, _hook_scheduler), (points.LAUNCH, _hook_launch)):
+        module = point.target.partition(":")[0]
+        import_hooks.after_import(module, partial(_call, hook))
+
+
+def _call(hook: Callable[[], None], _module: object) -> None:
+    hook()
 
 
 @contextlib.contextmanager
@@ -100,7 +146,7 @@ def _wrap_command_line() -> None:
             logger.info("sglang-scaling-fixes is installed and not armed; add --plugin to arm it")
         server_args = stock(cls, args)
         with _stopping():
-            _arm_process(config)
+            _arm_process(config, server_args)
             if config.armed:
                 _check_server_args(server_args, config)
                 for fix in fixes.asked(config):
@@ -113,14 +159,50 @@ def _wrap_command_line() -> None:
 
 def _check_server_args(server_args: Any, config: Config) -> None:
     for fix in fixes.asked(config):
-        with _stopping(f"{fix.name}: "):
+        with _stopping_for(fix, server_args, config):
             fix.check(server_args, config)
+
+
+@contextlib.contextmanager
+def _stopping_for(fix: Fix, server_args: Any, config: Config) -> Iterator[None]:
+    """What `fix` refuses for this server ends the process, and says what would not be refused."""
+    with _stopping(f"{fix.name}: "):
+        try:
+            yield
+        except ScalingFixesError as error:
+            others = [other.name for other in fixes.asked(config) if other is not fix]
+            raise ScalingFixesError(_instead(str(error), others, server_args)) from error
+
+
+def _instead(refusal: str, names: Sequence[str], server_args: Any) -> str:
+    """`refusal`, with those of the fixes `names` that would start here if asked for by name.
+
+    `server_args`: None while they are not known. A refusal may say itself that a server starts
+    with none. Where a setting would arm the fix that refuses all the same, it stays as it is.
+    """
+    would = [fix.name for fix in fixes.FIXES if fix.name in names and _passes(fix, server_args)]
+    if flags.by_name(would) is None:
+        return refusal
+    nothing, others = f"{PLUGIN_FLAG} none", f"{PLUGIN_FLAG} {','.join(would) or 'none'}"
+    if nothing in refusal:
+        return refusal.replace(nothing, others)
+    return f"{refusal}; or start with {others}"
+
+
+def _passes(fix: Fix, server_args: Any) -> bool:
+    named = flags.by_name((fix.name,))
+    try:
+        if named is not None and server_args is not None:
+            fix.check(server_args, named)
+    except Exception:  # a check that breaks promises nothing
+        return False
+    return named is not None
 
 
 # -- every process: fixes -------------------------------------------------------------
 
 
-def _arm_process(config: Config) -> None:
+def _arm_process(config: Config, server_args: Any = None) -> None:
     """What is in force in this process is what `config` asks for, or the process ends.
 
     It may be asked again: by flags after the environment, or by a caller that caught the end of
@@ -128,6 +210,9 @@ def _arm_process(config: Config) -> None:
     """
     if _process.refused is not None:
         raise SystemExit(_process.refused)
+    if _process.awaited is not None:
+        awaited, _process.awaited = _process.awaited, None
+        _arm_process(awaited)
     before = _process.config
     if config == before or not (config.armed or before):
         return
@@ -140,7 +225,7 @@ def _arm_process(config: Config) -> None:
         )
     try:
         with _stopping():
-            _attach(config, again=before is not None)
+            _attach(config, server_args, again=before is not None)
     except SystemExit as end:
         _process.refused = str(end.code)
         raise
@@ -148,7 +233,7 @@ def _arm_process(config: Config) -> None:
     _process.config = config
 
 
-def _attach(config: Config, *, again: bool) -> None:
+def _attach(config: Config, server_args: Any, *, again: bool) -> None:
     """Attach and prove the fixes, and hook the places where the states are reported."""
     launches = multiprocessing.parent_process() is None  # a child launches nothing
     if not again:  # before the fixes: after a refusal nothing may start here either
@@ -157,25 +242,17 @@ def _attach(config: Config, *, again: bool) -> None:
             _hook_launch()
     _process.statuses = fixes.arm_all(config)
     if (line := fixes.refusal(_process.statuses, config)) is not None:
-        stop(line)
+        held = [status.name for status in _process.statuses if status.in_force]
+        stop(_instead(line, held, server_args))
     if launches and not again:
-        _hook_http()
+        http.attach(REPORT_KEY)
 
 
-def _hook_http() -> None:
-    """Add our middleware to stock's HTTP application right before it is run."""
-
-    def run(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        from sglang.srt.entrypoints.http_server import app
-
-        edits = [edit for fix in fixes.FIXES for edit in fix.error_edits()]
-        app.add_middleware(refusals.Refusals, edits=edits)
-        judges = [fix.unready for fix in fixes.FIXES]
-        ask = functools.partial(readiness.schedulers, REPORT_KEY)
-        app.add_middleware(readiness.Readiness, ask=ask, judges=judges)
-        return stock(*args, **kwargs)
-
-    wrap(points.RUN_HTTP, run)
+def _once(hook: str) -> bool:
+    """Whether this hook is to be put in place now."""
+    new = hook not in _process.hooked
+    _process.hooked.add(hook)
+    return new
 
 
 def _hook_scheduler() -> None:
@@ -188,7 +265,10 @@ def _hook_scheduler() -> None:
             result = stock(scheduler, server_args, *args, **kwargs)
         except ScalingFixesError as error:  # a fix refused what stock was building
             fix = fixes.raised_by(error)
-            stop(str(error) if fix is None else f"{fix.name}: {error}")
+            if fix is None:
+                stop(str(error))
+            with _stopping_for(fix, server_args, config):
+                raise
         _check_scheduler(scheduler, server_args, config)
         for status in _process.statuses:
             if status.state is not fixes.FixState.OFF:
@@ -207,9 +287,10 @@ def _hook_scheduler() -> None:
         output.internal_state[REPORT_KEY] = _live_report()
         return output
 
-    wrap(points.SCHEDULER_INIT, scheduler_init)
-    wrap(points.INIT_INFO, get_init_info)
-    wrap(points.INTERNAL_STATE, get_internal_state)
+    if _once("scheduler"):
+        wrap(points.SCHEDULER_INIT, scheduler_init)
+        wrap(points.INIT_INFO, get_init_info)
+        wrap(points.INTERNAL_STATE, get_internal_state)
 
 
 def _config_of_a_scheduler() -> Config:
@@ -220,6 +301,8 @@ def _config_of_a_scheduler() -> Config:
     """
     if _process.refused is not None:
         raise SystemExit(_process.refused)
+    if _process.awaited is not None:
+        _arm_process(_process.awaited)
     first, last = _process.first, _process.config
     if first is None or last is None:
         stop("a scheduler starts in a process that was never armed")
@@ -241,13 +324,14 @@ def _hook_launch() -> None:
         _check_children(kwargs.get("server_args", args[0] if args else None), result)
         return result
 
-    wrap(points.LAUNCH, launch_subprocesses)
+    if _once("launch"):
+        wrap(points.LAUNCH, launch_subprocesses)
 
 
 def _check_scheduler(scheduler: Any, server_args: Any, config: Config) -> None:
     """After stock built its scheduler: what the fixes need of it is there."""
     for fix in fixes.asked(config):
-        with _stopping(f"{fix.name}: "):
+        with _stopping_for(fix, server_args, config):
             fix.bind(scheduler, server_args, config)
 
 

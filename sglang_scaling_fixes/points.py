@@ -28,4 +28,18 @@ SCHEDULER_INIT = AttachPoint(
 INIT_INFO = AttachPoint(NAME, "both", f"{_SCHEDULER}.get_init_info")
 INTERNAL_STATE = AttachPoint(NAME, "both", f"{_SCHEDULER}.get_internal_state", ("recv_req",))
 
+_MANAGERS = "sglang.srt.managers"
+DETOKENIZER = AttachPoint(
+    NAME, "server", f"{_MANAGERS}.detokenizer_manager:run_detokenizer_process", wrapped=False
+)
+CONTROLLER = AttachPoint(
+    NAME,
+    "server",
+    f"{_MANAGERS}.data_parallel_controller:run_data_parallel_controller_process",
+    wrapped=False,
+)
+WITHOUT_KV = (DETOKENIZER, CONTROLLER)
+"""What runs in the child processes of a server that have no KV cache and speak no HTTP. From 0.5.22
+on they load plugins too."""
+
 ATTACH_POINTS = catalogue(vars())

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from sglang_scaling_fixes import machine
+from sglang_scaling_fixes.attach import LAST_RELEASE
 
 MOONCAKE_DISTRIBUTIONS = (
     "mooncake-transfer-engine",
@@ -30,6 +31,16 @@ def version_tuple(text: str) -> tuple[int, ...]:
 def sglang_version() -> str | None:
     """The installed release of SGLang, None when there is none."""
     return machine.here.version("sglang")
+
+
+def untested(version: str) -> str | None:
+    """Why nobody has tested this project with this release of SGLang; None where it was tested.
+
+    That decides nothing: a probe does. It tells what the words of the documents are worth.
+    """
+    if version_tuple(version) > version_tuple(LAST_RELEASE):
+        return f"newer than any release that was tested, the last is {LAST_RELEASE}"
+    return None
 
 
 @dataclass(frozen=True)

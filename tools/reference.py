@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from sglang_scaling_fixes.attach import LAST_RELEASE, AttachPoint
+from sglang_scaling_fixes.attach import FIRST_RELEASE, LAST_RELEASE, AttachPoint
 from sglang_scaling_fixes.config import PLUGIN_ENV, PLUGIN_FLAG, Setting
 from sglang_scaling_fixes.fix import Fix
 from sglang_scaling_fixes.fixes import DEFAULT_FIXES, FIXES, SETTINGS
@@ -40,28 +40,30 @@ def tables() -> dict[tuple[str, str], str]:
 
 
 def fixes_by_release() -> str:
-    starts = sorted(
-        {first for fix in FIXES for first, _ in fix.stock},
-        key=lambda release: [int(part) for part in release.split(".")],
-    )
-    columns = [f"from {first}" for first in starts]
-    columns[-1] += f" to {LAST_RELEASE}"
-    rows = [[f"`{fix.name}`", fix.breaks, *_states(fix, starts)] for fix in FIXES]
-    return _table(["Fix", "What breaks without it", *columns], rows)
+    rows = [[f"`{fix.name}`", _asked_by(fix), fix.breaks, "; ".join(_states(fix))] for fix in FIXES]
+    state = f"State from {FIRST_RELEASE} to {LAST_RELEASE}, and what stock does by itself"
+    return _table(["Fix", "Armed by", "What breaks without it", state], rows)
 
 
-def _states(fix: Fix, starts: Sequence[str]) -> Iterator[str]:
-    stock = ""
-    does = dict(fix.stock)
-    for first in starts:
-        stock = does.get(first, stock)
-        yield "not in this version" if fix.missing else f"**armed**; stock: {stock}"
+def _asked_by(fix: Fix) -> str:
+    if fix.missing:
+        return "nothing"
+    return f"a bare `{PLUGIN_FLAG}`, or its name" if fix.default else "its name"
+
+
+def _states(fix: Fix) -> Iterator[str]:
+    if fix.missing:
+        yield "not in this version"
+        return
+    for first, does in fix.stock:
+        state = "native" if first in fix.native else "armed"
+        yield f"from {first} **{state}** ({does})"
 
 
 def fix_in_full(fix: Fix) -> str:
     armed = f"`{PLUGIN_FLAG} {fix.name}`"
     if fix.default:
-        armed = f"`{PLUGIN_FLAG}` alone, or {armed}"
+        armed = f"a bare `{PLUGIN_FLAG}`, or {armed}"
     families = dict.fromkeys(f"`{family.prefix}*`" for family in fix.metrics)
     rows = [
         ["Armed by", "nothing: not in this version" if fix.missing else armed],

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import os
 
-from sglang_scaling_fixes.lab import import_hooks
+from sglang_scaling_fixes import import_hooks
 from sglang_scaling_fixes.lab.faults import forgetful, lossy
 from sglang_scaling_fixes.lab.runtime import OBSERVE
 from sglang_scaling_fixes.lab.standins import (

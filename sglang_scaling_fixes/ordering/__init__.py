@@ -6,8 +6,6 @@ out by the same probes, asked again after attaching.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,30 +13,21 @@ from sglang_scaling_fixes.attach import AttachPoint
 from sglang_scaling_fixes.errors import AttachError, ConfigError
 from sglang_scaling_fixes.fix import Armed, Fix, Native
 from sglang_scaling_fixes.ordering import points
+from sglang_scaling_fixes.parts import Part, Parts
 
 if TYPE_CHECKING:
     from sglang_scaling_fixes.config import Config
 
 
-@dataclass(frozen=True)
-class Part:
-    """One wait: does the release have the code (`there`), does it `hold`, how it is attached."""
-
-    name: str
-    there: Callable[[], bool]
-    holds: Callable[[], bool]
-    attach: Callable[[], None]
-
-
 def _parts() -> list[Part]:
-    from sglang_scaling_fixes.ordering import early_send, loads, probe
-    from sglang_scaling_fixes.ordering.probe.transfer import BACKENDS
+    from sglang_scaling_fixes.ordering import loads, probe
+    from sglang_scaling_fixes.presence import own_method
 
     def fence(name: str, point: AttachPoint) -> Part:
         controller, _, method = point.target.rpartition(".")
         return Part(
             f"{name} ({controller.rpartition(':')[2]})",
-            there=partial(probe.own_method, controller, method),
+            there=partial(own_method, controller, method),
             holds=partial(probe.fenced, controller, method),
             attach=partial(loads.attach_fence, point),
         )
@@ -51,46 +40,24 @@ def _parts() -> list[Part]:
     ]
     split = Part(
         "LayerSplit prefetch",
-        there=lambda: probe.own_method(*loads.PREFETCH.rsplit(".", 1)),
+        there=lambda: own_method(*loads.PREFETCH.rsplit(".", 1)),
         holds=probe.prefetch_waits,
         attach=loads.attach_prefetch,
     )
-    nixl = Part(
-        "early send over NIXL",
-        there=lambda: probe.sends_early() and probe.records_event(),
-        holds=lambda: probe.waits_for_event("nixl"),
-        attach=early_send.attach_nixl,
-    )
-
-    def deaf() -> list[str]:
-        return [backend for backend in BACKENDS if not probe.waits_for_event(backend)]
-
-    rest = Part(
-        "early send held back",
-        there=probe.sends_early,
-        holds=lambda: probe.holds_back_loads() and not deaf(),
-        attach=lambda: early_send.attach_hold_back(
-            loading=not probe.holds_back_loads(),
-            deaf=[f"{early_send.PACKAGE}.{backend}." for backend in deaf()]
-            if probe.records_event()
-            else [early_send.PACKAGE],
-        ),
-    )
-    return [*fences, split, nixl, rest]
+    return [*fences, split]
 
 
-_attached: list[str] = []
-_native: list[str] = []
+_PARTS = Parts(_parts, "this release has no HiCache")
 
 
 def armed() -> bool:
     """Whether `HiCacheOrdering.arm` has been here."""
-    return bool(_attached or _native)
+    return _PARTS.armed
 
 
 def binds_streams() -> bool:
     """Whether this process added a fence, which needs to be told the forward stream."""
-    return any("fence" in name for name in _attached)
+    return any("fence" in name for name in _PARTS.attached)
 
 
 def bind(scheduler: Any) -> None:
@@ -128,26 +95,19 @@ class HiCacheOrdering(Fix):
     name = points.NAME
     default = False
     breaks = (
-        "HiCache: KV is read, sent or broadcast before it is loaded, or copied while a forward "
-        "still writes it."
+        "HiCache: KV is read or broadcast before it is loaded, or copied while a forward still "
+        "writes it."
     )
     how = "Waits on the streams, per layer or per copy, where a probe finds them missing."
     stock = (
-        (
-            "0.5.11",
-            "no fences (and from 0.5.15 unordered early sends, from 0.5.16 unordered LayerSplit "
-            "prefetch)",
-        ),
+        ("0.5.11", "no fences (and from 0.5.16 unordered LayerSplit prefetch)"),
         ("0.5.19", "load fence only"),
-        (
-            "0.5.21",
-            "LayerSplit prefetch and NIXL's early send unordered, write-back fence from 0.5.23",
-        ),
+        ("0.5.23", "both fences; LayerSplit prefetch unordered"),
     )
     upstream = (
         "sgl-project/sglang #22811 (accessors, in 0.5.11), #36738 (load fence, in 0.5.19), #39417"
     )
-    remove_when = "upstream's LayerSplit prefetch and NIXL early send wait for the load"
+    remove_when = "upstream's LayerSplit prefetch waits for the load"
     attach_points = points.ATTACH_POINTS
 
     def check(self, server_args: Any, config: Config) -> None:
@@ -155,26 +115,11 @@ class HiCacheOrdering(Fix):
 
     def arm(self, config: Config) -> Armed | Native:
         """Attach what is missing. `AttachError` names the first wait that does not hold then."""
-        from sglang_scaling_fixes.ordering import probe
+        from sglang_scaling_fixes.presence import exists
 
-        if not probe.exists(points.CONTROLLER.partition(":")[0]):
+        if not exists(points.CONTROLLER.partition(":")[0]):
             raise AttachError(f"expected {points.CONTROLLER}")
-        if not armed():
-            for part in _parts():
-                if not part.there():
-                    continue
-                if part.holds():
-                    _native.append(part.name)
-                    continue
-                part.attach()
-                _attached.append(part.name)
-        for part in _parts():
-            if part.there() and not part.holds():
-                raise AttachError(f"probe: {part.name} does not hold")
-        if not _attached:
-            return Native(f"this release does all of it: {', '.join(_native)}")
-        native = f"; native: {', '.join(_native)}" if _native else ""
-        return Armed(f"attached and proven: {', '.join(_attached)}{native}")
+        return _PARTS.arm()
 
     def bind(self, scheduler: Any, server_args: Any, config: Config) -> None:
         bind(scheduler)

@@ -16,8 +16,6 @@ _prefill = partial(AttachPoint, NAME, "prefill")
 
 CONTROLLER = "sglang.srt.managers.cache_controller:HiCacheController"
 HYBRID = "sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller:HybridCacheController"
-MIXIN = "sglang.srt.disaggregation.prefill:SchedulerDisaggregationPrefillMixin"
-NIXL = "sglang.srt.disaggregation.nixl.conn"
 
 START_LOADING = _both(f"{CONTROLLER}.start_loading", uses=("load_queue",))
 START_WRITING = _both(f"{CONTROLLER}.start_writing", uses=("write_queue",))
@@ -38,15 +36,5 @@ PREFETCH = _prefill(
     uses=("layer_transfer_counter", "start_layer", "layer_broadcast_comm"),
     first="0.5.16",
 )
-EARLY_SEND = _prefill(f"{MIXIN}.maybe_send_cached_prefix_chunk", ("req",), first="0.5.15")
-RUN_BATCH = _prefill("sglang.srt.managers.scheduler:Scheduler.run_batch", ("batch",))
-NIXL_SEND = _prefill(f"{NIXL}:NixlKVSender.send", ("kv_indices",), first="0.5.16")
-NIXL_ADD_REQUEST = _prefill(
-    f"{NIXL}:NixlKVManager.add_transfer_request",
-    ("bootstrap_room",),
-    uses=("transfer_queues",),
-    first="0.5.16",
-)
-NIXL_WORKER = _prefill(f"{NIXL}:NixlKVManager.transfer_worker", ("queue",), first="0.5.16")
 
 ATTACH_POINTS = catalogue(vars())

@@ -5,10 +5,13 @@ Every patch adds a file of its own that checks, at each import, that the patch i
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 from sglang_scaling_fixes.errors import ConfigError
 from sglang_scaling_fixes.paths import ROOT
@@ -26,6 +29,44 @@ Without the option, git puts lines that have no context at the end of a file.
 def available() -> tuple[str, ...]:
     """Releases with a patch set."""
     return tuple(sorted(series.parent.name for series in FOLDER.glob("*/series")))
+
+
+def state(release: str, source: Path) -> list[dict[str, str]]:
+    """`[{"name", "state"}]` of every patch that the package `sglang` below `source` has or lacks.
+
+    A patch that is applied says so itself: its file of checks is there, and names the files that
+    it changes with their digests. What a checkout has for the release and the tree has not is
+    `not applied`.
+    """
+    found = {}
+    for file in (source / "sglang" / "srt").glob("*/__init__.py"):
+        text = file.read_text()
+        if "of sglang-scaling-fixes is applied rightly" not in text:
+            continue
+        told = _constants(text)
+        right = all(
+            _digest(file.parent / name) == digest for name, digest in told["_FILES"].items()
+        )
+        found[told["_PATCH"]] = "applied" if right else "applied wrongly, SGLang cannot be imported"
+    if release in available():
+        for file in files(release):
+            found.setdefault(file.name, "not applied")
+    return [{"name": name, "state": found[name]} for name in sorted(found)]
+
+
+def _constants(text: str) -> dict[str, Any]:
+    """The literals that a module assigns at its top."""
+    return {
+        node.targets[0].id: ast.literal_eval(node.value)
+        for node in ast.parse(text).body
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Name)
+        and isinstance(node.value, ast.Constant | ast.Dict)
+    }
+
+
+def _digest(file: Path) -> str | None:
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else None
 
 
 def files(release: str) -> list[Path]:

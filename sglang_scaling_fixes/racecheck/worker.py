@@ -49,13 +49,15 @@ def main(arguments: list[str]) -> int:
 
 def _arm() -> str:
     """Attach the fixes where there is a plugin loader; older releases come patched."""
-    from sglang_scaling_fixes import ordering
     from sglang_scaling_fixes.config import Config
+    from sglang_scaling_fixes.early_send_ordering import FIX as EARLY_SEND_ORDERING
+    from sglang_scaling_fixes.ordering import FIX as HICACHE_ORDERING
 
     if importlib.util.find_spec("sglang.srt.plugins") is None:
         return "patch set"
     kv_stack.settings()
-    return ordering.FIX.arm(Config()).proof
+    both = (HICACHE_ORDERING, EARLY_SEND_ORDERING)
+    return "; ".join(f"{fix.name}: {fix.arm(Config()).proof}" for fix in both)
 
 
 def _origin() -> str:

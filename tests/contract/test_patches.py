@@ -217,6 +217,21 @@ def test_a_second_time_is_refused_and_changes_nothing(build: str, tmp_path: Path
     assert contents(other) == once  # GNU patch, once, comes to the same
 
 
+@pytest.mark.parametrize("build", OLDER_RELEASES)
+def test_what_a_tree_is_patched_with_can_be_told(build: str, tmp_path: Path) -> None:
+    def told(target: Path) -> dict[str, str]:
+        return {patch["name"]: patch["state"] for patch in patches.state(build, target)}
+
+    stock, right, one, wrong = (tree(build, tmp_path / name) for name in "abcd")
+    assert set(told(stock).values()) == {"not applied"}
+    assert apply(RIGHT, series(build), to=right) == 0
+    assert told(right) == {INDEX_K: "applied", COPIES: "applied"}
+    assert apply(RIGHT, series(build, COPIES), to=one) == 0
+    assert told(one) == {INDEX_K: "not applied", COPIES: "applied"}
+    assert apply(PLAIN, series(build), to=wrong) == 0
+    assert all(state.startswith("applied wrongly") for state in told(wrong).values())
+
+
 def test_the_documented_command_orders_the_copies() -> None:
     """0.5.9 is among the builds of test_racecheck.py; the patches of the other two are the same."""
     named = ("load-before-index-read", "load-over-inflight-write", "writeback-before-forward-write")

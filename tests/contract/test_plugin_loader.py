@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 from wheel_ast import Module, Wheel
-from wheels import RELEASES
+from wheels import RELEASES, between
+
+from sglang_scaling_fixes import points
+from sglang_scaling_fixes.attach import AttachPoint
 
 pytestmark = pytest.mark.parametrize("release", RELEASES)
 
@@ -74,3 +77,34 @@ def test_scheduler_process_loads_plugins_first(wheel: Wheel) -> None:
 def test_engine_loads_plugins(wheel: Wheel) -> None:
     launch = wheel.find("sglang.srt.entrypoints.engine:Engine._launch_subprocesses").node
     assert "load_plugins" in calls(launch)
+
+
+CALLERS = {
+    "sglang/cli/serve.py",
+    "sglang/launch_server.py",
+    "sglang/srt/entrypoints/engine.py",
+    "sglang/srt/managers/scheduler.py",
+}
+"""The files whose code loads plugins: every start of a server, and its schedulers."""
+
+
+def test_who_loads_plugins_is_known(wheel: Wheel) -> None:
+    """A caller that is not known is armed at once; it may be one that needs no fix."""
+    found = {
+        file.relative_to(wheel.root).as_posix()
+        for file in (wheel.root / "sglang").rglob("*.py")
+        if any(line.strip() == b"load_plugins()" for line in file.read_bytes().splitlines())
+    }
+    without = {
+        point.target.partition(":")[0].replace(".", "/") + ".py" for point in points.WITHOUT_KV
+    }
+    more = without if wheel.release in between("0.5.22", "0.5.23") else set()
+    assert found == CALLERS | more
+
+
+@pytest.mark.parametrize("point", points.WITHOUT_KV, ids=lambda point: point.target)
+def test_a_process_without_kv_builds_no_scheduler_and_launches_no_server(
+    wheel: Wheel, point: AttachPoint
+) -> None:
+    made = calls(present(wheel, point.target.partition(":")[0]).tree)
+    assert not [name for name in made if name.endswith(("Scheduler", "_launch_subprocesses"))]

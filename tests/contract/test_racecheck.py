@@ -55,8 +55,8 @@ CONTROLS = """
 import contextlib, importlib, json
 from unittest import mock
 from sglang_scaling_fixes import ordering
-from sglang_scaling_fixes.ordering import early_send, loads
-from sglang_scaling_fixes.ordering.probe import statements
+from sglang_scaling_fixes.early_send_ordering import sends
+from sglang_scaling_fixes.ordering import loads, probe
 from sglang_scaling_fixes.racecheck import recording_cuda, worker
 
 recording_cuda.install()
@@ -82,7 +82,7 @@ def without_counter(method, pool_of=lambda self: self):
             pool.layer_transfer_counter = kept
     return unguarded
 
-def without_fence(name, hand_over=statements.hand_over_streams):
+def without_fence(name, hand_over=probe.hand_over_streams):
     def partly(controller, forward):
         hand_over(controller, forward)
         setattr(controller, name, None)
@@ -107,12 +107,12 @@ controls = {
                without_counter(IndexKeyCache.get_local_buffer, of_pool)),),
     "kv": ((MLATokenToKVPool, "get_key_buffer",
             without_counter(MLATokenToKVPool.get_key_buffer)),),
-    "load": ((statements, "hand_over_streams", without_fence("load_fence_stream")),),
-    "write": ((statements, "hand_over_streams", without_fence("write_fence_stream")),),
+    "load": ((probe, "hand_over_streams", without_fence("load_fence_stream")),),
+    "write": ((probe, "hand_over_streams", without_fence("write_fence_stream")),),
     "prefetch": ((loads, "waits_per_layer", lambda counter: False),),
     "split": ((LayerSplitIndexKeyCache, "get_buffer",
                without_counter(LayerSplitIndexKeyCache.get_buffer, of_pool)),),
-    "nixl": ((early_send._Waiting, "get", lambda self: self._stock.get()),),
+    "nixl": ((sends._Waiting, "get", lambda self: self._stock.get()),),
     "mooncake": ((MooncakeKVManager, "add_transfer_request", deaf()),),
     "early": ((Prefill, "maybe_send_cached_prefix_chunk", eager()),),
     "pdmux": ((ordering, "check", lambda args: None),),

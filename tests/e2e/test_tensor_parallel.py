@@ -43,7 +43,7 @@ ABORTED = 1000  # tokens
 
 WITHOUT_AGREEMENT = """
 import os
-from sglang_scaling_fixes.lab import import_hooks
+from sglang_scaling_fixes import import_hooks
 
 def patch(ranks):
     agree = ranks.TpGroup.all_true

@@ -78,6 +78,7 @@ def test_flags_after_the_environment(
     assert found["environment"]["hicache-ordering"] == "off"
     assert found["more"] == {
         "safe-reclaim": "armed",
+        "early-send-ordering": "off",
         "hicache-ordering": "armed",
         "layer-split": "unsupported",
         "spec-guard": "off",

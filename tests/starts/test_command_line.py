@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import subprocess
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,7 +54,7 @@ PD = ("--disaggregation-mode", "decode", "--disaggregation-transfer-backend")
         (
             ("--plugin", *PD, "nixl"),
             {},
-            ["--disaggregation-transfer-backend nixl", "--plugin none"],
+            ["--disaggregation-transfer-backend nixl", "--plugin early-send-ordering"],
         ),
         (("--plugin", *PD, "mooncake"), {"MC_TCP_PROTO": "1"}, ["TCP protocol v1", "0.3.12"]),
         (("--plugin",), {"SGLANG_PLUGINS": "other"}, ["unrecognized arguments: --plugin"]),
@@ -84,20 +86,32 @@ def test_bad_input_is_one_line_and_no_start(
 
 
 @pytest.mark.parametrize("release", ["old", "new"])
-def test_doctor(release: str, request: pytest.FixtureRequest) -> None:
+def test_doctor(release: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     environment: Environment = request.getfixturevalue(release)
-    done = child.finished(
-        [str(environment.python), "-m", "sglang_scaling_fixes.cli", "doctor", "--json"],
-        cpu_env(environment.env),
-    )
-    found = json.loads(done.stdout)
-    assert done.returncode == 0
+
+    def doctor(**more: str) -> tuple[int, dict[str, Any]]:
+        done = child.finished(
+            [str(environment.python), "-m", "sglang_scaling_fixes.cli", "doctor", "--json"],
+            cpu_env({**environment.env, "XDG_CACHE_HOME": str(tmp_path), **more}),
+        )
+        return done.returncode, json.loads(done.stdout)
+
+    status, found = doctor()
+    assert status == 0
     assert found["sglang"] == environment.release
     assert found["mooncake"]["protocol"] == "tcp-v2"
     states = {fix["name"]: fix["state"] for fix in found["fixes"]}
     assert states == {
         "safe-reclaim": "armed",
+        "early-send-ordering": "native" if release == "old" else "armed",
         "hicache-ordering": "off",
         "layer-split": "unsupported",
         "spec-guard": "armed",
     }
+    assert not found["proof"]["kept"]
+    # The second time it has been proven, and the loader is asked all the same.
+    again_status, again = doctor()
+    assert again["proof"] == {**found["proof"], "kept": True}
+    assert (again_status, again["fixes"]) == (0, found["fixes"])
+    left_out, excluded = doctor(SGLANG_PLUGINS="other")
+    assert left_out == 1 and not excluded["plugin"]["loaded"]

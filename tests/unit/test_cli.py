@@ -83,6 +83,9 @@ DOCTOR: dict[str, Any] = {
     "mooncake": None,
     "plugin": {"loaded": True, "reason": "called", "folder": "/somewhere", "copies": []},
     "asked": ["safe-reclaim"],
+    "untested": None,
+    "patches": [],
+    "proof": None,
     "standins": True,
     "fixes": [
         {"name": "safe-reclaim", "state": "armed", "reason": "because"},
@@ -97,7 +100,7 @@ def test_doctor_fails_unless_all_asked_for_is_in_force(
 ) -> None:
     first, second = DOCTOR["fixes"]
     found = {**DOCTOR, "fixes": [{**first, "state": state}, second]}
-    monkeypatch.setattr(doctor, "report", lambda asked: found)
+    monkeypatch.setattr(doctor, "report", lambda asked, again: found)
     assert cli.main(["doctor"]) == status
     text = capsys.readouterr().out
     assert "* safe-reclaim" in text and "not installed" in text
@@ -111,7 +114,9 @@ def test_doctor_says_once_why_the_plugin_is_not_loaded(
 ) -> None:
     plugin = {"loaded": False, "reason": "no loader", "folder": None, "copies": []}
     lost = [{**fix, "state": "unsupported", "reason": "no loader"} for fix in DOCTOR["fixes"]]
-    monkeypatch.setattr(doctor, "report", lambda asked: {**DOCTOR, "plugin": plugin, "fixes": lost})
+    monkeypatch.setattr(
+        doctor, "report", lambda asked, again: {**DOCTOR, "plugin": plugin, "fixes": lost}
+    )
     assert cli.main(["doctor"]) == 1
     text = capsys.readouterr().out
     assert "NOT LOADED by servers here: no loader" in text
@@ -123,7 +128,7 @@ def test_doctor_names_every_copy_of_the_plugin(
 ) -> None:
     copies = [{"version": "1.0", "folder": "/one"}, {"version": "0.9", "folder": "/two"}]
     plugin = {**DOCTOR["plugin"], "copies": copies}
-    monkeypatch.setattr(doctor, "report", lambda asked: {**DOCTOR, "plugin": plugin})
+    monkeypatch.setattr(doctor, "report", lambda asked, again: {**DOCTOR, "plugin": plugin})
     assert cli.main(["doctor"]) == 0
     assert "1.0 in /one, 0.9 in /two" in capsys.readouterr().out
 

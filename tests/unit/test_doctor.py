@@ -6,14 +6,17 @@ from typing import Any
 
 import pytest
 
-from sglang_scaling_fixes import doctor, loading, release
+from sglang_scaling_fixes import attach, doctor, doctor_command, loading, release
 from sglang_scaling_fixes.config import PLUGIN_ENV
 from sglang_scaling_fixes.errors import ConfigError
 from sglang_scaling_fixes.loading import Loading
+from sglang_scaling_fixes.proof_store import Proof
+from sglang_scaling_fixes.racecheck import patches
 from sglang_scaling_fixes.specguard.flags import ACTION
 
 ARMED = [
     {"name": "safe-reclaim", "state": "armed", "reason": "proven"},
+    {"name": "early-send-ordering", "state": "armed", "reason": "proven"},
     {"name": "hicache-ordering", "state": "off", "reason": "not asked for"},
     {"name": "layer-split", "state": "unsupported", "reason": "not yet"},
     {"name": "spec-guard", "state": "armed", "reason": "proven"},
@@ -26,14 +29,15 @@ def report(
     loading: Loading,
     asked: str | None = None,
     mooncake: release.Mooncake | None = MOONCAKE,
+    version: str = "0.5.23",
     **env: str,
 ) -> dict[str, Any]:
     for name in (PLUGIN_ENV, ACTION.env):
         monkeypatch.delenv(name, raising=False)
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(doctor, "_load", lambda asked: (loading, False))
-    monkeypatch.setattr(release, "sglang_version", lambda: "0.5.23")
+    monkeypatch.setattr(doctor, "_load", lambda asked, again: (loading, False))
+    monkeypatch.setattr(release, "sglang_version", lambda: version)
     monkeypatch.setattr(release, "mooncake", lambda: mooncake)
     return doctor.report(asked)
 
@@ -48,7 +52,7 @@ def states(result: dict[str, Any]) -> dict[str, str]:
 
 def test_called_and_proven_is_armed(monkeypatch: pytest.MonkeyPatch) -> None:
     result = report(monkeypatch, loaded())
-    assert result["asked"] == ["safe-reclaim", "spec-guard"]
+    assert result["asked"] == ["safe-reclaim", "early-send-ordering", "spec-guard"]
     assert doctor.in_force(result)
 
 
@@ -74,9 +78,9 @@ def test_a_fix_that_could_not_be_armed_keeps_its_own_reason(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found = loaded(refused="asked for and not in force: spec-guard: it moved")
-    found.statuses[3].update(state="unsupported", reason="it moved")
+    found.statuses[4].update(state="unsupported", reason="it moved")
     result = report(monkeypatch, found)
-    assert result["fixes"][3]["reason"] == "it moved"
+    assert result["fixes"][4]["reason"] == "it moved"
     assert states(result)["safe-reclaim"] == "armed"
     assert not doctor.in_force(result)
 
@@ -100,6 +104,7 @@ def test_what_only_a_prefill_or_decode_server_refuses_is_said_as_that(
     result = report(monkeypatch, loaded(), mooncake=None)
     assert states(result) == {
         "safe-reclaim": "unsupported",
+        "early-send-ordering": "armed",
         "hicache-ordering": "off",
         "layer-split": "unsupported",
         "spec-guard": "armed",
@@ -114,6 +119,29 @@ def test_mooncake_does_not_hide_that_the_fix_itself_does_not_hold(
     found = loaded()
     found.statuses[0].update(state="unsupported", reason="it moved")
     assert report(monkeypatch, found, mooncake=None)["fixes"][0]["reason"] == "it moved"
+
+
+@pytest.mark.parametrize(
+    ("version", "newer"),
+    [
+        (attach.LAST_RELEASE, False),
+        (attach.FIRST_RELEASE, False),
+        (f"{attach.LAST_RELEASE}.post1", True),
+        ("0.6.0", True),
+    ],
+)
+def test_a_release_that_is_newer_than_any_tested_is_called_that(
+    monkeypatch: pytest.MonkeyPatch, version: str, newer: bool
+) -> None:
+    monkeypatch.setattr(patches, "state", lambda release, _: [{"name": "p", "state": release}])
+    found = loaded(sglang="/somewhere/sglang", proof=Proof({}, "2026", kept=True))
+    result = report(monkeypatch, found, version=version)
+    words = f"newer than any release that was tested, the last is {attach.LAST_RELEASE}"
+    assert result["untested"] == (words if newer else None)
+    said = doctor_command.text(result)
+    assert (words in said) == newer
+    assert f"Patch     p: {version}" in said  # what the tree is patched with
+    assert "Proven    2026" in said
 
 
 def test_no_answer_in_time_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,8 +21,8 @@ import pytest
 from sglang_scaling_fixes.paths import PACKAGE, ROOT
 
 COMMAND_LINE = {"lab", "racecheck", "benchmarks", "retry", "cli", "doctor", "child_process"}
-COMMAND_LINE |= {"console", "doctor_command", "loading", "loading_probe"}
-FIXES = {"reclaim", "ordering", "specguard", "layersplit"}
+COMMAND_LINE |= {"console", "doctor_command", "loading", "loading_probe", "proof_store"}
+FIXES = {"reclaim", "early_send_ordering", "ordering", "specguard", "layersplit"}
 FLOORS = [{"entry"}, {"plugin"}, {"flags"}, {"fixes"}, FIXES]
 """Of the server, from the top: a floor imports only what is below it. Ground is below them all."""
 PARTS = {path.stem for path in PACKAGE.iterdir()}

@@ -10,8 +10,9 @@ import pytest
 
 from sglang_scaling_fixes import ordering
 from sglang_scaling_fixes.attach import AttachPoint
+from sglang_scaling_fixes.early_send_ordering import sends
 from sglang_scaling_fixes.errors import ConfigError
-from sglang_scaling_fixes.ordering import early_send, loads
+from sglang_scaling_fixes.ordering import loads
 
 
 class Stream:
@@ -82,9 +83,9 @@ def test_an_event_travels_with_its_chunk_and_is_waited_for_once() -> None:
     queue = Queue()
     event = SimpleNamespace(synchronize=lambda: waited.append("event"))
     marked, plain = SimpleNamespace(), SimpleNamespace()
-    early_send._Marking(queue, event).put(marked)
+    sends._Marking(queue, event).put(marked)
     queue.put(plain)
-    taken = early_send._Waiting(queue)
+    taken = sends._Waiting(queue)
     assert waited == []
     assert taken.get() is marked
     assert waited == ["event"]
@@ -110,7 +111,7 @@ def test_pd_multiplexing_with_hicache_is_refused(pdmux: bool, hicache: bool, ref
 def test_bind_needs_a_forward_stream_only_where_there_is_a_controller(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(ordering, "_attached", ["load fence (HiCacheController)"])
+    monkeypatch.setattr(ordering._PARTS, "attached", ["load fence (HiCacheController)"])
     ordering.bind(SimpleNamespace(tree_cache=SimpleNamespace()))
     controller = SimpleNamespace()
     runner = SimpleNamespace(forward_stream="forward")

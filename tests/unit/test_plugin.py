@@ -10,12 +10,24 @@ from typing import Any
 
 import pytest
 
-from sglang_scaling_fixes import fixes, flags, ordering, plugin, points, refusals
+from sglang_scaling_fixes import (
+    fixes,
+    flags,
+    import_hooks,
+    ordering,
+    plugin,
+    points,
+    refusals,
+    specguard,
+)
 from sglang_scaling_fixes.attach import AttachPoint
 from sglang_scaling_fixes.config import ENV_PREFIX, PLUGIN_ENV, Config
 from sglang_scaling_fixes.errors import ConfigError
+from sglang_scaling_fixes.fix import Fix
 from sglang_scaling_fixes.fixes import SETTINGS, FixState, Status
 from sglang_scaling_fixes.specguard.flags import ACTION
+
+CHECK_SERVER_ARGS = plugin._check_server_args
 
 LAUNCH = points.LAUNCH.target
 FLAGS = points.READ_FLAGS.target
@@ -72,7 +84,11 @@ class Process:
         self.hooks[SCHEDULER](self._stock("scheduler"), object(), args)
 
     def _stock(self, what: str) -> Callable[..., Any]:
-        return lambda *_, **__: self.started.append(what)
+        def stock(*_: Any, **__: Any) -> str:
+            self.started.append(what)
+            return what
+
+        return stock
 
 
 @pytest.fixture
@@ -215,6 +231,142 @@ def test_a_child_hooks_its_scheduler_and_no_launch(process: Process) -> None:
     process.scheduler()
     assert LAUNCH not in process.hooks
     assert process.armed[0].guard == "abort"
+
+
+def called_by(target: str, call: Callable[[], None]) -> None:
+    """Run `call` below a function that is called like stock's."""
+    module, _, name = target.partition(":")
+    scope: dict[str, Any] = {"__name__": module}
+    exec(f"def {name}(call): call()", scope)
+    scope[name](call)
+
+
+@pytest.fixture
+def imports(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Imports a module, as far as the plugin sees it."""
+    waiting: dict[str, list[Callable[[object], None]]] = {}
+    monkeypatch.setattr(
+        import_hooks, "after_import", lambda name, hook: waiting.setdefault(name, []).append(hook)
+    )
+
+    def imported(target: str) -> None:
+        for hook in waiting.pop(target.partition(":")[0], []):
+            hook(object())
+
+    return imported
+
+
+@pytest.mark.parametrize("point", points.WITHOUT_KV, ids=lambda point: point.target)
+def test_a_process_without_kv_is_armed_only_if_a_scheduler_is_built_there_after_all(
+    process: Process, imports: Callable[[str], None], point: AttachPoint
+) -> None:
+    process.env.setenv(PLUGIN_ENV, DEFAULT)
+    called_by(point.target, plugin.activate)
+    called_by(point.target, plugin.activate)
+    assert process.armed == [] and plugin.statuses() == []
+    imports(SCHEDULER)
+    assert process.armed == []  # a controller imports it and builds none
+    process.scheduler()
+    assert len(process.armed) == 1 and process.started == ["scheduler"]
+    process.scheduler()
+    assert len(process.armed) == 1
+
+
+def test_a_process_without_kv_that_launches_a_server_is_armed_before(
+    process: Process, imports: Callable[[str], None]
+) -> None:
+    process.env.setenv(PLUGIN_ENV, DEFAULT)
+    called_by(points.DETOKENIZER.target, plugin.activate)
+    imports(LAUNCH)
+    process.env.setenv(PLUGIN_ENV, "none")
+    assert f"armed for {DEFAULT}" in line(process.launch)  # what it was asked for first counts
+    assert process.started == []
+
+
+def test_a_refusal_in_a_process_without_kv_comes_before_its_scheduler(
+    process: Process, imports: Callable[[str], None]
+) -> None:
+    process.env.setenv(PLUGIN_ENV, DEFAULT)
+    process.broken = {"safe-reclaim"}
+    called_by(points.CONTROLLER.target, plugin.activate)
+    imports(SCHEDULER)
+    first = line(process.scheduler)
+    assert "safe-reclaim: because" in first
+    assert line(process.scheduler) == first
+    assert process.started == []
+
+
+@pytest.mark.parametrize(
+    "caller",
+    [
+        "sglang.srt.managers.scheduler:run_scheduler_process",
+        "sglang.srt.managers.detokenizer_manager:run_detokenizer_process_of_mine",
+        "mine:run_detokenizer_process",
+        "sglang.srt.managers.detokenizer_manager:something_new",
+    ],
+)
+def test_any_other_process_is_armed_at_once(process: Process, caller: str) -> None:
+    process.env.setenv(PLUGIN_ENV, DEFAULT)
+    called_by(caller, plugin.activate)
+    assert len(process.armed) == 1
+    assert [s["name"] for s in plugin.statuses()] == ["safe-reclaim"]
+
+
+def refusing(words: str, only_by_name: bool = False) -> Callable[..., None]:
+    def check(fix: Fix, _server_args: Any, config: Config) -> None:
+        if not only_by_name or fix.name in config.named:
+            raise ConfigError(words)
+
+    return check
+
+
+@pytest.mark.parametrize(
+    ("refused", "offer"),
+    [
+        (("safe-reclaim",), "early-send-ordering,spec-guard"),
+        (("spec-guard",), "safe-reclaim,early-send-ordering"),
+        (("safe-reclaim", "spec-guard"), "early-send-ordering"),
+        (("safe-reclaim", "spec-guard", "early-send-ordering"), "none"),
+    ],
+)
+@pytest.mark.parametrize("said", ["change it, or start with --plugin none", "change it"])
+def test_a_refused_server_is_told_which_fixes_would_start(
+    process: Process, refused: tuple[str, ...], offer: str, said: str
+) -> None:
+    process.env.setattr(plugin, "_check_server_args", CHECK_SERVER_ARGS)
+    for fix in fixes.FIXES:
+        only_by_name = fix.name != refused[0]  # as the guard does without drafts
+        if fix.name in refused:
+            process.env.setattr(type(fix), "check", refusing(said, only_by_name))
+        else:
+            process.env.setattr(type(fix), "check", lambda *_: None)
+    plugin.activate()
+    text = line(process.flags, "--plugin")
+    assert text.startswith(f"sglang-scaling-fixes: {refused[0]}: change it")
+    assert text.endswith(f"or start with --plugin {offer}") and text.count("--plugin") == 1
+
+
+def test_what_a_setting_would_arm_all_the_same_is_not_offered_to_be_left_out(
+    process: Process,
+) -> None:
+    process.env.setattr(plugin, "_check_server_args", CHECK_SERVER_ARGS)
+    for fix in fixes.FIXES:
+        process.env.setattr(type(fix), "check", lambda *_: None)
+    process.env.setattr(type(specguard.FIX), "check", refusing("use --spec-guard observe"))
+    plugin.activate()
+    text = line(process.flags, "--plugin", "--spec-guard", "abort")
+    assert text == "sglang-scaling-fixes: spec-guard: use --spec-guard observe"
+
+
+def test_a_refused_arming_is_told_which_fixes_hold(process: Process) -> None:
+    process.broken = {"safe-reclaim"}
+    process.env.setenv(PLUGIN_ENV, "default")
+    text = line(plugin.activate)
+    assert text.endswith("because; or start with --plugin early-send-ordering,spec-guard")
+    process.env.setattr(plugin, "_process", plugin._Process())
+    process.hooks.clear()
+    process.broken = set(fixes.FIX_NAMES)
+    assert line(plugin.activate).endswith("because; or start with --plugin none")
 
 
 def moved(*_: Any) -> None:

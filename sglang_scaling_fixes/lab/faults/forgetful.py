@@ -11,7 +11,7 @@ import os
 from types import ModuleType
 from typing import Any
 
-from sglang_scaling_fixes.lab import import_hooks
+from sglang_scaling_fixes import import_hooks
 from sglang_scaling_fixes.lab.runtime import FORGET
 
 INDEX_WAIT = "index-k-wait"

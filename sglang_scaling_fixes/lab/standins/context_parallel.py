@@ -11,7 +11,7 @@ import functools
 import os
 from typing import Any
 
-from sglang_scaling_fixes.lab import import_hooks
+from sglang_scaling_fixes import import_hooks
 from sglang_scaling_fixes.lab.runtime import DSA
 
 _RANKS = 8  # as many as stock's DSA context parallelism allows

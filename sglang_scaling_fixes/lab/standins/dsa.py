@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from sglang_scaling_fixes.lab import import_hooks
+from sglang_scaling_fixes import import_hooks
 from sglang_scaling_fixes.lab.runtime import DSA
 from sglang_scaling_fixes.lab.standins import streams
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from sglang_scaling_fixes.ordering import early_send, probe
-from sglang_scaling_fixes.ordering.probe.transfer import Transfer
+from sglang_scaling_fixes.early_send_ordering import probe, sends
+from sglang_scaling_fixes.early_send_ordering.transfer import Transfer
 from sglang_scaling_fixes.racecheck import kv_stack, lookup
 from sglang_scaling_fixes.racecheck.hazards.hazard import Hazard, Scenario
 from sglang_scaling_fixes.racecheck.kv_stack import PAGE
@@ -62,7 +62,7 @@ def _early_send_of_load(recorder: Recorder) -> None:
 
 def _require_early_send() -> None:
     if not probe.sends_early():
-        lookup.find(early_send.MIXIN)
+        lookup.find(sends.MIXIN)
         raise lookup.NotThere("this release does not send cached prefixes early")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from sglang_scaling_fixes.ordering import probe
+from sglang_scaling_fixes.presence import exists
 from sglang_scaling_fixes.racecheck import kv_stack, lookup, recording_cuda
 from sglang_scaling_fixes.racecheck.hazards.hazard import Hazard, Scenario
 from sglang_scaling_fixes.racecheck.hazards.loads import read_index
@@ -56,7 +56,7 @@ def _split_read(recorder: Recorder, own_communicator: bool) -> None:
 
 
 def _split_stack(recorder: Recorder, own_communicator: bool) -> KvStack:
-    if not probe.exists(_LAYER_SPLIT):
+    if not exists(_LAYER_SPLIT):
         raise lookup.NotThere("this release has no LayerSplit")
     cls = lookup.find(f"{_LAYER_SPLIT}:LayerSplitDSATokenToKVPool")
     communicator = _Broadcasts()

@@ -7,8 +7,7 @@ from functools import partial
 from typing import Any
 
 from sglang_scaling_fixes import ordering
-from sglang_scaling_fixes.ordering import loads
-from sglang_scaling_fixes.ordering.probe import statements
+from sglang_scaling_fixes.ordering import loads, probe
 from sglang_scaling_fixes.racecheck import kv_stack, lookup, recording_cuda
 from sglang_scaling_fixes.racecheck.hazards.hazard import Hazard, Scenario
 from sglang_scaling_fixes.racecheck.kv_stack import LAYERS, PAGE, KvStack
@@ -102,7 +101,7 @@ def _write_back(recorder: Recorder, make: Callable[[], Any]) -> None:
 def _served(recorder: Recorder, pool: Any) -> KvStack:
     """A stack that a scheduler of this release has taken into use."""
     stack = kv_stack.build(recorder, pool)
-    statements.hand_over_streams(stack.controller, stack.forward)
+    probe.hand_over_streams(stack.controller, stack.forward)
     if ordering.binds_streams():
         loads.bind(stack.controller, stack.forward)
     return stack

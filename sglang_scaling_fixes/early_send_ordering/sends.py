@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from sglang_scaling_fixes.attach import wrap
-from sglang_scaling_fixes.ordering import points
+from sglang_scaling_fixes.early_send_ordering import points
 from sglang_scaling_fixes.passthrough import Passthrough
 
 MIXIN = points.MIXIN

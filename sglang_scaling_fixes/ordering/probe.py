@@ -1,17 +1,23 @@
-"""Do this release's loads, write-backs and LayerSplit prefetches wait?"""
+"""Do this release's loads, write-backs and LayerSplit prefetches wait?
+
+Nothing here reads a version number, touches a GPU or starts a thread: the release's methods
+run on bare objects whose streams, events and counters notice who waits for them before the
+work begins.
+"""
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+from sglang_scaling_fixes import scheduler_statements
 from sglang_scaling_fixes.attach import is_wrapped, resolve
 from sglang_scaling_fixes.ordering import loads
-from sglang_scaling_fixes.ordering.probe import statements
-from sglang_scaling_fixes.ordering.probe.presence import own_method
+from sglang_scaling_fixes.presence import own_method
 from sglang_scaling_fixes.standin_objects import Anything, Lenient
 
 
@@ -54,7 +60,7 @@ def fenced(target: str, method: str) -> bool:
     )
     if own_method("sglang.srt.mem_cache.l2_transfer:L2TransferEngine", "submit_host_to_device"):
         controller.l2_transfer_engine = copies
-    statements.hand_over_streams(controller, forward)
+    hand_over_streams(controller, forward)
     if is_wrapped(f"{target}.{method}"):
         loads.bind(controller, forward)
     streams = SimpleNamespace(Event=Anything, stream=lambda stream: stream)
@@ -66,6 +72,26 @@ def fenced(target: str, method: str) -> bool:
     ):
         getattr(controller, method)()
     return waited == [forward]
+
+
+def hand_over_streams(controller: Any, forward: Any) -> None:
+    """Let the release's scheduler give its forward stream to the controller, if it does."""
+    this = Lenient(
+        enable_hierarchical_cache=True,
+        tree_cache=SimpleNamespace(cache_controller=controller),
+        tp_worker=SimpleNamespace(model_runner=SimpleNamespace(forward_stream=forward)),
+        forward_stream=forward,
+    )
+    scheduler_statements.run(_hands_over, self=this)
+
+
+def _hands_over(node: ast.If) -> bool:
+    return any(
+        isinstance(target, ast.Attribute) and target.attr.endswith("_fence_stream")
+        for child in ast.walk(node)
+        if isinstance(child, ast.Assign)
+        for target in child.targets
+    )
 
 
 def prefetch_waits() -> bool:
