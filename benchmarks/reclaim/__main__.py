@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.common import reports
-from benchmarks.reclaim import holds, ledger, pair, report, share, throughput
+from benchmarks.reclaim import holds, ledger, memory, pair, report, share, throughput
 from benchmarks.reclaim.load import Shape
 from sglang_scaling_fixes.console import say
 from sglang_scaling_fixes.errors import ScalingFixesError
@@ -17,7 +17,7 @@ from sglang_scaling_fixes.lab.errors import LabError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 measured, 1 an armed answer was wrong, 2 it could not run."""
+    """Exit status: 0 measured, 1 an armed answer was wrong or memory grew, 2 it could not run."""
     args = _parser().parse_args(argv)
     try:
         pair.refuse_settings(dict(os.environ))
@@ -84,6 +84,11 @@ def _parser() -> argparse.ArgumentParser:
     alone.add_argument("--requests", type=int, default=100_000)
     alone.add_argument("--repeats", type=int, default=5)
     alone.set_defaults(run=_ledger, release=installed)
+
+    soak = commands.add_parser("memory", parents=[output], help="flat over a million requests?")
+    soak.add_argument("--requests", type=int, default=1_000_000)
+    soak.add_argument("--seed", type=int, default=1)
+    soak.set_defaults(run=_memory, release=installed)
     return parser
 
 
@@ -126,6 +131,14 @@ def _ledger(args: argparse.Namespace) -> int:
     reports.save(_path(args), args.release, "ledger", result)
     print(report.ledger_table(result))
     return 0
+
+
+def _memory(args: argparse.Namespace) -> int:
+    result = memory.measure(args.requests, args.seed, say)
+    reports.save(_path(args), args.release, "memory", result)
+    wrong = memory.exceeded(result)
+    print("\n".join(wrong) or report.memory_line(result))
+    return 1 if wrong else 0
 
 
 def _path(args: argparse.Namespace) -> Path:

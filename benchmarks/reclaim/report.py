@@ -61,6 +61,14 @@ def holds_table(result: dict[str, Any]) -> str:
     )
 
 
+def memory_line(result: dict[str, Any]) -> str:
+    entries = sum(result["largest"].values())
+    return (
+        f"{result['requests']} requests: {result['rss_mib'][-1]} MiB in the end, "
+        f"{result['growth_mib']:+} MiB since 40% of them; {entries} entries at most"
+    )
+
+
 def ledger_table(result: dict[str, Any]) -> str:
     """Microseconds per request."""
     rows = [("us per request", *result["landed"])]

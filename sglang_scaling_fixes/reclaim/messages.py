@@ -25,6 +25,7 @@ is not readable, out of bounds or misplaced is `GARBAGE`: dropped as a whole.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from enum import Enum
 from typing import Annotated, Final
@@ -55,7 +56,9 @@ Address = Annotated[
 ]
 """`"tcp://ip:port"`. Whoever receives it connects to it."""
 MAX_REASON = 4096
-Room = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Room = Annotated[int, Meta(ge=0)]
+"""Every room that stock's buffer of rooms takes: unsigned, 64 bits. A larger integer does not
+exist in msgpack."""
 Number = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Stock = Annotated[int, Meta(ge=0, le=TRAILER_AT)]
 """How many frames of the message are stock's (see `ride`)."""
@@ -158,6 +161,8 @@ GARBAGE: Final = Garbage.GARBAGE
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Message)
+_FIELD = re.compile(r"\$\.(\w+)")
+"""How msgspec names the field that it did not take."""
 
 
 def encode(message: Message) -> bytes:
@@ -176,6 +181,33 @@ def decode(frame: bytes) -> Message | Garbage | None:
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
         return GARBAGE
     return message
+
+
+def unsayable(message: Message) -> str:
+    """Why whoever receives `message` could not read it, with the value; empty if it can."""
+    try:
+        if _decoder.decode(_encoder.encode(message)) == message:
+            return ""
+        why, fields = "it reads as another message", []
+    except msgspec.ValidationError as error:
+        why, fields = str(error), _FIELD.findall(str(error))
+    except (msgspec.MsgspecError, OverflowError, TypeError, ValueError) as error:
+        why, fields = str(error), [n for n in message.__struct_fields__ if not _encodes(message, n)]
+    said = ", ".join(f"{name}={_shown(getattr(message, name))}" for name in fields)
+    return f"{said or _shown(message)} ({why})"
+
+
+def _encodes(message: Message, name: str) -> bool:
+    try:
+        _encoder.encode(getattr(message, name))
+    except (msgspec.MsgspecError, OverflowError, TypeError, ValueError):
+        return False
+    return True
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def attach_trailer(frames: Sequence[bytes], message: Hello | Bind) -> list[bytes]:

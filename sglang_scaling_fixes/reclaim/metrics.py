@@ -51,6 +51,9 @@ PREFILL = Family(
             "counter",
             "Successes that did not cover all that decode exposed, sent on as failures.",
         ),
+        Metric(
+            "refused", "counter", "Destinations dropped: too many wait for rooms that are in use."
+        ),
         Metric("failed_writes", "counter", "Writes that reported failure."),
         Metric("chunks_dropped", "counter", "Chunks of ended attempts, not written."),
         Metric("garbage", "counter", "Unreadable control messages, dropped."),

@@ -23,11 +23,16 @@ def is_number(frame: bytes) -> bool:
     return len(frame) <= 20 and frame.isdigit()
 
 
+def is_room(frame: bytes) -> bool:
+    """A room as stock's buffer of rooms takes it: unsigned, 64 bits."""
+    return is_number(frame) and int(frame) < 2**64
+
+
 def is_success(frames: list[bytes]) -> bool:
     """Stock's `[room, status, prefill rank, ...]` with KVPoll.Success."""
-    return len(frames) >= 3 and frames[1] == SUCCESS_FRAME and is_number(frames[0])
+    return len(frames) >= 3 and frames[1] == SUCCESS_FRAME and is_room(frames[0])
 
 
 def is_metadata(frames: list[bytes]) -> bool:
     """A room and at least the 7 frames behind it that every release sends with destinations."""
-    return len(frames) >= 8 and is_number(frames[0])
+    return len(frames) >= 8 and is_room(frames[0])

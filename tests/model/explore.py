@@ -144,6 +144,13 @@ SMALL: dict[str, Config] = {
     "unknown peer": Config(greeted=False, tick=1, lose=1),
     "decode restart": replace(_REUSE, restart=1),
     "short memory": replace(_REUSE, memory=1),
+    "forgetful prefill": replace(_REUSE, forgetful=True, tick=1),
+    "forgetful prefill, failed write": Config(chunks=2, forgetful=True, fail=1, tick=1),
+    "forgetful prefill, dup": replace(_REUSE, forgetful=True, dup=1),
+    "forgetful prefill, late requests": Config(
+        rooms=(7, 8), forgetful=True, late_arrival=True, split_made=True
+    ),
+    "forgetful prefill, fan-in": Config(decodes=2, forgetful=True, lose=1, tick=1),
     "unknown peer, crash": Config(greeted=False, crash=1, tick=1, lose=2),
     "unknown peer, dup": Config(greeted=False, crash=1, dup=1),
     "decode's stock lags behind the verdict on a success": replace(_REUSE, split_admit=True),
@@ -186,6 +193,10 @@ CONTROLS: dict[str, Config] = {
     "no gate": Config(gate=False),
     "no leases": replace(_REUSE, leases=False, tick=1),
     "no poison": Config(poison=False, fail=1),
+    "a forgotten failed write is unknown": Config(forgetful=True, tombstones=False, fail=1, tick=1),
+    "forgotten destinations are taken again": replace(
+        _REUSE, forgetful=True, tombstones=False, dup=1
+    ),
     "no marks": replace(_REUSE, marks=False, masks=False),
     "polls are not masked": replace(_REUSE, split_admit=True, masks=False),
     "Hellos are not numbered": Config(greeted=False, crash=1, lose=2, tick=1, numbered=False),

@@ -35,6 +35,7 @@ from sglang_scaling_fixes.reclaim.rules.attempt import Attempt
 from sglang_scaling_fixes.reclaim.rules.coverage import Coverage, Extent
 from sglang_scaling_fixes.reclaim.rules.decode_ledger import DecodeLedger
 from sglang_scaling_fixes.reclaim.rules.exposure import Exposure, ExposureState
+from sglang_scaling_fixes.reclaim.rules.forgotten import Forgotten
 from sglang_scaling_fixes.reclaim.rules.prefill_ledger import (
     Action,
     Delivery,
@@ -69,6 +70,8 @@ class Config:
     """Requests of a decode without the plugin (x0) at the same prefill ranks."""
     memory: int = 65536
     """Of both ledgers."""
+    forgetful: bool = False
+    """Prefill remembers nothing that has ended, and one attempt whose request has not come."""
     late_arrival: bool = False
     """A request reaches prefill at a moment of its own, not when decode exposes it."""
     split_take: bool = False
@@ -117,6 +120,8 @@ class Config:
     marks: bool = True
     masks: bool = True
     numbered: bool = True
+    tombstones: bool = True
+    """What prefill has forgotten it does not call unknown, and does not take again."""
     covers: bool = True
     """A success leaves only if it covers what was exposed."""
     stops: bool = True
@@ -134,6 +139,16 @@ class Unpoisoned(PrefillLedger):
 
     def failed(self, attempt: Attempt, reason: str) -> list[Action]:
         return []
+
+
+class Amnesic(Forgotten):
+    """Negative control: forgotten means unknown."""
+
+    def poisoned(self, lease: str) -> str:
+        return ""
+
+    def refuses(self, lease: str) -> bool:
+        return False
 
 
 class Credulous(DecodeLedger):
@@ -326,6 +341,10 @@ class World:
             return Prefill(name, None, life)
         kind = PrefillLedger if self.config.poison else Unpoisoned
         ledger = kind(f"{name}{'abcd'[life]}", memory=self.config.memory)
+        if self.config.forgetful:
+            ledger = kind(ledger.incarnation, memory=0, unserved=1, kept_back=1)
+        if not self.config.tombstones:
+            ledger._forgotten = Amnesic(0)
         return Prefill(name, ledger, life)
 
     def _decode(self, name: str) -> Decode:
@@ -352,6 +371,9 @@ class World:
             self.left = {**self.left, name: self.left[name] - 1}
         getattr(self, f"do_{name}")(*args)
         self._check()
+        for name in self.prefills if self.private else self._own & self.prefills.keys():
+            if (ledger := self.prefills[name].ledger) is not None:
+                ledger.check_integrity()
         return self.said
 
     def clone(self) -> World:
@@ -467,7 +489,7 @@ class World:
             events.append(f"end {p.name}")
         elif self._hand_over(p):
             events.append(f"{'report' if self.config.split_end else 'end'} {p.name}")
-        if not p.handing and any(self._ready(p, d, m) for d, m in p.deferred):
+        if not p.handing and p.ledger is not None and p.ledger.kept.due:
             events.append(f"retry {p.name}")
         if p.handing:
             events.append(f"store {p.name}")
@@ -552,11 +574,6 @@ class World:
         assert p.hand is not None
         mine = [w for w in self.wire if self._watched(w) and w.prefill == p.name]
         return not mine or (self.config.helpers and p.hand.failed)
-
-    def _ready(self, p: Prefill, d: str, m: Msg) -> bool:
-        """Trying this deferred metadata again will not just defer it again."""
-        assert p.ledger is not None
-        return not p.ledger.keeps_waiting(m.room, m.attempt, m.lease)
 
     # -- decode -----------------------------------------------------------------------
 
@@ -797,11 +814,15 @@ class World:
             self._send(p.name, d, Msg("hello_ack", incarnation=p.incarnation, seq=m.seq))
         elif m.kind == "abort":
             self._act(p, p.ledger.abort(m.room, m.lease, d, p.name))
+            for kept in [k for k in p.deferred if k[1].lease == m.lease]:
+                p.deferred.remove(kept)
+                self._bind(p, *kept)  # to be dropped
         else:
             self._bind(p, d, m)
 
     def _bind(self, p: Prefill, d: str, m: Msg) -> None:
         assert p.ledger is not None
+        p.deferred = [kept for kept in p.deferred if kept != (d, m)]
         if d == WITHOUT_PLUGIN:
             delivery, actions = p.ledger.bind_without_plugin(
                 m.room, d, Extent(d, self.config.chunks)
@@ -830,10 +851,11 @@ class World:
 
     def do_retry(self, name: str) -> None:
         p = self._prefill(name)
-        for _ in range(len(p.deferred)):
-            self._bind(p, *p.deferred.pop(0))
-            if p.handing:
-                return
+        assert p.ledger is not None
+        key = p.ledger.kept.next()
+        kept = next(k for k in p.deferred if key in (k[1].lease, (k[1].room, k[0])))
+        p.deferred.remove(kept)
+        self._bind(p, *kept)
 
     def do_store(self, name: str) -> None:
         p = self._prefill(name)
@@ -1165,7 +1187,7 @@ class World:
         attempt = p.ledger.attempt_of(exposure.lease)
         if attempt is None and known is None and (p.life or self.lost & {"hello", "hello_ack"}):
             return "nobody knows which process would have had them"
-        return "poisoned" if attempt is not None and attempt.poisoned else None
+        return "poisoned" if p.ledger.poisoned(exposure.lease) else None
 
     def key(self, met: Met) -> Any:
         """Equal for worlds that behave alike. How often was asked does not matter."""

@@ -37,8 +37,8 @@ from .decode import Decode
 from .prefill import Prefill, Served
 from .wire import Harm, Link, Network, Request, Write, greets
 
-ROOMS = (7, 2**63 - 1)
-"""The larger is the largest that an Abort takes."""
+ROOMS = (7, 2**64 - 1)
+"""The larger is the largest that stock takes."""
 
 Event = tuple[str, str, Callable[[], object]]
 """What may happen now: its kind, which one of that kind, and how it is done."""

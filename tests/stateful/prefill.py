@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator
 from dataclasses import dataclass
+from threading import Lock
 from types import SimpleNamespace
 from typing import Any
 
@@ -258,5 +259,6 @@ class Prefill:
             if self.status[room] == FAILED:
                 status = FAILED
         update_status(self.status, room, status)
-        socket = StatusInterposer(self._statuses, info.to, self.guard)
+        lock = self.guard.sends.setdefault(info.to, Lock())
+        socket = StatusInterposer(lambda: self._statuses, info.to, self.guard, lock)
         socket.send_multipart([b"%d" % room, b"%d" % status, b"%d" % self.rank])

@@ -12,7 +12,7 @@ from sglang_scaling_fixes.reclaim import messages
 from sglang_scaling_fixes.reclaim.decode.peers import Peers
 from sglang_scaling_fixes.reclaim.decode.records import Records
 from sglang_scaling_fixes.reclaim.rules.stock_aborts import StockAborts
-from sglang_scaling_fixes.reclaim.stock_wire import AUX_DATA, is_number, is_success
+from sglang_scaling_fixes.reclaim.stock_wire import AUX_DATA, is_success
 
 
 class Inbox:
@@ -23,6 +23,7 @@ class Inbox:
         records: Records,
         peers: Peers,
         owns_aux: Callable[[int, int], bool],
+        stock_reads: Callable[[list[bytes]], bool],
     ) -> None:
         self._ledger = records.ledger
         self._lock = records.lock
@@ -30,6 +31,7 @@ class Inbox:
         self._stock_aborts = records.stock_aborts
         self._peers = peers
         self._owns_aux = owns_aux
+        self._stock_reads = stock_reads
 
     def read(self, frames: list[bytes]) -> list[bytes] | None:
         """The frames for stock, None when the message was ours or must not reach it."""
@@ -52,7 +54,7 @@ class Inbox:
         return stock
 
     def _readable(self, stock: list[bytes], message: messages.Message | None) -> bool:
-        """Something a prefill rank says, as far as it is read here."""
+        """Something a prefill rank says, as far as it is read here and by stock."""
         if isinstance(message, messages.HelloAck | messages.AbortAck):
             return self._peers.knows(message.rank)
         tagged = isinstance(message, messages.SuccessTag)
@@ -60,11 +62,7 @@ class Inbox:
             return False
         if tagged and not is_success(stock) and stock[0] != AUX_DATA:
             return False
-        if stock[0] == AUX_DATA:
-            return len(stock) > 3 and is_number(stock[1]) and is_number(stock[3])
-        # A status: stock reads room, status and prefill rank.
-        status = len(stock) > 2 and all(is_number(frame) for frame in stock[:3])
-        return status if stock[0].isdigit() else stock[0].isascii()
+        return self._stock_reads(stock)
 
     def _admits(self, room: int, mark: messages.SuccessTag | None, prefill_rank: bytes) -> bool:
         """A success: stock learns of it only if it is the open lease's."""

@@ -20,7 +20,7 @@ from sglang_scaling_fixes.reclaim.decode.records import Records
 from sglang_scaling_fixes.reclaim.rules.exposure import Exposure
 from sglang_scaling_fixes.reclaim.rules.pace import Pace
 from sglang_scaling_fixes.reclaim.rules.types import Rank
-from sglang_scaling_fixes.reclaim.stock_wire import SESSION_FRAME
+from sglang_scaling_fixes.reclaim.stock_wire import SESSION_FRAME, is_room
 from sglang_scaling_fixes.reclaim.transport import endpoint, send_now
 
 logger = logging.getLogger(__name__)
@@ -78,6 +78,15 @@ class Peers:
             self._reply_to, "", lease, attempt_id, pages=pages, states=states, tokens=tokens
         )
 
+    def unsayable(self, exposure: Exposure, bind: messages.Bind) -> str:
+        """What prefill could not read of all that is ever said of `exposure`. Empty: nothing.
+
+        It is asked before an address is sent: a question that prefill drops is never answered.
+        """
+        rank = max(exposure.writers, key=len, default="")
+        abort = messages.Abort(self._reply_to, rank, exposure.room, exposure.lease)
+        return messages.unsayable(structs.replace(bind, rank=rank)) or messages.unsayable(abort)
+
     def send_destinations(
         self, exposure: Exposure, bind: messages.Bind, send: Callable[[], Any]
     ) -> Any:
@@ -103,7 +112,7 @@ class Peers:
             self._uninformed.discard(rank)
             return self._with_hello(rank, frames, socket)
         if frames[0] == b"ABORT":
-            self._stock_abort(int(frames[1]), rank, frames)
+            self._stock_abort(rank, frames)
             return frames
         if self._sending is None or rank not in self._sending[0].writers:
             return frames
@@ -120,9 +129,10 @@ class Peers:
             seq = self._ledger.hello(rank)
         return messages.attach_trailer(frames, messages.Hello(self._reply_to, rank, seq=seq))
 
-    def _stock_abort(self, room: int, rank: Rank, frames: list[bytes]) -> None:
-        if self._stock_aborts is None:
+    def _stock_abort(self, rank: Rank, frames: list[bytes]) -> None:
+        if self._stock_aborts is None or not is_room(frames[1]):
             return
+        room = int(frames[1])
         with self._lock:
             exposed = any(exposure.room == room for exposure in self._ledger.exposures())
         if exposed:
@@ -141,8 +151,11 @@ class Peers:
         """
         now = time.monotonic()
         for rank in sorted(self._instances.get(prefill, ())):
+            refusal = messages.Refusal(rank, room)
+            if messages.unsayable(refusal):
+                continue  # no destinations leave for such a room either
             if rank in self._ledger.peers and self.pace.may(rank, now):
-                self._send(rank, [messages.encode(messages.Refusal(rank, room))])
+                self._send(rank, [messages.encode(refusal)])
 
     # -- questions -----------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ only it changes: which exposures there are.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Callable
@@ -32,7 +33,7 @@ from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.kv_poll import SUCCESS, WAITING
 from sglang_scaling_fixes.metrics import of_process
 from sglang_scaling_fixes.ranks import TpGroup
-from sglang_scaling_fixes.reclaim import layout
+from sglang_scaling_fixes.reclaim import layout, stock_shapes
 from sglang_scaling_fixes.reclaim.decode.gate import Gate
 from sglang_scaling_fixes.reclaim.decode.holds import HoldReport
 from sglang_scaling_fixes.reclaim.decode.inbox import Inbox
@@ -66,7 +67,8 @@ class DecodeSide:
         records = Records(self.ledger, self.metrics, self._stock_aborts)
         self._lock = records.lock
         self.peers = Peers(manager, records)
-        self.inbox = Inbox(records, self.peers, self._owns_aux)
+        reads = functools.partial(stock_shapes.decode_reads, manager)
+        self.inbox = Inbox(records, self.peers, self._owns_aux, reads)
         self.relief = Relief(manager, records, self.peers, mode=config.fence)
         self.holds = HoldReport(records)
         self._group = TpGroup()
@@ -170,6 +172,14 @@ class DecodeSide:
                 layout.state_rows(self._manager.kv_args, state_indices),
                 None if tokens is None else tokens(),
             )
+        if what := self.peers.unsayable(exposure, bind):
+            self.metrics.inc("refusals", "unsayable")
+            self.relief.end_room(
+                receiver.bootstrap_room,
+                f"safe-reclaim cannot say {what} to prefill; nothing was sent "
+                "(a room is a number from 0 to 2**64 - 1)",
+            )
+            return None
         return self.peers.send_destinations(
             exposure, bind, lambda: stock(receiver, kv_indices, aux_index, state_indices, **kwargs)
         )

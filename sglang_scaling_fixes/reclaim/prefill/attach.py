@@ -5,6 +5,8 @@ They do nothing until a prefill KV manager starts in this process.
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -38,9 +40,12 @@ def attach() -> None:
 
     def connect(stock: Callable[..., Any]) -> Callable[..., Any]:
         def connected(manager: Any, to: str, *args: Any, **kwargs: Any) -> Any:
-            socket = stock(manager, to, *args, **kwargs)
             side = PrefillSide.current
-            return socket if side is None else StatusInterposer(socket, to, side)
+            if side is None:
+                return stock(manager, to, *args, **kwargs)
+            connect = functools.partial(stock, manager, to, *args, **kwargs)
+            lock = side.sends.setdefault(to, threading.Lock())  # one step: by several threads
+            return StatusInterposer(connect, to, side, lock)
 
         return connected
 

@@ -36,12 +36,22 @@ class StatusInterposer(Passthrough):
     chunk, so the attempt is the one in hand; if a write of it failed on the way
     (stock ignores some), or what was written is not all that this rank exposed
     (see `coverage`), the success is not one and leaves as a failure.
+
+    Stock has one socket to each decode rank, and sends on it from its workers, its receive thread
+    and its scheduler. ZMQ's sockets are not for several threads: up to 0.5.16 frames of one
+    message got into another, or the process ended. So every use of the socket, and stock's
+    `connect`, which may close it and make another, is under the `lock` of that decode rank.
     """
 
-    def __init__(self, stock: Any, to: str, ledger: SuccessLedger) -> None:
-        super().__init__(stock)
+    def __init__(
+        self, connect: Callable[[], Any], to: str, ledger: SuccessLedger, lock: threading.Lock
+    ) -> None:
+        with lock:
+            super().__init__(connect())
+        self._connect = connect
         self._to = to
         self._ledger = ledger
+        self._lock = lock
 
     def send_multipart(self, frames: list[bytes], *args: Any, **kwargs: Any) -> Any:
         attempt = IN_HAND.attempt
@@ -50,10 +60,16 @@ class StatusInterposer(Passthrough):
                 self._ledger.wrote_aux(self._to, attempt)
             elif not self._ledger.success_leaves(self._to, attempt):
                 frames = [frames[0], FAILED_FRAME, *frames[2:]]
-                return self._stock.send_multipart(frames, *args, **kwargs)
+                return self._send(frames, *args, **kwargs)
             if (trailer := self._ledger.mark(self._to, attempt)) is not None:
                 frames = [*frames, trailer]
-        return self._stock.send_multipart(frames, *args, **kwargs)
+        return self._send(frames, *args, **kwargs)
+
+    def _send(self, frames: list[bytes], *args: Any, **kwargs: Any) -> Any:
+        with self._lock:
+            if getattr(self._stock, "closed", False):  # by another thread's `connect`
+                self._stock = self._connect()
+            return self._stock.send_multipart(frames, *args, **kwargs)
 
 
 class ChunkLedger(Protocol):

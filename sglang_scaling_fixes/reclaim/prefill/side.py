@@ -30,9 +30,11 @@ from sglang_scaling_fixes.reclaim.prefill.interposers import (
     ExecutorInterposer,
     QueueInterposer,
 )
+from sglang_scaling_fixes.reclaim.prefill.kept_back import KeptMessages
 from sglang_scaling_fixes.reclaim.rules.attempt import Attempt
 from sglang_scaling_fixes.reclaim.rules.coverage import Extent
 from sglang_scaling_fixes.reclaim.rules.prefill_ledger import Delivery, PrefillLedger
+from sglang_scaling_fixes.reclaim.stock_shapes import prefill_reads
 from sglang_scaling_fixes.reclaim.stock_wire import (
     PAGE_BYTES,
     PAGES_FRAME,
@@ -73,7 +75,8 @@ class PrefillSide:
         self._lock = threading.Lock()
         self._ledger = PrefillLedger(new_incarnation())
         self._replies = ReplySockets()
-        self._deferred: deque[Callable[[], list[bytes] | None]] = deque()
+        self.sends: dict[str, threading.Lock] = {}
+        """Decode endpoint -> the one lock of stock's socket to it. Stock keeps both for good."""
         self._queues: dict[int, QueueInterposer] = {}
         self._sender: int | None = None
         self._keys = itertools.count(1)
@@ -82,6 +85,7 @@ class PrefillSide:
         self._queued = False
         """Whether stock has queued a chunk since its last send began."""
         self.metrics = of_process(PREFILL, manager)
+        self._deferred = KeptMessages(self._ledger.kept, self._lock, self.metrics)
         self._actions = Actions(manager, self._ledger.incarnation, self.metrics, self._reply)
 
     # -- wiring -------------------------------------------------------------------
@@ -138,7 +142,7 @@ class PrefillSide:
 
     def read(self, frames: list[bytes]) -> list[bytes] | None:
         stock, message = messages.strip_trailer(frames)
-        if message is messages.GARBAGE or not self._for_prefill(stock, message):
+        if message is messages.GARBAGE or not _for_prefill(self._manager, stock, message):
             self.metrics.inc("garbage")
             return None
         if isinstance(message, messages.Bind):
@@ -150,6 +154,7 @@ class PrefillSide:
                     message.room, message.lease, message.reply_to, message.rank
                 )
             self._actions.act(actions)
+            self._deferred.gave_up(message.lease)
             return None
         if isinstance(message, messages.Refusal):
             self.metrics.inc("refusals_received")
@@ -162,22 +167,8 @@ class PrefillSide:
             return stock
         return self._bind_without_plugin(stock) if stock[0].isdigit() else stock
 
-    def _for_prefill(self, stock: list[bytes], message: messages.Message | None) -> bool:
-        """Something a decode rank says, as far as it is read here."""
-        if isinstance(message, messages.Bind):
-            return is_metadata(stock)
-        if isinstance(message, messages.Abort | messages.Refusal):
-            return True
-        if isinstance(message, messages.Hello):
-            return stock[:1] == [b"None"]
-        if message is not None or not stock:
-            return False
-        if stock[0].isdigit():
-            return is_metadata(stock)
-        # Registration: stock reads ten frames and more of it.
-        return stock[0].isascii() and (stock[0] != b"None" or len(stock) >= 10)
-
     def _bind(self, stock: list[bytes], bind: messages.Bind) -> list[bytes] | None:
+        self._deferred.came(bind.lease)
         session = stock[SESSION_FRAME].decode("ascii", "replace")
         extent = Extent(session, bind.pages, bind.states, bind.tokens)
         with self._lock:
@@ -187,8 +178,10 @@ class PrefillSide:
             self._actions.forget_rooms(actions)
         self._actions.act(actions)
         if delivery is Delivery.DEFER:
-            self._deferred.append(lambda: self._bind(stock, bind))
+            self._deferred.keep(bind.lease, lambda: self._bind(stock, bind))
             return None
+        if delivery is Delivery.REFUSE:
+            self._deferred.refused(int(stock[0]))
         if bind.expects != self._ledger.incarnation:
             self._actions.greet(bind.reply_to, bind.rank, bind.lease)
         self.metrics.inc("bound")
@@ -202,6 +195,8 @@ class PrefillSide:
         """
         host, port = (frame.decode("ascii", "replace") for frame in stock[1:3])
         source = endpoint(host, port)
+        key = int(stock[0]), source
+        self._deferred.came(key)
         if stock[4] and source not in self._warned:
             self._warned.add(source)
             logger.warning(
@@ -217,18 +212,15 @@ class PrefillSide:
             self._actions.forget_rooms(actions)
         self._actions.act(actions)
         if delivery is Delivery.DEFER:
-            self._deferred.append(lambda: self._bind_without_plugin(stock))
+            self._deferred.keep(key, lambda: self._bind_without_plugin(stock))
+        elif delivery is Delivery.REFUSE:
+            self._deferred.refused(key[0])
         return stock if delivery is Delivery.DELIVER else None
 
     def _next_deferred(self) -> list[bytes] | None:
         """Destinations kept back whose predecessor is over by now."""
         self._retire_dropped()
-        waiting, self._deferred = self._deferred, deque()
-        frames = None
-        while waiting and frames is None:
-            frames = waiting.popleft()()  # appends itself again if it still has to wait
-        self._deferred.extend(waiting)
-        return frames
+        return self._deferred.next()
 
     # -- stock's senders ---------------------------------------------------------------
 
@@ -368,3 +360,14 @@ class PrefillSide:
     def report(self) -> dict[str, Any]:
         """Counters for `/server_info` and the lab."""
         return self.metrics.report()
+
+
+def _for_prefill(manager: Any, stock: list[bytes], message: messages.Message | None) -> bool:
+    """Something a decode rank says, as far as it is read here and by stock."""
+    if isinstance(message, messages.Bind):
+        return is_metadata(stock)  # it came as it was sent: its Bind counts its frames
+    if isinstance(message, messages.Abort | messages.Refusal):
+        return True
+    if isinstance(message, messages.Hello):
+        return stock[:1] == [b"None"]
+    return message is None and bool(stock) and prefill_reads(manager, stock)

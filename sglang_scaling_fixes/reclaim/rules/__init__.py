@@ -7,6 +7,9 @@
     reasons          what does a hold wait for, in words?
     attempt          destinations that prefill received, and the life they have (a table)
     prefill_ledger   when is nothing of an attempt written any more?
+    forgotten        what is still said of leases that are not remembered?
+    kept_back        which destinations wait for their room, and which is due?
+    prefill_audit    does prefill's ledger agree with itself, and how large is it?
     coverage         was all that was exposed written?
     quarantine       how much may be held, and when is a fence worth its price?
     pace             how often may a silent rank be asked?

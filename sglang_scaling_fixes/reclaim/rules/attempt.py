@@ -69,6 +69,8 @@ class Attempt:
     phase: Phase = Phase.WAITING
     closed: bool = False
     """No chunk of it is accepted or taken any more: what its phase says, at hand."""
+    closed_for: str = ""
+    """Why it was closed, unless by the end of its sender."""
     over: bool = False
     """Nothing of it is being written, will be, or is still looked at by stock: the same."""
     sender: Hashable | None = None

@@ -6,6 +6,16 @@ attempt and taking a chunk are both single calls, so a chunk is either taken bef
 (and waited for) or never taken. A room serves one attempt at a time; destinations of the next
 wait until the one before is `over`.
 
+All it holds is bounded, whoever dies or never comes:
+
+    attempts with a sender      by stock's senders; it is told when one goes
+    senders that wait           the same
+    attempts without a sender   `unserved`; the oldest is closed, so that its request fails
+                                if it comes after all
+    closed ones of these        `memory`, then they are finished
+    finished attempts           `memory`, then `forgotten.Forgotten` answers for them
+    destinations kept back      `kept_back`, then those that come are refused
+
 See `decode_ledger` for the invariant that this serves, and for the messages.
 """
 
@@ -18,7 +28,10 @@ from dataclasses import dataclass
 
 from sglang_scaling_fixes.reclaim.rules.attempt import WITHOUT_PLUGIN, Attempt
 from sglang_scaling_fixes.reclaim.rules.coverage import Extent
-from sglang_scaling_fixes.reclaim.rules.types import LedgerError, Rank, Verdict
+from sglang_scaling_fixes.reclaim.rules.forgotten import Forgotten
+from sglang_scaling_fixes.reclaim.rules.kept_back import KeptBack
+from sglang_scaling_fixes.reclaim.rules.prefill_audit import PrefillAudit
+from sglang_scaling_fixes.reclaim.rules.types import Rank, Verdict
 
 
 @dataclass(frozen=True)
@@ -69,24 +82,40 @@ class Delivery(enum.Enum):
     DELIVER = "hand it to stock"
     DEFER = "keep it until the attempt before it is over"
     DROP = "its attempt is over: stock must not see it"
+    REFUSE = "too many are kept already: as DROP, and it has no attempt"
 
 
-class PrefillLedger:
+MEMORY = 4096
+"""Finished attempts, leases and so on that are remembered, of each kind. Late questions come
+within seconds; a rank that ends 400 requests a second remembers 10 s."""
+UNSERVED = 16384
+"""Attempts without a request. A decode exposes no more requests than its pool has places for, and
+the two halves of a request arrive at about the same time: several decodes do not come near it."""
+KEPT_BACK = 1024
+"""Destinations kept back. Each waits for a room that is in use: clients use rooms once, and stock
+uses one again only after a retraction."""
+
+
+class PrefillLedger(PrefillAudit):
     """The attempts of one prefill rank.
 
     Stock keys everything by room; a room may be used again (a client's choice, and
     stock's own after a retraction). So each attempt has its own sender, a room
     serves one attempt at a time, and the next one's destinations wait until the one
     before is over.
-
-    `memory` bounds how many finished, quiet, unpoisoned attempts and how many
-    never-seen aborted leases are remembered. Forgetting a finished one is
-    safe: it is answered "unknown", which the same process may truthfully say.
     """
 
-    def __init__(self, incarnation: str, *, memory: int = 65536) -> None:
+    def __init__(
+        self,
+        incarnation: str,
+        *,
+        memory: int = MEMORY,
+        unserved: int = UNSERVED,
+        kept_back: int = KEPT_BACK,
+    ) -> None:
         self.incarnation = incarnation
         self._memory = memory
+        self._unserved_limit = unserved
         self._rooms: dict[int, Attempt] = {}
         """The attempt each room serves now."""
         self._by_attempt_id: dict[tuple[int, str], Attempt] = {}
@@ -97,11 +126,13 @@ class PrefillLedger:
         self._finished: deque[Attempt] = deque()
         self._unsent: OrderedDict[Attempt, None] = OrderedDict()
         """Attempts aborted before their request reached prefill."""
-        self._aborted_unseen: OrderedDict[str, None] = OrderedDict()
+        self._unserved: OrderedDict[Attempt, None] = OrderedDict()
+        """Open attempts without a sender."""
+        self._forgotten = Forgotten(memory)
+        self.kept = KeptBack(kept_back)
+        """Destinations that wait; their key is the lease, or `(room, source)` without one."""
         self._refused: OrderedDict[int, float] = OrderedDict()
         """Rooms that decode does not take, whose request has not come, and when it said so."""
-        self._deferred: dict[str, bool] = {}
-        """Leases whose destinations wait, and whether their owner gave up meanwhile."""
 
     # -- messages from decode ---------------------------------------------------
 
@@ -110,19 +141,21 @@ class PrefillLedger:
     ) -> tuple[Delivery, list[Action]]:
         """Destinations of `lease` arrived. The verdict comes before stock sees them."""
         self._refused.pop(room, None)  # decode tried again, and takes it this time
-        if self._deferred.pop(lease, False):
-            self._remember_aborted(lease)
-        if lease in self._aborted_unseen or lease in self._by_lease:
+        waited = self.kept.drop(lease)
+        if lease in self._by_lease or (not waited and self._forgotten.refuses(lease)):
             return Delivery.DROP, []
         delivery, actions = Delivery.DELIVER, list[Action]()
         attempt = self._by_attempt_id.get((room, attempt_id))
         if attempt is None:
-            delivery, actions, attempt = self._next_attempt(room, attempt_id)
+            delivery, actions, attempt = self._next_attempt(room, attempt_id, lease, waited)
         if attempt is None:
-            self._deferred[lease] = False
+            if delivery is Delivery.REFUSE:
+                self._forgotten.refuse(lease)
             return delivery, actions
         attempt.bind(lease, reply_to, rank, extent)
         self._by_lease[lease] = attempt
+        if waited:
+            self.kept.came_free(room)  # for others of this attempt, or one that ends it
         return (Delivery.DROP if attempt.closed else delivery), actions
 
     def bind_without_plugin(
@@ -130,6 +163,7 @@ class PrefillLedger:
     ) -> tuple[Delivery, list[Action]]:
         """Destinations from a decode rank without the plugin. It is never asked for."""
         delivery, actions = Delivery.DELIVER, list[Action]()
+        waited = self.kept.drop((room, source))
         attempt = self._rooms.get(room)
         if (
             attempt is None
@@ -137,19 +171,23 @@ class PrefillLedger:
             or attempt.closed
             or source in attempt.bindings
         ):
-            delivery, actions, attempt = self._next_attempt(room, WITHOUT_PLUGIN)
+            delivery, actions, attempt = self._next_attempt(
+                room, WITHOUT_PLUGIN, (room, source), waited
+            )
         if attempt is not None:
             attempt.bind(source, source, "", extent)
+            if waited:
+                self.kept.came_free(room)
         return delivery, actions
 
     def abort(self, room: int, lease: str, reply_to: str, rank: Rank) -> list[Action]:
         """The owner of `lease` gave up. Repeats are answered again: the answer may be lost."""
         attempt = self._by_lease.get(lease)
-        if lease in self._deferred:
-            self._deferred[lease] = True
-        elif attempt is None:
-            self._remember_aborted(lease)
         if attempt is None:
+            if reason := self._forgotten.poisoned(lease):
+                return [SendAck(reply_to, rank, lease, "poisoned", reason)]
+            self.kept.drop(lease)
+            self._forgotten.refuse(lease)
             return [SendAck(reply_to, rank, lease, "unknown")]
         attempt.bindings[lease] = (reply_to, rank)
         attempt.awaiting_ack.add(lease)
@@ -185,7 +223,7 @@ class PrefillLedger:
             return [FailRoom(room, REFUSED)] if recent else []
         self._adopt(attempt, sender)
         if attempt.closed:
-            return [FailRoom(room, "aborted by the decode side before it began")]
+            return [FailRoom(room, f"{attempt.closed_for}, before it began")]
         return []
 
     def offer(
@@ -266,81 +304,27 @@ class PrefillLedger:
         attempt = self._senders.get(sender)
         return attempt is not None and not attempt.quiet
 
-    def attempts(self) -> list[Attempt]:
-        """The attempts that rooms serve now, by room."""
-        return [attempt for _, attempt in sorted(self._rooms.items())]
-
-    def attempt_of(self, lease: str) -> Attempt | None:
-        """The attempt that this lease's destinations belong to, while it is remembered."""
-        return self._by_lease.get(lease)
-
-    def keeps_waiting(self, room: int, attempt_id: str, lease: str) -> bool:
-        """Would these destinations, kept back before, still have to wait?"""
-        before = self._rooms.get(room)
-        if before is None or before.over or lease in self._aborted_unseen:
-            return False
-        return (room, attempt_id) not in self._by_attempt_id
-
-    def waiting_senders(self) -> list[Hashable]:
-        """Senders that came before the destinations of their attempt."""
-        return [sender for waiting in self._waiting.values() for sender in waiting]
-
-    def snapshot(self, name: Callable[[Attempt], Hashable]) -> Hashable:
-        """All that the ledger knows; equal for ledgers that behave alike from here on.
-
-        `name(attempt)`: what stands for an attempt, the same whenever it is met again.
-        """
-        return (
-            tuple((room, name(a)) for room, a in sorted(self._rooms.items())),
-            tuple((lease, name(a)) for lease, a in sorted(self._by_lease.items())),
-            tuple((key, name(a)) for key, a in sorted(self._by_attempt_id.items())),
-            tuple((sender, name(a)) for sender, a in sorted(self._senders.items(), key=str)),
-            tuple((room, *waiting) for room, waiting in sorted(self._waiting.items())),
-            tuple(name(a) for a in self._unsent),
-            tuple(name(a) for a in self._finished),
-            tuple(self._aborted_unseen),
-            tuple(sorted(self._deferred.items())),
-            tuple(self._refused),
-        )
-
-    def check_integrity(self) -> None:
-        """`LedgerError` where the ledger contradicts itself."""
-        for (room, attempt_id), attempt in self._by_attempt_id.items():
-            if (attempt.room, attempt.attempt_id) != (room, attempt_id):
-                raise LedgerError(f"room {room}: an attempt of room {attempt.room} stands for it")
-        for room, attempt in self._rooms.items():
-            if self._by_attempt_id.get((room, attempt.attempt_id)) is not attempt:
-                raise LedgerError(f"room {room}: its attempt is not the one its destinations name")
-        for sender, attempt in self._senders.items():
-            if attempt.sender != sender:
-                raise LedgerError(f"room {attempt.room}: a sender that is not its own")
-        for attempt in self._unsent:
-            if not attempt.closed or attempt.sender is not None:
-                raise LedgerError(f"room {attempt.room}: given up before its request came?")
-        for attempt in self._finished:
-            if not attempt.over or self._rooms.get(attempt.room) is attempt:
-                raise LedgerError(f"room {attempt.room}: finished, and not over")
-
     # -- internals ---------------------------------------------------------------
 
-    def _remember_aborted(self, lease: str) -> None:
-        self._aborted_unseen[lease] = None
-        if len(self._aborted_unseen) > self._memory:
-            self._aborted_unseen.popitem(last=False)
-
     def _next_attempt(
-        self, room: int, attempt_id: str
+        self, room: int, attempt_id: str, key: Hashable, waited: bool
     ) -> tuple[Delivery, list[Action], Attempt | None]:
+        """An attempt for destinations that have none. `waited`: they were kept back before."""
         before = self._rooms.get(room)
         if before is not None and not before.over:
             # A chunk of the attempt before would be written to the new destinations,
             # and its end would end the new one.
-            return Delivery.DEFER, self._close(before, "its room is used again"), None
+            actions = self._close(before, "its room is used again")
+            kept = self.kept.keep(room, key, again=waited)
+            if before.over:
+                self.kept.came_free(room)
+            return Delivery.DEFER if kept else Delivery.REFUSE, actions, None
         if before is not None:
             self._finish(before)
-        return Delivery.DELIVER, [ForgetRoom(room)], self._open(room, attempt_id)
+        attempt, closed = self._open(room, attempt_id)
+        return Delivery.DELIVER, [ForgetRoom(room), *closed], attempt
 
-    def _open(self, room: int, attempt_id: str) -> Attempt:
+    def _open(self, room: int, attempt_id: str) -> tuple[Attempt, list[Action]]:
         attempt = self._rooms[room] = self._by_attempt_id[room, attempt_id] = Attempt(
             room, attempt_id
         )
@@ -348,18 +332,28 @@ class PrefillLedger:
             self._adopt(attempt, waiting.popleft())
             if not waiting:
                 del self._waiting[room]
-        return attempt
+            return attempt, []
+        self._unserved[attempt] = None
+        if len(self._unserved) <= self._unserved_limit:
+            return attempt, []
+        oldest = next(iter(self._unserved))
+        reason = f"no request came for it while {self._unserved_limit} others waited for theirs"
+        return attempt, [*self._close(oldest, reason), ForgetRoom(oldest.room)]
 
     def _adopt(self, attempt: Attempt, sender: Hashable) -> None:
         attempt.adopt(sender)
         self._senders[sender] = attempt
         self._unsent.pop(attempt, None)
+        self._unserved.pop(attempt, None)
 
     def _close(self, attempt: Attempt, reason: str) -> list[Action]:
         if attempt.closed:
             return []
         attempt.close()
+        attempt.closed_for = reason
         if attempt.sender is None:
+            del self._unserved[attempt]
+            self.kept.came_free(attempt.room)
             self._unsent[attempt] = None
             if len(self._unsent) > self._memory:
                 self._finish(self._unsent.popitem(last=False)[0])
@@ -383,8 +377,7 @@ class PrefillLedger:
         if self._rooms.get(attempt.room) is not attempt:
             return
         del self._rooms[attempt.room]
-        if attempt.poisoned:
-            return  # kept for good: forgetting it would turn "poisoned" into "unknown"
+        self.kept.came_free(attempt.room)
         self._finished.append(attempt)
         if len(self._finished) > self._memory:
             forgotten = self._finished.popleft()
@@ -392,4 +385,9 @@ class PrefillLedger:
             if self._by_attempt_id.get(key) is forgotten:
                 del self._by_attempt_id[key]
             for lease in forgotten.bindings:
-                self._by_lease.pop(lease, None)
+                if self._by_lease.pop(lease, None) is None:
+                    continue  # a decode without the plugin: nobody asks
+                if forgotten.poisoned:
+                    self._forgotten.poison(lease, forgotten.poisoned)
+                else:
+                    self._forgotten.end(lease)

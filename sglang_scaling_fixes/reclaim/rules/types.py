@@ -12,6 +12,15 @@ Verdict = Literal["drained", "writing", "poisoned", "unknown"]
 """What a prefill process can say of a lease, see `messages.AbortAck`."""
 
 
+def lease_parts(lease: str) -> tuple[str, int]:
+    """The decode process and the number in a lease, which grows in the order of exposing.
+
+    As `DecodeLedger.expose` names them (tested). Anything else is a process of its own.
+    """
+    process, _, number = lease.rpartition("-")
+    return (process, int(number)) if number.isascii() and number.isdigit() else (lease, 0)
+
+
 class Proof(enum.StrEnum):
     """Why a writer can no longer write. See `decode_ledger`."""
 

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.common import figures, reports
 from benchmarks.reclaim import __main__ as command
-from benchmarks.reclaim import client, pair, share
+from benchmarks.reclaim import client, memory, pair, share
 from benchmarks.reclaim.client import Board, Job
 from benchmarks.reclaim.load import Answers, End, Ends, Reply, Request, Shape, schedule
 from sglang_scaling_fixes.reclaim.prefill import interposers
@@ -157,3 +157,27 @@ def test_a_line_that_hands_over_to_stock_is_stocks() -> None:
     own = next(n for n, line in enumerate(lines, 1) if "self._ledger.put(chunk)" in line)
     stacks = [f"send ({path}:{over});send_multipart (/zmq/socket.py:1) 7", f"put ({path}:{own}) 2"]
     assert share.count(stacks) == {"ours": 2, "sglang": 7}
+
+
+LIMITS = memory.Limits(memory=100, unserved=200, kept_back=15)
+
+
+def test_every_table_of_the_ledgers_is_bounded() -> None:
+    result = memory.measure(20_000, 1, lambda line: None, LIMITS)
+    assert result["requests"] == 20_000 and all(result["kinds"].values())
+    assert set(result["largest"]) == set(result["bounds"])
+    over = {name: size for name, size in result["largest"].items() if size > result["bounds"][name]}
+    assert over == {}
+    full = {name for name, size in result["largest"].items() if size == result["bounds"][name]}
+    wanted = {"finished", "unsent", "unserved", "kept", "poisoned", "refused"}
+    assert full >= {f"prefill {name}" for name in wanted}, "each bound was reached"
+
+
+def test_a_table_without_its_bound_is_named() -> None:
+    """The control: what a ledger without bounds keeps of the same requests."""
+    result = memory.measure(5000, 1, lambda line: None, memory.Limits(10**9, 10**9, 10**9))
+    said = " ".join(memory.exceeded({**result, "bounds": memory.bounds(LIMITS), "growth_mib": 0}))
+    for name in ("rooms", "leases", "attempt_ids", "finished", "unsent", "unserved", "refused"):
+        assert f"prefill {name}: " in said
+    grown = {**result, "bounds": {}, "growth_mib": memory.GROWTH_MIB + 1}
+    assert memory.exceeded(grown) == [f"memory grew by {memory.GROWTH_MIB + 1} MiB"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from threading import Lock
 from types import SimpleNamespace
 from typing import Any
 
@@ -118,7 +119,7 @@ class Stock:
         stock_queue = SimpleNamespace(put=self.queue.append, get=self.queue.popleft)
         self.tap = self.guard.tap_queue(stock_queue)
         to_decode = SimpleNamespace(send_multipart=self.sent.append)
-        self.socket = StatusInterposer(to_decode, DECODE, self.guard)
+        self.socket = StatusInterposer(lambda: to_decode, DECODE, self.guard, Lock())
 
     def run(self) -> bytes:
         """The status that decode is told."""

@@ -17,13 +17,13 @@ from tests.model.explore import CONTROLS, OPEN, SMALL, explore, harm, reached, s
 KNOWN = {
     Writer: "rank incarnation hello bound_by disputed sent reported proof stuck aborts next_abort",
     Exposure: "lease attempt_id room writers state gave_up_at untagged late slots next_log",
-    Attempt: "room attempt_id bindings exposed coverage short awaiting_ack phase closed over "
-    "sender active poisoned",
+    Attempt: "room attempt_id bindings exposed coverage short awaiting_ack phase closed "
+    "closed_for over sender active poisoned",
     Coverage: "pages states tokens writes unwritten unqueued in_hand looked_at",
     DecodeLedger: "_incarnation group _number _first_wait _max_wait peers _hellos _exposed _held "
     "_given_up_rooms _memory successes",
-    PrefillLedger: "incarnation _memory _rooms _by_attempt_id _by_lease _senders _waiting "
-    "_finished _unsent _aborted_unseen _deferred",
+    PrefillLedger: "incarnation _memory _unserved_limit _rooms _by_attempt_id _by_lease _senders "
+    "_waiting _finished _unsent _unserved _forgotten kept",
 }
 """What `decode_key` and `prefill_key` tell apart, or may leave out."""
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from sglang_scaling_fixes.reclaim.rules import forgotten
 from sglang_scaling_fixes.reclaim.rules.attempt import Attempt
 from sglang_scaling_fixes.reclaim.rules.coverage import Extent
+from sglang_scaling_fixes.reclaim.rules.decode_ledger import DecodeLedger
 from sglang_scaling_fixes.reclaim.rules.prefill_ledger import (
     REFUSED,
     REFUSED_MEMORY,
@@ -17,7 +19,7 @@ from sglang_scaling_fixes.reclaim.rules.prefill_ledger import (
     PrefillLedger,
     SendAck,
 )
-from sglang_scaling_fixes.reclaim.rules.types import LedgerError
+from sglang_scaling_fixes.reclaim.rules.types import LedgerError, lease_parts
 
 
 def answers(actions: list[Action]) -> list[tuple[str, str]]:
@@ -166,10 +168,11 @@ class TestPrefill:
             unsent = 1000 + i
             bind(ledger, unsent, room=unsent)
             ledger.abort(unsent, f"g{unsent}", "d0", "p0")
-        assert len(ledger._rooms) == len(ledger._unsent) == 10, "their request never came"
-        assert len(ledger._finished) == len(ledger._aborted_unseen) == 10
-        assert len(ledger._by_lease) == len(ledger._by_attempt_id) == 20
-        assert not ledger._senders and not ledger._waiting
+        sizes = ledger.sizes()
+        assert sizes["rooms"] == sizes["unsent"] == 10, "their request never came"
+        assert sizes["finished"] == sizes["refused"] == 10
+        assert sizes["leases"] == sizes["attempt_ids"] == 20
+        assert sizes["senders"] == sizes["waiting"] == sizes["unserved"] == 0
         # The forgotten are answered truthfully, the remembered precisely.
         assert answers(ledger.abort(0, "g0", "d0", "p0")) == [("g0", "unknown")]
         assert answers(ledger.abort(99, "g99", "d0", "p0")) == [("g99", "drained")]
@@ -278,3 +281,193 @@ class TestDecodeWithoutThePlugin:
         assert attempt is not None
         assert attempt.bound_at("d1") == ("g-d1", "p0")
         assert attempt.bound_at("elsewhere") is None
+
+
+def poisoned(ledger: PrefillLedger, number: int, process: str = "d") -> str:
+    """A lease with a failed write, whose attempt is over."""
+    lease = f"{process}-{number}"
+    ledger.bind(number, lease, lease, "d0", "p0", extent=EXTENT)
+    ledger.sender_made(lease, number)
+    attempt = ledger.put(lease)
+    assert attempt is not None and ledger.take(attempt)
+    ledger.failed(attempt, "write returned -1")
+    ledger.done(attempt)
+    ledger.retire(lease, number)
+    return lease
+
+
+def verdict(ledger: PrefillLedger, lease: str) -> str:
+    ((_, said),) = answers(ledger.abort(7, lease, "d0", "p0"))
+    return said
+
+
+class TestForgetting:
+    """What may still be said of what is not remembered: see `forgotten`."""
+
+    def test_leases_are_told_apart_as_decode_names_them(self) -> None:
+        ledger = DecodeLedger("0123-abc")
+        leases = [ledger.expose(7, ["p0"]).lease for _ in range(3)]
+        assert [lease_parts(lease) for lease in leases] == [("0123-abc", n) for n in (1, 2, 3)]
+        assert [lease_parts(odd) for odd in ("g", "", "a-", "a-x", "-7")] == [
+            *((odd, 0) for odd in ("g", "", "a-", "a-x")),
+            ("", 7),
+        ]
+
+    def test_a_failed_write_is_never_forgotten_into_unknown(self) -> None:
+        """Decode believes "unknown": a slot would come back under a write that may still land."""
+        ledger = prefill(memory=4)
+        leases = [poisoned(ledger, n) for n in range(1, 60)]
+        sizes = ledger.sizes()
+        assert sizes["leases"] == sizes["finished"] == sizes["poisoned"] == 4
+        assert sizes["horizons"] == 1
+        assert {verdict(ledger, lease) for lease in leases} == {"poisoned"}
+        assert all(ledger.poisoned(lease) for lease in leases)
+
+    def test_others_are_unknown_as_ever(self) -> None:
+        ledger = prefill(memory=4)
+        for n in range(1, 60):
+            poisoned(ledger, n)
+        assert verdict(ledger, "d-60") == verdict(ledger, "another-1") == "unknown"
+
+    def test_more_decode_processes_than_horizons(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(forgotten, "PROCESSES", 3)
+        ledger = prefill(memory=1)
+        leases = [poisoned(ledger, n, f"decode{n}") for n in range(1, 20)]
+        assert ledger.sizes()["horizons"] == 3
+        assert {verdict(ledger, lease) for lease in leases} == {"poisoned"}
+        assert verdict(ledger, "another-1") == "poisoned", "it may be one of those forgotten"
+
+    def test_what_is_forgotten_is_not_accepted_again(self) -> None:
+        """Destinations that come twice: the slots are somebody else's by now."""
+        ledger = prefill(memory=2)
+        for n in range(1, 30):
+            ledger.bind(n, f"d-{n}", f"d-{n}", "d0", "p0", extent=EXTENT)
+            ledger.sender_made(n, n)
+            ledger.retire(n, n)
+            assert verdict(ledger, f"never-{n}") == "unknown"
+        for lease in (*(f"d-{n}" for n in range(1, 30)), *(f"never-{n}" for n in range(1, 30))):
+            late = ledger.bind(99, lease, lease, "d0", "p0", extent=EXTENT)
+            assert late == (Delivery.DROP, [])
+        assert ledger.bind(99, "d-30", "d-30", "d0", "p0", extent=EXTENT)[0] is Delivery.DELIVER
+
+    def test_destinations_that_wait_are_not_strangers(self) -> None:
+        """They came long ago, and their number lies below what has been forgotten since."""
+        ledger = prefill(memory=2)
+        ledger.bind(7, "e1", "d-1", "d0", "p0", extent=EXTENT)
+        ledger.sender_made("s1", 7)
+        assert ledger.bind(7, "e2", "d-2", "d0", "p0", extent=EXTENT)[0] is Delivery.DEFER
+        for n in range(3, 30):
+            verdict(ledger, f"d-{n}")
+        ledger.retire("s1", 7)
+        assert ledger.kept.next() == "d-2"
+        assert ledger.bind(7, "e2", "d-2", "d0", "p0", extent=EXTENT)[0] is Delivery.DELIVER
+
+
+class TestRequestsThatNeverCome:
+    """Of a decode that died, or runs without the plugin: nobody will ask for these."""
+
+    def fill(self, ledger: PrefillLedger, count: int) -> list[Action]:
+        actions: list[Action] = []
+        for n in range(count):
+            if n % 2:
+                actions += ledger.bind_without_plugin(n, "x0", EXTENT)[1]
+            else:
+                actions += ledger.bind(n, f"e-{n}", f"d-{n}", "d0", "p0", extent=EXTENT)[1]
+        return [action for action in actions if action not in {ForgetRoom(n) for n in range(5, 99)}]
+
+    def test_the_oldest_are_closed_and_stock_forgets_their_destinations(self) -> None:
+        ledger = PrefillLedger("process", memory=10, unserved=5)
+        closed = self.fill(ledger, 8)
+        assert closed[-2:] == [FailRoom(2, closed[-2].reason), ForgetRoom(2)]  # type: ignore[union-attr]
+        assert "while 5 others waited" in closed[-2].reason  # type: ignore[union-attr]
+        assert (ledger.sizes()["unserved"], ledger.sizes()["unsent"]) == (5, 3)
+        for n in range(1000):
+            ledger.bind_without_plugin(100 + n, "x0", EXTENT)
+        ledger.check_integrity()
+        sizes = ledger.sizes()
+        assert (sizes["rooms"], sizes["unserved"], sizes["unsent"]) == (15, 5, 10)
+        assert sizes["finished"] == 10
+
+    @pytest.mark.parametrize("later", [0, 1000])
+    def test_a_request_that_comes_after_all_fails_and_writes_nothing(self, later: int) -> None:
+        ledger = PrefillLedger("process", memory=10, unserved=5)
+        self.fill(ledger, 8)
+        for n in range(later):
+            ledger.bind_without_plugin(100 + n, "x0", EXTENT)
+        late = ledger.sender_made("late", 0)
+        assert ledger.put("late") is None
+        if not later:
+            (failed,) = late
+            assert isinstance(failed, FailRoom) and "while 5 others waited" in failed.reason
+        assert verdict(ledger, "d-0") == ("unknown" if later else "drained")
+        assert ledger.retire("late", 0) == []
+        ledger.check_integrity()
+
+    def test_one_with_a_sender_is_not_counted(self) -> None:
+        ledger = PrefillLedger("process", unserved=3)
+        for n in range(50):
+            bound(ledger, n, room=n)
+        assert ledger.sizes()["unserved"] == 0
+        assert all(ledger.put(f"s{n}") is not None for n in range(50))
+
+
+class TestKeptBack:
+    def test_a_room_that_comes_free_is_tried_and_no_other(self) -> None:
+        ledger = prefill()
+        for room in range(50):
+            bound(ledger, 2 * room, room)
+            assert bind(ledger, 2 * room + 1, room)[0] is Delivery.DEFER
+        assert ledger.kept.next() is None
+        ledger.retire("s14", 7)
+        assert ledger.kept.next() == "g15"
+        assert bind(ledger, 15, 7)[0] is Delivery.DELIVER
+        assert ledger.kept.next() is None
+        assert len(ledger.kept) == 49
+        ledger.check_integrity()
+
+    def test_the_next_of_a_room_ends_the_one_before_it(self) -> None:
+        ledger = prefill()
+        bound(ledger, 1)
+        for n in (2, 3, 4):
+            ledger.sender_made(f"s{n}", 7)
+            assert bind(ledger, n)[0] is Delivery.DEFER
+        ledger.retire("s1", 7)
+        assert ledger.kept.next() == "g2"
+        assert bind(ledger, 2)[0] is Delivery.DELIVER
+        assert ledger.kept.next() == "g3"
+        assert bind(ledger, 3) == (Delivery.DEFER, [FailRoom(7, "its room is used again")])
+        assert ledger.kept.next() is None, "the first of its room has to wait, so all do"
+        ledger.retire("s2", 7)
+        assert ledger.kept.next() == "g3", "in the order they came"
+        assert bind(ledger, 3)[0] is Delivery.DELIVER
+        ledger.check_integrity()
+
+    def test_all_decode_ranks_of_an_attempt_are_let_in_together(self) -> None:
+        ledger = prefill()
+        bound(ledger, 1)
+        for rank in ("d0", "d1"):
+            ledger.bind(7, "e2", f"g2-{rank}", rank, "p0", extent=EXTENT)
+        ledger.retire("s1", 7)
+        for rank in ("d0", "d1"):
+            assert ledger.kept.next() == f"g2-{rank}"
+            delivery, _ = ledger.bind(7, "e2", f"g2-{rank}", rank, "p0", extent=EXTENT)
+            assert delivery is Delivery.DELIVER
+        assert ledger.kept.next() is None
+
+    def test_past_the_bound_they_are_refused_for_good(self) -> None:
+        ledger = PrefillLedger("process", kept_back=3)
+        bound(ledger, 1)
+        assert [bind(ledger, n)[0] for n in range(2, 5)] == [Delivery.DEFER] * 3
+        assert bind(ledger, 5) == (Delivery.REFUSE, [])
+        assert ledger.bind_without_plugin(7, "x0", EXTENT)[0] is Delivery.REFUSE
+        assert verdict(ledger, "g5") == "unknown"
+        assert bind(ledger, 5) == (Delivery.DROP, []), "as was said"
+        assert len(ledger.kept) == 3
+        ledger.check_integrity()
+
+    def test_those_of_a_decode_without_the_plugin_wait_once_for_each_rank(self) -> None:
+        ledger = prefill()
+        bound(ledger, 1)
+        for _ in range(5):
+            assert ledger.bind_without_plugin(7, "x0", EXTENT)[0] is Delivery.DEFER
+        assert len(ledger.kept) == 1, "stock, too, keeps the last of a rank"
