@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -76,6 +76,18 @@ def resolve(target: str) -> tuple[Any, str, Any]:
         raise AttachError(f"{module_name} has no {qualname}")
     raw = owner.__dict__.get(name, getattr(owner, name))
     return owner, name, raw
+
+
+def present(alternatives: Sequence[AttachPoint]) -> AttachPoint:
+    """The first of these places that this release has. `AttachError` where it has none."""
+    for point in alternatives:
+        try:
+            resolve(point.target)
+        except AttachError:
+            continue
+        return point
+    targets = " and ".join(point.target for point in alternatives)
+    raise AttachError(f"this release has neither of {targets}")
 
 
 _replaced: dict[AttachPoint, tuple[Any, Any]] = {}

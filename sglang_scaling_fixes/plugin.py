@@ -245,7 +245,8 @@ def _attach(config: Config, server_args: Any, *, again: bool) -> None:
         held = [status.name for status in _process.statuses if status.in_force]
         stop(_instead(line, held, server_args))
     if launches and not again:
-        http.attach(REPORT_KEY)
+        edits = [edit for fix in fixes.FIXES for edit in fix.error_edits()]
+        http.attach(edits, [fix.unready for fix in fixes.FIXES], REPORT_KEY)
 
 
 def _once(hook: str) -> bool:

@@ -5,6 +5,8 @@ What the gate cannot hold slot by slot is refused here, with one line.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -178,6 +180,18 @@ def restores_fail_alone() -> bool:
 def prefill_of(req: Any) -> str:
     """The prefill instance that a request names: host and port of its bootstrap server."""
     return f"{req.bootstrap_host}:{req.bootstrap_port}"
+
+
+def in_step(queue: Any) -> Any:
+    """The group of ranks that get an operator's request in the same turn of their loops.
+
+    All of a server's, unless each DP rank is to get it by itself. `queue`: the preallocation queue.
+    """
+    flag = "enable_dp_attention_local_control_broadcast"
+    apart = getattr(queue.scheduler.server_args, flag, False)
+    with contextlib.suppress(Exception):  # where newer releases keep it, once it is filled
+        apart = getattr(importlib.import_module("sglang.srt.runtime_context").get_parallel(), flag)
+    return queue.gloo_group if apart else queue.scheduler.tp_cpu_group
 
 
 def is_fake(req: Any) -> bool:

@@ -19,6 +19,9 @@ _SCHEDULER = "sglang.srt.managers.scheduler:Scheduler"
 _MANAGER = "sglang.srt.disaggregation.mooncake.conn:MooncakeKVManager"
 _RECEIVER = "sglang.srt.disaggregation.mooncake.conn:MooncakeKVReceiver"
 _SENDER = "sglang.srt.disaggregation.mooncake.conn:MooncakeKVSender"
+_UPDATER = "sglang.srt.managers.scheduler_components.weight_updater:SchedulerWeightUpdaterManager"
+_UPDATER_BEFORE = "sglang.srt.managers.scheduler_update_weights_mixin:SchedulerUpdateWeightsMixin"
+_FLUSH = "sglang.srt.managers.scheduler_components.flush_wrapper:SchedulerFlushWrapper"
 
 # -- decode: exposure, gate, tick --------------------------------------------------------
 
@@ -32,6 +35,9 @@ QUEUE_INIT = _decode(
         "gloo_group",
         "metadata_buffers",
         "tree_cache",
+        "queue",
+        "transfer_queue",
+        "retracted_queue",
     ),
 )
 QUEUE_ADD = _decode(f"{_QUEUE}.add", ("req", "is_retracted"))
@@ -40,13 +46,18 @@ PREPARE_ABORT = _decode(
 )
 CREATE_RECEIVER = _decode(f"{_QUEUE}._create_receiver_and_enqueue", ("req",))
 PROCESS_REQUESTS = _decode(f"{_SCHEDULER}.process_input_requests")
-FULLY_IDLE = _decode(f"{_SCHEDULER}.is_fully_idle")
+FULLY_IDLE = _decode(
+    f"{_SCHEDULER}.is_fully_idle", uses=("tp_cpu_group", "running_batch", "waiting_queue")
+)
+RESUME_RETRACTED = _decode(f"{_QUEUE}.resume_retracted_reqs")
 SEND_METADATA = _decode(
     f"{_RECEIVER}.send_metadata",
     ("kv_indices", "aux_index", "state_indices"),
     uses=("bootstrap_infos", "bootstrap_room", "kv_mgr", "conclude_state"),
 )
-RECEIVER_POLL = _decode(f"{_RECEIVER}.poll", uses=("conclude_state",))
+RECEIVER_POLL = _decode(f"{_RECEIVER}.poll", uses=("conclude_state", "kv_mgr"))
+# Called by stock's poll; for one poll of ours another object answers.
+CHECK_STATUS = _decode(f"{_MANAGER}.check_status", ("bootstrap_room",), wrapped=False)
 RECEIVER_CLEAR = _decode(f"{_RECEIVER}.clear")
 COMMIT = _decode(f"{_TRANSFERS}._commit_transfer_to_req", ("decode_req",))
 RECEIVER_CONNECT = _decode(f"{_RECEIVER}._connect_to_bootstrap_server", ("bootstrap_info",))
@@ -73,6 +84,33 @@ ENGINE_INIT = _decode(
     uses=("engine", "session_id", "hostname", "gpu_id", "ib_device", "batch_register"),
 )
 
+# -- decode: operations that need an idle server -----------------------------------------
+
+
+def _moved(now: str, before: str) -> tuple[AttachPoint, AttachPoint]:
+    """A place, and where it was up to 0.5.12.post1."""
+    return _decode(now, first="0.5.13"), _decode(before, last="0.5.12.post1")
+
+
+def _updater(method: str) -> tuple[AttachPoint, AttachPoint]:
+    return _moved(f"{_UPDATER}.{method}", f"{_UPDATER_BEFORE}.{method}")
+
+
+RELEASE_MEMORY = _updater("release_memory_occupation")
+RESUME_MEMORY = _updater("resume_memory_occupation")
+UPDATE_WEIGHTS = tuple(
+    _updater(f"update_weights_from_{source}") for source in ("disk", "distributed", "tensor", "ipc")
+)
+FLUSH = _moved(f"{_FLUSH}.handle", f"{_SCHEDULER}.flush_cache_wrapped")
+ALTERNATIVES = (RELEASE_MEMORY, RESUME_MEMORY, *UPDATE_WEIGHTS, FLUSH)
+"""Of each a release has one."""
+ATTACH_STORAGE = _decode(f"{_SCHEDULER}.attach_hicache_storage_wrapped")
+DETACH_STORAGE = _decode(f"{_SCHEDULER}.detach_hicache_storage_wrapped")
+# In the main process: what all schedulers answered.
+ANSWERS = AttachPoint(
+    NAME, "server", "sglang.srt.managers.communicator:FanOutCommunicator.__call__"
+)
+
 # -- prefill: binding, accounting, drain -------------------------------------------------
 
 PREFILL_THREAD = _prefill(
@@ -95,4 +133,4 @@ RECORD_FAILURE = _prefill(
     f"{_MANAGER}.record_failure", ("bootstrap_room", "failure_reason"), wrapped=False
 )
 
-ATTACH_POINTS = catalogue(vars())
+ATTACH_POINTS = (*catalogue(vars()), *(point for pair in ALTERNATIVES for point in pair))

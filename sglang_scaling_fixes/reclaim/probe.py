@@ -113,6 +113,7 @@ def _manager(**attributes: Any) -> Any:
         attn_cp_size=1,
         pp_rank=0,
         pp_size=1,
+        waiting_timeout=300.0,
         **attributes,
     )
     return manager

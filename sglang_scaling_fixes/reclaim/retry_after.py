@@ -9,8 +9,14 @@ REFUSAL = "safe-reclaim: this decode holds too many KV slots that a prefill may 
 """How the message begins when every request is refused."""
 AILING = "safe-reclaim: this decode takes no requests of prefill"
 """The same when those of one prefill instance are; its address and the reason follow."""
+TAKEN = "safe-reclaim: another request at this decode waits for the KV of the same bootstrap room"
+"""The same when two requests name one room."""
 REASON_HEADER = b"x-sglang-scaling-fixes-reason"
-REASONS = {AILING: b"prefill-ailing", REFUSAL: b"decode-full-of-held-kv"}
+REASONS = {
+    AILING: b"prefill-ailing",
+    REFUSAL: b"decode-full-of-held-kv",
+    TAKEN: b"room-taken",
+}
 
 
 def edit(headers: Headers, body: bytes) -> tuple[Headers, bytes]:

@@ -11,6 +11,7 @@ from sglang_scaling_fixes import metrics
 from sglang_scaling_fixes.attach import (
     AttachPoint,
     is_wrapped,
+    present,
     replace,
     require_in_place,
     resolve,
@@ -18,7 +19,7 @@ from sglang_scaling_fixes.attach import (
     wrap,
 )
 from sglang_scaling_fixes.config import Config
-from sglang_scaling_fixes.errors import AttachError, ConfigError
+from sglang_scaling_fixes.errors import ConfigError
 from sglang_scaling_fixes.ranks import TpGroup
 from sglang_scaling_fixes.specguard import notify, points, settings
 from sglang_scaling_fixes.specguard.guard import (
@@ -42,15 +43,7 @@ ACCEPTED = ("spec_num_correct_drafts", "spec_accepted_drafts")
 
 def finish_point() -> AttachPoint:
     """The one of `FINISH` that this release has."""
-    for point in FINISH:
-        try:
-            resolve(point.target)
-        except AttachError:
-            continue
-        return point
-    raise AttachError(
-        f"this release has neither of {' and '.join(point.target for point in FINISH)}"
-    )
+    return present(FINISH)
 
 
 def finish_target() -> str:

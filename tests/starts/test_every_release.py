@@ -125,6 +125,7 @@ def test_both_fixes_hold(old: Environment, new: Environment, release: str, tmp_p
         point.target
         for point in ATTACH_POINTS
         if point.fix == "safe-reclaim" and point.wrapped and point.role == "decode"
+        if release in wheels.between(point.first, point.last)
     ]
     assert found["kept"] == {"decode": decodes, "null": []}
     # Where requests end, and twice where they are placed: with drafts, on prefill, with neither.

@@ -51,13 +51,18 @@ class Decode:
             prefill_response_tracker=self.reported,
             get_session_id=lambda: self.session,
             record_failure=lambda room, reason: None,
+            check_status=self._check_status,
             update_status=lambda room, status: update_status(self.status, room, status),
         )
         self._incoming = self.manager.server_socket
         self.guard = DecodeSide(self.manager, config).install()
         self.tokens = TokenToKVPoolAllocator(POOL, torch.float32, "cpu", None, False)
         self.aux = ReqToMetadataIdxAllocator(METADATA)
-        self.guard.install_gate(preallocation_queue(self.tokens, self.aux))
+        self.waiting: list[SimpleNamespace] = []
+        """Stock's queue of transfers: each with its receiver."""
+        queue = preallocation_queue(self.tokens, self.aux)
+        queue.queue, queue.transfer_queue = [], SimpleNamespace(queue=self.waiting)
+        self.guard.install_gate(queue)
         # A look at a rank's port is no part of what is tested here.
         self.guard.relief._liveness = SimpleNamespace(  # type: ignore[assignment]
             look=lambda ranks: None, gone=lambda rank: False
@@ -123,8 +128,11 @@ class Decode:
             bootstrap_room=request.room,
             bootstrap_infos=infos,
             conclude_state=None,
+            kv_mgr=self.manager,
             sglang_scaling_fixes_tokens=lambda: request.tokens,
         )
+        self.guard.rooms.made(receiver)
+        self.waiting.append(SimpleNamespace(kv_receiver=receiver))
 
         def stock(receiver: Any, pages: np.ndarray, aux: int, states: list[Any]) -> None:
             del receiver, states
@@ -144,12 +152,31 @@ class Decode:
     def poll(self, request: Request) -> int:
         status = self._stock_poll(request.receiver)
         if status == SUCCESS:
-            status = self.guard.succeeded(self._stock_poll, request.receiver)
+            status = self.guard.rooms.succeeded(self._stock_poll, request.receiver)
         return status
+
+    def ends(self, request: Request) -> bool:
+        """Whether the next poll says that its transfer has ended."""
+        before = request.receiver.conclude_state
+        ended = self.poll(request) in (SUCCESS, FAILED)
+        request.receiver.conclude_state = before
+        return ended
+
+    def landed(self, request: Request) -> bool:
+        """Every prefill rank's success of it has come, and no failure of its room."""
+        return (
+            self.guard.ledger.complete(request.receiver.sglang_scaling_fixes_exposure)
+            and self.status.get(request.room) != FAILED
+        )
+
+    def _check_status(self, room: int) -> int:
+        if room not in self.status:
+            raise Harm(f"stock's scheduler dies: it looks for room {room}, which it has forgotten")
+        return self.status[room]
 
     def _stock_poll(self, receiver: Any) -> int:
         if receiver.conclude_state is None:
-            status = self.status[receiver.bootstrap_room]
+            status: int = receiver.kv_mgr.check_status(receiver.bootstrap_room)
             if status not in (SUCCESS, FAILED):
                 return status
             receiver.conclude_state = status
@@ -189,8 +216,12 @@ class Decode:
 
     def _clear(self, receiver: Any) -> None:
         self.guard.clearing(receiver)
-        self.status.pop(receiver.bootstrap_room)
-        self.reported.pop(receiver.bootstrap_room)
+        self.guard.rooms.clear(self._stock_clear, receiver)
+        self.waiting[:] = [entry for entry in self.waiting if entry.kv_receiver is not receiver]
+
+    def _stock_clear(self, receiver: Any) -> None:
+        self.status.pop(receiver.bootstrap_room, None)
+        self.reported.pop(receiver.bootstrap_room, None)
 
     # -- memory -------------------------------------------------------------------------
 

@@ -108,8 +108,7 @@ class Adapters(RuleBasedStateMachine):
     @property
     def _ended(self) -> list[Request]:
         """Open requests whose transfers have ended for stock."""
-        ends = (SUCCESS, FAILED)
-        return [r for r in self._in("open") if self.decode.status[r.room] in ends]
+        return [request for request in self._in("open") if self.decode.ends(request)]
 
     @property
     def _due(self) -> list[tuple[Prefill, Request]]:
@@ -150,6 +149,20 @@ class Adapters(RuleBasedStateMachine):
             if not self._next():
                 return
 
+    @rule(steps=st.integers(0, 6))
+    def two_of_a_room(self, steps: int) -> None:
+        """A running request comes back to its room, which another has taken by then."""
+        if self._in("open") or not self._room_for(2):
+            return
+        self._expose(ROOMS[0], 1)
+        self._go_on()
+        if self._in("used") and self._room_for(2):
+            self._expose(ROOMS[0], 1)
+            for _ in range(steps):
+                self._next()
+            if self._room_for(0):
+                self._come_back(self._in("used")[-1])
+
     @rule(seed=st.integers(0, 2**32 - 1), steps=st.integers(1, 40), calm=st.booleans())
     def much_happens(self, seed: int, steps: int, calm: bool) -> None:
         """All of the above by chance, which gets further than single events do."""
@@ -184,7 +197,7 @@ class Adapters(RuleBasedStateMachine):
     def _at_decode(self) -> Iterator[Event]:
         for room in ROOMS:
             for pages in range(1, 4):
-                if room not in self.decode.status and self._room_for(pages):
+                if self._room_for(pages):
                     which = f"r{len(self.requests)}, {pages} pages, room {room}"
                     yield "expose", which, partial(self._expose, room, pages)
                     yield "expose early", which, partial(self._expose, room, pages, arrives=False)
@@ -193,6 +206,8 @@ class Adapters(RuleBasedStateMachine):
             if self._room_for(request.pages):
                 yield "retry", f"r{request.number}", partial(self._retry, request)
         for request in self._in("used"):
+            if self._room_for(request.pages):
+                yield "come back", f"r{request.number}", partial(self._come_back, request)
             yield "finish", f"r{request.number}", partial(self.decode.finish, request)
         if self._ended:
             yield "poll", "", self._poll
@@ -258,7 +273,20 @@ class Adapters(RuleBasedStateMachine):
         return pages <= tokens and metadata > 0
 
     def _expose(self, room: int, pages: int, *, arrives: bool = True) -> None:
-        """A request; `arrives`: it is at prefill before its destinations are sent."""
+        """A request; `arrives`: it is at prefill before its destinations are sent.
+
+        A client may name a room that is in use. Then decode refuses, and nothing is exposed.
+        """
+        if self.decode.guard.rooms.taken(room):
+            return
+        self._serve(room, pages, arrives=arrives)
+
+    def _come_back(self, request: Request) -> None:
+        """Stock retracts a running request and asks for its KV again, at its own room."""
+        self.decode.finish(request)
+        self._serve(request.room, request.pages)
+
+    def _serve(self, room: int, pages: int, *, arrives: bool = True) -> None:
         request = Request(len(self.requests), room, pages)
         self.requests.append(request)
         if arrives:
@@ -346,6 +374,8 @@ class Adapters(RuleBasedStateMachine):
         """Nothing more goes wrong: all that can end does, and every slot comes back."""
         self._go_on()
         for request in self._in("open"):
+            if self.decode.landed(request):
+                raise Harm(f"request {request.number} has its KV, and stock is not shown it")
             self.decode.give_up(request)
         for request in self._in("used"):
             self.decode.finish(request)

@@ -9,11 +9,13 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from sglang_scaling_fixes.attach import replace, wrap
+from sglang_scaling_fixes.attach import present, replace, wrap
 from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.kv_poll import SUCCESS
+from sglang_scaling_fixes.ranks import TpGroup
 from sglang_scaling_fixes.reclaim import layout, points
-from sglang_scaling_fixes.reclaim.decode import fence
+from sglang_scaling_fixes.reclaim.decode import fence, maintenance
+from sglang_scaling_fixes.reclaim.decode.maintenance import Maintenance
 from sglang_scaling_fixes.reclaim.decode.peers import OutgoingSocket, rank_of
 from sglang_scaling_fixes.reclaim.decode.side import DecodeSide
 
@@ -23,6 +25,7 @@ def attach(config: Config) -> None:
     _attach_manager(config)
     _attach_receiver()
     _attach_scheduler()
+    _attach_maintenance()
 
 
 def _attach_manager(config: Config) -> None:
@@ -33,8 +36,11 @@ def _attach_manager(config: Config) -> None:
     def queue_init(stock: Callable[..., Any], queue: Any, *args: Any, **kwargs: Any) -> Any:
         DecodeSide.current = None
         stock(queue, *args, **kwargs)
-        if DecodeSide.current is not None:
-            DecodeSide.current.install_gate(queue)
+        side = DecodeSide.current
+        if side is not None:
+            side.install_gate(queue)
+            group = TpGroup(layout.in_step(queue))
+            side.maintenance = Maintenance(side.ledger, side.tick, queue.scheduler, group)
 
     def engine_init(stock: Callable[..., Any], engine: Any, *args: Any, **kwargs: Any) -> None:
         """What an engine opens, a fence must see closed."""
@@ -47,6 +53,8 @@ def _attach_manager(config: Config) -> None:
     ) -> Any:
         """Stock's receiver does not know its request, and so not how long the prompt is."""
         made = stock(queue, req, *args, **kw)
+        if DecodeSide.current is not None and not layout.is_fake(req):
+            DecodeSide.current.rooms.made(made.kv_receiver)
         made.kv_receiver.sglang_scaling_fixes_tokens = functools.partial(
             layout.prompt_tokens, queue, req
         )
@@ -90,15 +98,17 @@ def _attach_receiver() -> None:
             status = stock(receiver)
             if status != SUCCESS or DecodeSide.current is None:
                 return status
-            return DecodeSide.current.succeeded(stock, receiver)
+            return DecodeSide.current.rooms.succeeded(stock, receiver)
 
         return polled
 
     def clear(stock: Callable[..., Any]) -> Callable[..., Any]:
         def cleared(receiver: Any) -> Any:
-            if DecodeSide.current is not None:
-                DecodeSide.current.clearing(receiver)
-            return stock(receiver)
+            side = DecodeSide.current
+            if side is None:
+                return stock(receiver)
+            side.clearing(receiver)
+            return side.rooms.clear(stock, receiver)
 
         return cleared
 
@@ -143,6 +153,17 @@ def _attach_scheduler() -> None:
 
         return processed
 
+    def resume_retracted(stock: Callable[..., Any]) -> Callable[..., Any]:
+        def resumed(queue: Any, *args: Any, **kwargs: Any) -> Any:
+            back = stock(queue, *args, **kwargs)
+            if queue.retracted_queue and DecodeSide.current is not None:
+                DecodeSide.current.relief.crowded_out = not (
+                    back or queue.scheduler.running_batch.reqs or queue.scheduler.waiting_queue
+                )
+            return back
+
+        return resumed
+
     def is_fully_idle(stock: Callable[..., Any]) -> Callable[..., Any]:
         def idle(scheduler: Any, for_health_check: bool = False, **kwargs: Any) -> Any:
             side = DecodeSide.current
@@ -154,3 +175,24 @@ def _attach_scheduler() -> None:
     wrap(points.QUEUE_ADD, add)
     replace(points.PROCESS_REQUESTS, process_input_requests)
     replace(points.FULLY_IDLE, is_fully_idle)
+    replace(points.RESUME_RETRACTED, resume_retracted)
+
+
+def _attach_maintenance() -> None:
+    def asked(operation: Callable[..., Any]) -> Callable[..., Any]:
+        def handled(stock: Callable[..., Any], owner: Any, request: Any) -> Any:
+            side = DecodeSide.current
+            if side is None or side.maintenance is None:
+                return stock(owner, request)
+            return operation(side.maintenance, stock, owner, request)
+
+        return handled
+
+    wrap(present(points.RELEASE_MEMORY), asked(Maintenance.release))
+    wrap(present(points.RESUME_MEMORY), asked(Maintenance.resume))
+    for update in points.UPDATE_WEIGHTS:
+        wrap(present(update), asked(Maintenance.update))
+    wrap(present(points.FLUSH), asked(Maintenance.flush))
+    wrap(points.ATTACH_STORAGE, asked(Maintenance.storage))
+    wrap(points.DETACH_STORAGE, asked(Maintenance.storage))
+    wrap(points.ANSWERS, maintenance.answers)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from http import HTTPStatus
 from typing import Any
 
@@ -18,7 +19,7 @@ from sglang_scaling_fixes.reclaim.decode.gate import Gate
 from sglang_scaling_fixes.reclaim.decode.liveness import Liveness
 from sglang_scaling_fixes.reclaim.decode.peers import Peers
 from sglang_scaling_fixes.reclaim.decode.records import Records
-from sglang_scaling_fixes.reclaim.retry_after import AILING, REFUSAL
+from sglang_scaling_fixes.reclaim.retry_after import AILING, REFUSAL, TAKEN
 from sglang_scaling_fixes.reclaim.rules.exposure import Exposure
 from sglang_scaling_fixes.reclaim.rules.quarantine import (
     FENCE_SHARE,
@@ -34,6 +35,14 @@ logger = logging.getLogger(__name__)
 
 LOOK_AGAIN_S = 0.1
 """Seconds between two assessments of what is held."""
+
+
+def taken(room: int) -> tuple[str, str]:
+    """Why a request is refused whose room another one has: a word, a text.
+
+    Stock keeps transfers by room alone. It would give both the KV of one, or die.
+    """
+    return "room", f"{TAKEN}: {room}; retry with a room of its own, or when that one has ended"
 
 
 class Relief:
@@ -57,6 +66,9 @@ class Relief:
         """Prefill instance -> why its new requests are refused. The same keys on all TP ranks."""
         self._standing_tokens = 0
         """Token slots that ailing prefills hold. The same on all TP ranks."""
+        self.crowded_out = False
+        """Since the last tick stock failed to resume a retracted request, with nothing running.
+        It takes no transfer in before that one is back: this decode stands still."""
         self.no_fence = fence.obstacle(getattr(manager, "server_args", None))
         """Why a fence is impossible here, None if it is not: then refusing has to do."""
         if mode == "off":
@@ -70,8 +82,15 @@ class Relief:
     def assess(self, held: Sequence[Exposure], gate: Gate, quarantine: Quarantine) -> Pressure:
         """What this rank alone would do about what it holds, and whom it blames (`blames`)."""
         now = time.monotonic()
-        if now < self._next_look:
-            return self._pressure
+        stuck, self.crowded_out = self.crowded_out, False
+        if now >= self._next_look:
+            self._look(held, gate, quarantine, now)
+        stuck = stuck and any(now - exposure.gave_up_at > GRACE_S for exposure in held)
+        return replace(self._pressure, refuse=self._pressure.refuse or stuck)
+
+    def _look(
+        self, held: Sequence[Exposure], gate: Gate, quarantine: Quarantine, now: float
+    ) -> None:
         self._next_look = now + LOOK_AGAIN_S
         with self._lock:
             holds = [self._hold(e, gate, now) for e in held]
@@ -87,7 +106,6 @@ class Relief:
             exposure.blames = hold.blames
         mode = "off" if self.no_fence else self._mode
         self._pressure = quarantine.decide(holds, mode=mode)
-        return self._pressure
 
     def _hold(self, exposure: Exposure, gate: Gate, now: float) -> Hold:
         unproven = exposure.unproven
@@ -118,8 +136,9 @@ class Relief:
         if refusing and not self.refusing:
             logger.error(
                 "safe-reclaim: %d token slots are held without proof, more than "
-                "--safe-reclaim-max-held allows: every new request is refused with 503 until "
-                "some are back; the log and /server_info say what is held and why%s",
+                "--safe-reclaim-max-held allows, or too many for a retracted request to come back: "
+                "every new request is refused with 503 until some are back; the log and "
+                "/server_info say what is held and why%s",
                 gate.held_tokens,
                 self._no_fence_either(),
             )
@@ -141,27 +160,27 @@ class Relief:
     def _no_fence_either(self) -> str:
         return f" (no fence: {self.no_fence})" if self.no_fence else ""
 
-    def refusal(self, prefill: str, tokens: int, pool: int) -> str | None:
-        """Why a new request of this prefill instance is not taken, None if it is.
+    def refusal(self, prefill: str, tokens: int, pool: int) -> tuple[str, str] | None:
+        """Why a new request of this prefill instance is not taken, None if it is: a word, a text.
 
         `tokens`: the length of its prompt; `pool`: the token slots of this decode. What does not
         fit beside what ailing prefills hold would wait at the head of the queue, before all others.
         """
         if self.refusing or tokens > pool - self._standing_tokens:
-            return f"{REFUSAL}; retry here later, or at another decode now"
+            return "held", f"{REFUSAL}; retry here later, or at another decode now"
         if prefill in self.ailing:
-            return (
+            return "ailing", (
                 f"{AILING} {prefill}: {self.ailing[prefill]}; retry with another prefill now, "
                 "or with this one later"
             )
         return None
 
-    def refuse(self, queue: Any, req: Any, why: str) -> None:
+    def refuse(self, queue: Any, req: Any, reason: str, message: str) -> None:
         """End a request that has not been admitted with 503, as stock ends its own refusals."""
         from sglang.srt.disaggregation.utils import prepare_abort
 
-        self._metrics.inc("refusals", "held" if self.refusing else "ailing")
-        prepare_abort(req, why, status_code=HTTPStatus.SERVICE_UNAVAILABLE)
+        self._metrics.inc("refusals", reason)
+        prepare_abort(req, message, status_code=HTTPStatus.SERVICE_UNAVAILABLE)
         scheduler = queue.scheduler
         streamer = getattr(scheduler, "output_streamer", scheduler)
         streamer.stream_output([req], req.return_logprob)

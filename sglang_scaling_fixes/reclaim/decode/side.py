@@ -8,6 +8,7 @@ One `DecodeSide` per scheduler process. It is made with the KV manager, learns o
     gate       withholds slots at the allocators          scheduler thread
     pressure   refuses requests, fences                   scheduler thread
     holds      the log, the gauges, /server_info          scheduler thread
+    rooms      what each of two receivers of a room sees  scheduler thread
 
     scheduler        send_metadata -> expose     clear -> end
                      tick: questions out; proven exposures agreed among the TP ranks and given back
@@ -19,7 +20,6 @@ only it changes: which exposures there are.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import time
@@ -30,16 +30,18 @@ import numpy as np
 
 from sglang_scaling_fixes.alarm import end_server
 from sglang_scaling_fixes.config import Config
-from sglang_scaling_fixes.kv_poll import SUCCESS, WAITING
+from sglang_scaling_fixes.kv_poll import SUCCESS
 from sglang_scaling_fixes.metrics import of_process
 from sglang_scaling_fixes.ranks import TpGroup
 from sglang_scaling_fixes.reclaim import layout, stock_shapes
 from sglang_scaling_fixes.reclaim.decode.gate import Gate
 from sglang_scaling_fixes.reclaim.decode.holds import HoldReport
 from sglang_scaling_fixes.reclaim.decode.inbox import Inbox
+from sglang_scaling_fixes.reclaim.decode.maintenance import Maintenance
 from sglang_scaling_fixes.reclaim.decode.peers import Peers, rank_of
-from sglang_scaling_fixes.reclaim.decode.pressure import Relief
+from sglang_scaling_fixes.reclaim.decode.pressure import Relief, taken
 from sglang_scaling_fixes.reclaim.decode.records import Records
+from sglang_scaling_fixes.reclaim.decode.rooms import Rooms
 from sglang_scaling_fixes.reclaim.interposers import ReceivingSocket
 from sglang_scaling_fixes.reclaim.metrics import DECODE
 from sglang_scaling_fixes.reclaim.rules.decode_ledger import DecodeLedger
@@ -71,6 +73,9 @@ class DecodeSide:
         self.inbox = Inbox(records, self.peers, self._owns_aux, reads)
         self.relief = Relief(manager, records, self.peers, mode=config.fence)
         self.holds = HoldReport(records)
+        self.rooms = Rooms(self._complete)
+        self.maintenance: Maintenance | None = None
+        """None until stock's preallocation queue exists."""
         self._group = TpGroup()
         self._buffers: Any = None
         self.gate: Gate | None = None
@@ -87,6 +92,7 @@ class DecodeSide:
 
     def install_gate(self, queue: Any) -> None:
         """Wrap the allocators of stock's preallocation queue, once they exist."""
+        self.rooms.watch(queue)
         allocator = queue.token_to_kv_pool_allocator
         layout.check_allocator(allocator)
         layout.check_shared_windows(self._manager)
@@ -115,16 +121,22 @@ class DecodeSide:
         return self.relief.refusing
 
     def refused(self, queue: Any, req: Any) -> bool:
-        """End a request that is about to be admitted, here and at prefill, if it must not be."""
-        prefill = layout.prefill_of(req)
+        """End a request that is about to be admitted, if it must not be.
+
+        Its half at prefill ends as well, unless the room is also that of a request that goes on.
+        """
         assert self._quarantine is not None
-        pool = self._quarantine.tokens
-        why = self.relief.refusal(prefill, len(req.origin_input_ids), pool)
+        prefill, room = layout.prefill_of(req), req.bootstrap_room
+        if self.rooms.taken(room):
+            self.relief.refuse(queue, req, *taken(room))
+            return True
+        tokens = len(req.origin_input_ids)
+        why = self.relief.refusal(prefill, tokens, self._quarantine.tokens)
         if why is None:
             return False
-        self.relief.refuse(queue, req, why)
+        self.relief.refuse(queue, req, *why)
         if self._group.first:
-            self.peers.send_refusal(prefill, req.bootstrap_room)
+            self.peers.send_refusal(prefill, room)
         return True
 
     # -- exposure ---------------------------------------------------------------
@@ -194,28 +206,6 @@ class DecodeSide:
         )
 
     # -- endings ------------------------------------------------------------------
-
-    def succeeded(self, stock: Callable[..., Any], receiver: Any) -> Any:
-        """Stock's poll says success, which is shown only if it is this attempt's.
-
-        Stock counts by room, some time after the success was admitted: one of the
-        attempt before may be counted for this one. Then the room waits on, so that
-        stock's own time-out and failure paths see it waiting. A mark is in the ledger
-        before stock counts the success that carries it, so looking again after the
-        change loses none.
-        """
-        with getattr(receiver, "_lifecycle_lock", contextlib.nullcontext()):
-            status = stock(receiver)  # again: it may have been aborted before the lock was ours
-            if status != SUCCESS or self._complete(receiver):
-                return status
-            waiting = type(status)(WAITING)
-            receiver.conclude_state = None
-            room = receiver.bootstrap_room
-            if self._manager.request_status.get(room) == status:  # no failure came meanwhile
-                self._manager.request_status[room] = waiting
-                if self._complete(receiver):
-                    self._manager.update_status(room, status)
-            return waiting
 
     def _complete(self, receiver: Any) -> bool:
         exposure: Exposure | None = getattr(receiver, "sglang_scaling_fixes_exposure", None)

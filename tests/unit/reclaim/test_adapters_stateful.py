@@ -15,9 +15,11 @@ from hypothesis.stateful import run_state_machine_as_test
 
 pytest.importorskip("sglang.srt.mem_cache.allocator")
 
+from sglang_scaling_fixes.kv_poll import SUCCESS, WAITING
 from sglang_scaling_fixes.reclaim.decode.gate import Gate, Slots
 from sglang_scaling_fixes.reclaim.decode.inbox import Inbox
 from sglang_scaling_fixes.reclaim.decode.peers import Peers
+from sglang_scaling_fixes.reclaim.decode.rooms import Rooms
 from sglang_scaling_fixes.reclaim.decode.side import DecodeSide
 from sglang_scaling_fixes.reclaim.prefill.side import PrefillSide
 from sglang_scaling_fixes.reclaim.rules.attempt import Attempt
@@ -62,6 +64,22 @@ def yes(*_: Any) -> bool:
     return True
 
 
+def masks_the_room(rooms: Rooms, stock: Callable[[Any], Any], receiver: Any) -> Any:
+    """Another attempt's success is taken out of the state that all receivers of the room share."""
+    status = stock(receiver)
+    if status != SUCCESS or rooms._complete(receiver):
+        return status
+    receiver.conclude_state = None
+    receiver.kv_mgr.request_status[receiver.bootstrap_room] = WAITING
+    return WAITING
+
+
+def forgets_the_room(rooms: Rooms, stock: Callable[[Any], Any], receiver: Any) -> Any:
+    receiver.sglang_scaling_fixes_cleared = True
+    rooms._uncleared[receiver.bootstrap_room] -= 1
+    return stock(receiver)
+
+
 Broken = tuple[tuple[type, str, Callable[..., Any]], ...]
 CONTROLS: dict[str, Broken] = {
     "the gate keeps no free": ((Gate, "_kept", lets_frees_through),),
@@ -73,6 +91,10 @@ CONTROLS: dict[str, Broken] = {
     "every success leaves": ((PrefillSide, "success_leaves", yes),),
     "chunks of closed attempts are taken": ((PrefillSide, "take", takes_any_chunk),),
     "no slot is asked for": ((Peers, "send_aborts", lambda *_: None),),
+    "a success of another attempt is masked for the whole room": (
+        (Rooms, "succeeded", masks_the_room),
+    ),
+    "a receiver forgets the room of another": ((Rooms, "clear", forgets_the_room),),
     "a failed write is not recorded": ((PrefillSide, "failed", lambda *_: None),),
 }
 """One rule of an adapter off, or two that stand in for each other."""

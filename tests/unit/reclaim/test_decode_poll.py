@@ -32,8 +32,9 @@ class Manager(SimpleNamespace):
             request_status={},
         )
 
-    def update_status(self, room: int, status: Poll) -> None:
-        self.request_status[room] = status
+    def check_status(self, room: int) -> Poll:
+        status: Poll = self.request_status[room]
+        return status
 
 
 class Receiver:
@@ -44,15 +45,19 @@ class Receiver:
     def __init__(self, manager: Manager, exposure: Any) -> None:
         self.sglang_scaling_fixes_exposure = exposure
         self.conclude_state: Poll | None = None
+        self.kv_mgr = manager
+        self.late = False
+        """It has waited for longer than stock allows."""
         self.statuses = manager.request_status
         self.statuses[self.bootstrap_room] = Poll.SUCCESS
 
     def poll(self) -> Poll:
         if self.conclude_state is not None:
             return self.conclude_state
-        status: Poll = self.statuses[self.bootstrap_room]
-        if status in (Poll.SUCCESS, Poll.FAILED):
-            self.conclude_state = status
+        status = self.kv_mgr.check_status(self.bootstrap_room)
+        if status in (Poll.SUCCESS, Poll.FAILED) or self.late:
+            self.conclude_state = Poll.FAILED if status is Poll.WAITING else status
+            return self.conclude_state
         return status
 
 
@@ -69,6 +74,11 @@ def receiver(guard: DecodeSide) -> Receiver:
     return Receiver(guard._manager, exposure)
 
 
+def shown(guard: DecodeSide, receiver: Receiver) -> Poll:
+    status: Poll = guard.rooms.succeeded(Receiver.poll, receiver)
+    return status
+
+
 def success(guard: DecodeSide, lease: str | None) -> bool:
     frames = [b"7", b"4", b"0"]
     frames += [m.encode(m.SuccessTag(lease, RANK))] if lease is not None else []
@@ -81,58 +91,56 @@ def test_a_success_counted_for_the_attempt_before_is_not_shown(guard: DecodeSide
     guard.ledger.give_up(first, now=0.0)
     second = receiver(guard)
     assert Receiver.poll(second) is Poll.SUCCESS, "stock shows it"
-    assert guard.succeeded(Receiver.poll, second) is Poll.WAITING
-    assert second.conclude_state is None and second.statuses[7] is Poll.WAITING
+    assert shown(guard, second) is Poll.WAITING
+    assert second.conclude_state is None and second.kv_mgr is guard._manager
     assert success(guard, second.sglang_scaling_fixes_exposure.lease)
-    second.statuses[7] = Poll.SUCCESS  # stock counts its own
-    assert guard.succeeded(Receiver.poll, second) is Poll.SUCCESS
+    assert shown(guard, second) is Poll.SUCCESS
     assert second.conclude_state is Poll.SUCCESS
+
+
+def test_the_state_of_the_room_stays_what_it_is(guard: DecodeSide) -> None:
+    """Another receiver of the room may have seen its own success in it, or is about to."""
+    second = receiver(guard)
+    assert shown(guard, second) is Poll.WAITING
+    assert second.statuses[7] is Poll.SUCCESS
 
 
 def test_a_failure_after_it_is(guard: DecodeSide) -> None:
     second = receiver(guard)
-    assert guard.succeeded(Receiver.poll, second) is Poll.WAITING
+    assert shown(guard, second) is Poll.WAITING
     second.statuses[7] = Poll.FAILED
-    assert guard.succeeded(Receiver.poll, second) is Poll.FAILED
+    assert shown(guard, second) is Poll.FAILED
 
 
-def test_a_failure_that_comes_while_the_poll_looks_is_kept(guard: DecodeSide) -> None:
+def test_a_failure_that_comes_while_the_poll_looks_is_shown_by_the_next(guard: DecodeSide) -> None:
     """Stock read a success of the attempt before; the room has failed since."""
     second = receiver(guard)
 
     def stock(receiver: Receiver) -> Poll:
+        status = Receiver.poll(receiver)
         receiver.statuses[7] = Poll.FAILED
-        return Poll.SUCCESS
+        return status
 
-    assert guard.succeeded(stock, second) is Poll.WAITING
-    assert second.statuses[7] is Poll.FAILED
-    assert guard.succeeded(Receiver.poll, second) is Poll.FAILED
+    assert guard.rooms.succeeded(stock, second) is Poll.WAITING
+    assert shown(guard, second) is Poll.FAILED
+
+
+def test_a_receiver_that_waits_on_is_timed_out_by_stock(guard: DecodeSide) -> None:
+    second = receiver(guard)
+    assert shown(guard, second) is Poll.WAITING
+    second.late = True
+    assert shown(guard, second) is Poll.FAILED
+    assert second.statuses[7] is Poll.SUCCESS, "of another receiver, for all that is known"
 
 
 def test_a_prefill_without_safe_reclaim_is_taken_at_its_word_for_this_attempt(
     guard: DecodeSide,
 ) -> None:
     only = receiver(guard)
-    assert guard.succeeded(Receiver.poll, only) is Poll.WAITING
+    assert shown(guard, only) is Poll.WAITING
     assert success(guard, None)
-    only.statuses[7] = Poll.SUCCESS
-    assert guard.succeeded(Receiver.poll, only) is Poll.SUCCESS
-
-
-def test_a_success_that_comes_while_the_poll_looks_is_not_lost(guard: DecodeSide) -> None:
-    """The receive thread may count this attempt's own between the look and the change."""
-    only = receiver(guard)
-
-    class Statuses(dict[int, Poll]):
-        def __setitem__(self, room: int, status: Poll) -> None:
-            if status is Poll.WAITING:  # at the last moment before it is overwritten
-                success(guard, only.sglang_scaling_fixes_exposure.lease)
-            super().__setitem__(room, status)
-
-    only.statuses = guard._manager.request_status = Statuses(only.statuses)
-    assert guard.succeeded(Receiver.poll, only) is Poll.WAITING
-    assert guard.succeeded(Receiver.poll, only) is Poll.SUCCESS
+    assert shown(guard, only) is Poll.SUCCESS
 
 
 def test_a_receiver_whose_destinations_were_never_sent_is_left_alone(guard: DecodeSide) -> None:
-    assert guard.succeeded(Receiver.poll, Receiver(guard._manager, None)) is Poll.SUCCESS
+    assert shown(guard, Receiver(guard._manager, None)) is Poll.SUCCESS
