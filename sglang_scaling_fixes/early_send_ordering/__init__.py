@@ -6,6 +6,7 @@ keeps a send back, or lets NIXL's worker thread wait as stock's own Mooncake wor
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from sglang_scaling_fixes.early_send_ordering import points
@@ -14,6 +15,14 @@ from sglang_scaling_fixes.parts import Part, Parts
 
 if TYPE_CHECKING:
     from sglang_scaling_fixes.config import Config
+
+
+logger = logging.getLogger(__name__)
+
+UNORDERED_PIPELINE = (
+    "--pp-async-batch-depth above 0: the last pipeline stage sends a chunk of a chunked prefill "
+    "while its forward may still write it, which nothing here orders; set it to 0"
+)
 
 
 def _parts() -> list[Part]:
@@ -80,6 +89,8 @@ class EarlySendOrdering(Fix):
 
         role = scheduler.disaggregation_mode.value
         require_in_place(points.NAME, role)
+        if role == "prefill" and getattr(server_args, "pp_async_batch_depth", 0):
+            logger.warning("%s: %s", points.NAME, UNORDERED_PIPELINE)
         if not getattr(server_args, "enable_pd_role_switch", False):
             unwrap_other_roles(points.NAME, role)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import importlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -35,8 +36,9 @@ class Transfer:
 
         self._queue: list[Any] = []
         self._working = False
+        self._begun = False
         self._look = look
-        chunk = _Indices(self)
+        self._chunk = chunk = _Indices(self)
 
         class Manager(Empty, getattr(module, f"{name}KVManager")):  # type: ignore[misc]
             def check_status(self, _room: int) -> int:
@@ -81,6 +83,8 @@ class Transfer:
             kv_mgr=self.manager,
             bootstrap_room=_ROOM,
             chunk_id=0,
+            curr_idx=0,
+            num_kv_indices=sys.maxsize,
             trace_ctx=Anything(),
             _transfer_start_time=1.0,
         )
@@ -89,14 +93,20 @@ class Transfer:
     def queued(self) -> bool:
         return bool(self._queue)
 
-    def send(self) -> None:
-        """The scheduler's part. Raises `AttachError` if nothing was queued."""
-        self.sender.send(object())
-        if not self._queue:
+    def send(self, **more: Any) -> None:
+        """The scheduler's part, with what else it says of the chunk.
+
+        Raises `AttachError` if nothing was queued, and nothing read at once.
+        """
+        with contextlib.suppress(_Done):
+            self.sender.send(self._chunk, **more)
+        if not self._queue and not self._begun:
             raise AttachError(f"{type(self.sender).__mro__[2].__qualname__}.send queued nothing")
 
     def work(self) -> None:
-        """The worker thread's part, in the calling thread."""
+        """The worker thread's part, in the calling thread. Nothing where none is queued."""
+        if not self._queue:
+            return
         with contextlib.suppress(_Done):
             type(self.manager).transfer_worker(self.manager, self, None)
 
@@ -111,8 +121,9 @@ class Transfer:
         self._working = True
         return self._queue.pop()
 
-    def looked(self) -> None:
-        if self._working:
+    def looked(self, begins: bool = False) -> None:
+        if begins or self._working:
+            self._begun = True
             self._look()
             raise _Done
 
@@ -129,4 +140,10 @@ class _Indices:
 
     def __len__(self) -> int:
         self._transfer.looked()
+        return 2
+
+    @property
+    def size(self) -> int:
+        """Asked for where the pages are put together, also in a release without workers."""
+        self._transfer.looked(begins=True)
         return 2

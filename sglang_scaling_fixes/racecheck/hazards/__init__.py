@@ -12,10 +12,22 @@ schedule stream, the forward runs on the forward stream.
 
 from __future__ import annotations
 
-from sglang_scaling_fixes.racecheck.hazards import early_send, layersplit, loads, pdmux
+from sglang_scaling_fixes.racecheck.hazards import (
+    early_send,
+    layersplit,
+    loads,
+    middle_chunk,
+    pdmux,
+)
 from sglang_scaling_fixes.racecheck.hazards.hazard import Hazard, Scenario
 
 __all__ = ["HAZARDS", "Hazard", "Scenario"]
 
-HAZARDS = (*loads.HAZARDS, *layersplit.HAZARDS, *pdmux.HAZARDS, *early_send.HAZARDS)
+HAZARDS = (
+    *loads.HAZARDS,
+    *layersplit.HAZARDS,
+    *pdmux.HAZARDS,
+    *early_send.HAZARDS,
+    *middle_chunk.HAZARDS,
+)
 """In the order of the report."""
