@@ -10,6 +10,8 @@ from pathlib import Path
 
 from benchmarks.common import reports
 from benchmarks.reclaim import holds, ledger, memory, pair, report, share, throughput
+from benchmarks.reclaim.degraded import command as degraded_command
+from benchmarks.reclaim.degraded import report as degraded_report
 from benchmarks.reclaim.load import Shape
 from sglang_scaling_fixes.console import say
 from sglang_scaling_fixes.errors import ScalingFixesError
@@ -17,7 +19,8 @@ from sglang_scaling_fixes.lab.errors import LabError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 measured, 1 an armed answer was wrong or memory grew, 2 it could not run."""
+    """Exit status: 0 measured, 1 an armed answer was wrong, memory grew or a goal of `degraded`
+    was not reached, 2 it could not run."""
     args = _parser().parse_args(argv)
     try:
         pair.refuse_settings(dict(os.environ))
@@ -72,6 +75,12 @@ def _parser() -> argparse.ArgumentParser:
     share.add_argument("--requests", type=int, default=150, help="in each burst (default 150)")
     share.set_defaults(run=_share, abort_share=0.0, abort_within=0.0)
 
+    trouble = commands.add_parser(
+        "degraded", parents=[common], help="one of two prefills is in trouble; root"
+    )
+    degraded_command.add_arguments(trouble)
+    trouble.set_defaults(run=_degraded)
+
     hold = commands.add_parser(
         "holds", parents=[common], help="hold time beside the remaining write; root"
     )
@@ -117,6 +126,13 @@ def _share(args: argparse.Namespace) -> int:
     reports.save(_path(args), args.release, "share", result)
     print(report.share_line(result))
     return 0
+
+
+def _degraded(args: argparse.Namespace) -> int:
+    result = degraded_command.measure(args, say)
+    reports.save(_path(args), args.release, "degraded", result)
+    print(degraded_report.table(result))
+    return 0 if degraded_report.reached(result) else 1
 
 
 def _holds(args: argparse.Namespace) -> int:

@@ -57,23 +57,26 @@ class Bench:
             for _ in range(WARM_UPS):
                 warm = load.run(each_prompt_once())
             check(warm)
-            _freeze_gc(cluster)
+            freeze_gc(cluster.fast, cluster.decode)
             yield cluster, load, warm
 
 
-def _freeze_gc(cluster: Cluster) -> None:
+def freeze_gc(*servers: Server) -> None:
     """As stock does after its warm-up. Without one (the lab skips it) stock's own attempt may
     come before its port is open, and such a server then looks through its whole heap for ever."""
-    for server in (cluster.fast, cluster.decode):
+    for server in servers:
         if (status := server.post("/freeze_gc", {}).status) != 200:
             raise LabError(f"{server.name} answered {status} to /freeze_gc")
 
 
-def ends_of(cluster: Cluster) -> Ends:
+def ends_of(cluster: Cluster, prefill: Server | None = None) -> Ends:
+    """The decode server with one of the prefills, by default the one beside it."""
+    prefill = prefill or cluster.fast
+
     def end(server: Server) -> End:
         return End(server.name, server.place.address, server.port)
 
-    return Ends(end(cluster.fast), end(cluster.decode), cluster.fast.bootstrap_port)
+    return Ends(end(prefill), end(cluster.decode), prefill.bootstrap_port)
 
 
 def check(replies: Sequence[Reply]) -> None:

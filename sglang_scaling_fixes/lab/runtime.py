@@ -12,6 +12,7 @@ LOSE = "SGLANG_SCALING_FIXES_LAB_LOSE"
 DSA = "SGLANG_SCALING_FIXES_LAB_DSA"
 FORGET = "SGLANG_SCALING_FIXES_LAB_FORGET"
 CORRUPT = "SGLANG_SCALING_FIXES_LAB_CORRUPT"
+FAIL = "SGLANG_SCALING_FIXES_LAB_FAIL"
 
 _SITE = Path(__file__).parent / "site"
 # Proxies: lab servers only talk to each other.  Bytecode: without it each of a

@@ -1,1 +1,2 @@
-"""What breaks a server on purpose: corrupted KV, lost messages, a wait that is left out."""
+"""What breaks a server on purpose: corrupted KV, lost messages, failed
+writes, a wait that is left out."""

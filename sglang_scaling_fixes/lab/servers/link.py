@@ -18,7 +18,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -33,6 +33,7 @@ _NEAR_ADDRESS = "10.99.0.1"
 _FAR_ADDRESS = "10.99.0.2"
 _PREFIX_BITS = 24
 _DEVICE = "ssf0"
+_LATENCY = ("latency", "400ms")
 _HOLDER_S = 10.0
 _PORTS = (20_000, 30_000)
 
@@ -88,7 +89,7 @@ class Link:
     mode: Mode
     near: Place  # client, decode server and fast prefill
     far: Place  # slow prefill
-    rate_mbit: float | None  # megabits per second; None when stalled
+    rate_mbit: float | None  # megabits per second, until reshaped; None when stalled
     reason: str  # one line: what was chosen and why
     _counter: tuple[str, str]  # a /proc/.../net/dev file and an interface in it
 
@@ -101,6 +102,13 @@ class Link:
                 if name.strip() == device:
                     return int(fields.split()[8])
         raise LabError(f"{path} has no interface {device}")
+
+    def reshape(self, rate_mbit: float | None) -> None:
+        """From now on so many megabits per second; None: as fast as the machine is."""
+        if self.far.netns is None:
+            raise LabError(f"this link has no rate to change ({self.reason})")
+        kind = ["pfifo"] if rate_mbit is None else _bucket(rate_mbit, _LATENCY)
+        _queue(self.far.netns, kind)
 
 
 @contextlib.contextmanager
@@ -181,12 +189,17 @@ def _connect(near: int, far: int, rate_mbit: float, buffer_bytes: int | None) ->
         for pid in (near, far):
             for name in ("tcp_wmem", "tcp_rmem"):
                 _write_in(pid, f"/proc/sys/net/ipv4/{name}", f"4096 {buffer_bytes} {buffer_bytes}")
-    queue = ["latency", "400ms"] if buffer_bytes is None else ["limit", f"{buffer_bytes}"]
-    _run(
-        "nsenter", f"--net=/proc/{far}/ns/net",
-        "tc", "qdisc", "add", "dev", _DEVICE, "root", "tbf",
-        "rate", f"{round(rate_mbit * 1000)}kbit", "burst", "32kbit", *queue,
-    )  # fmt: skip
+    limit = _LATENCY if buffer_bytes is None else ["limit", f"{buffer_bytes}"]
+    _queue(f"/proc/{far}/ns/net", _bucket(rate_mbit, limit))
+
+
+def _bucket(rate_mbit: float, limit: Sequence[str]) -> list[str]:
+    return ["tbf", "rate", f"{round(rate_mbit * 1000)}kbit", "burst", "32kbit", *limit]
+
+
+def _queue(netns: str, kind: Sequence[str]) -> None:
+    """What the link's sending side queues with, from now on."""
+    _run("nsenter", f"--net={netns}", "tc", "qdisc", "replace", "dev", _DEVICE, "root", *kind)
 
 
 def _write_in(pid: int, path: str, text: str) -> None:

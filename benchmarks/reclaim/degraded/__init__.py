@@ -1,0 +1,1 @@
+"""One of two prefills is in trouble: what stock and armed servers still answer."""
