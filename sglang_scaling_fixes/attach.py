@@ -180,6 +180,15 @@ def unwrap_other_roles(fix: str, role: str) -> None:
     unwrap([point for point in _replaced if point.fix == fix and point.role not in (role, "both")])
 
 
+def is_there(point: AttachPoint) -> bool:
+    """Whether this release has the place: for a point that not all of them have."""
+    try:
+        resolve(point.target)
+    except AttachError:
+        return False
+    return True
+
+
 def is_wrapped(target: str) -> bool:
     """True when `target` resolves and currently runs through our wrapper."""
     try:

@@ -14,6 +14,7 @@ import zmq
 
 from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.reclaim import messages
+from sglang_scaling_fixes.reclaim.decode.inbox import Word
 from sglang_scaling_fixes.reclaim.decode.peers import OutgoingSocket
 from sglang_scaling_fixes.reclaim.decode.side import DecodeSide
 from sglang_scaling_fixes.reclaim.rules.exposure import Exposure
@@ -135,7 +136,7 @@ class Decode:
         self.aux.free(aux)
         return exposure
 
-    def hears(self, message: messages.HelloAck | messages.AbortAck) -> None:
+    def hears(self, message: Word) -> None:
         assert self.guard.inbox.read([messages.encode(message)]) is None
 
     def refused(self, prefill: str, room: int = 1, tokens: int = 1) -> bool:

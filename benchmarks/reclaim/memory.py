@@ -27,12 +27,9 @@ from sglang_scaling_fixes.reclaim.rules.attempt import Attempt
 from sglang_scaling_fixes.reclaim.rules.coverage import Extent
 from sglang_scaling_fixes.reclaim.rules.decode_ledger import DecodeLedger
 from sglang_scaling_fixes.reclaim.rules.exposure import Exposure
-from sglang_scaling_fixes.reclaim.rules.prefill_ledger import (
-    Action,
-    Delivery,
-    PrefillLedger,
-    SendAck,
-)
+from sglang_scaling_fixes.reclaim.rules.prefill_actions import Action, SendAck
+from sglang_scaling_fixes.reclaim.rules.prefill_ledger import Delivery, PrefillLedger
+from sglang_scaling_fixes.reclaim.rules.refused_rooms import REFUSED_MEMORY
 
 RANK, TO, SESSION = "10.0.0.1:40001", "tcp://10.0.0.2:40002", "10.0.0.2:40003"
 PREFILL = "prefill-process"
@@ -111,7 +108,8 @@ def bounds(limits: Limits) -> dict[str, int]:
         "prefill finished": memory,
         "prefill unsent": memory,
         "prefill unserved": unserved,
-        "prefill rooms_refused": prefill_ledger.REFUSED_MEMORY,
+        "prefill rooms_refused": REFUSED_MEMORY,
+        "prefill rooms_ended": memory,
         "prefill kept": kept_back,
         "prefill poisoned": memory,
         "prefill refused": memory,

@@ -53,7 +53,13 @@ class SafeReclaim(Fix):
     def arm(self, config: Config) -> Armed:
         """Attach both roles: which one this process will have is not known yet."""
         os.environ.setdefault("MC_TRANSFER_TIMEOUT", TRANSFER_TIMEOUT_S)
-        from sglang_scaling_fixes.attach import is_wrapped, present, require_wrapped
+        from sglang_scaling_fixes.attach import (
+            LAST_RELEASE,
+            is_there,
+            is_wrapped,
+            present,
+            require_wrapped,
+        )
         from sglang_scaling_fixes.reclaim import probe
         from sglang_scaling_fixes.reclaim.decode import attach as attach_decode
         from sglang_scaling_fixes.reclaim.prefill import attach as attach_prefill
@@ -62,7 +68,11 @@ class SafeReclaim(Fix):
             attach_decode.attach(config)
             attach_prefill.attach()
         absent = {p for pair in points.ALTERNATIVES for p in pair if p != present(pair)}
-        require_wrapped(point for point in points.ATTACH_POINTS if point not in absent)
+        require_wrapped(
+            point
+            for point in points.ATTACH_POINTS
+            if point not in absent and (point.last == LAST_RELEASE or is_there(point))
+        )
         probe.run()
         return Armed("attached and proven on this release's own classes")
 

@@ -8,16 +8,18 @@
     prefill -> decode   HelloAck    answers a Hello, and a Bind that expected another process
                         SuccessTag  trailer frame on stock's success: the lease it is of
                         AbortAck    answers an Abort
+                        AttemptEnded  prefill ended a request without success
 
 Stock peers must never see a message they cannot read: a stock prefill's receive thread dies of
 one. So the first words travel as one extra frame behind a message that stock sends anyway, and
 behind every frame of it that a release reads (`attach_trailer`). `Abort` and `Refusal` have no
 such carrier: they go only to a rank that has sent a `HelloAck`. `HelloAck`, `SuccessTag` and
-`AbortAck` go only to whoever spoke first. A request without trouble costs two frames, behind its
-destinations and behind its success, and no message.
+`AbortAck` go only to whoever spoke first, and `AttemptEnded` only to whoever said in its `Bind`
+that it reads one. A request without trouble costs two frames, behind its destinations and behind
+its success, and no message.
 
 Wire format: one frame, `TAG` followed by a msgpack-encoded tagged struct. `Abort`, `Refusal`,
-`HelloAck` and `AbortAck` travel alone, as a message of a single frame.
+`HelloAck`, `AbortAck` and `AttemptEnded` travel alone, as a message of a single frame.
 
 A receive thread must outlive whatever arrives. A message that claims to be ours and
 is not readable, out of bounds or misplaced is `GARBAGE`: dropped as a whole.
@@ -33,7 +35,7 @@ from typing import Annotated, Final
 import msgspec
 from msgspec import Meta
 
-from sglang_scaling_fixes.reclaim.rules.types import Rank, Verdict
+from sglang_scaling_fixes.reclaim.rules.types import EndVerdict, Rank, Verdict
 
 TAG = b"\x00ssf1\x00"
 """Opens every frame of ours. Stock frames open with ASCII digits, letters or packed
@@ -82,7 +84,8 @@ class Bind(msgspec.Struct, frozen=True, tag="bind"):
     `attempt_id` is common to all decode ranks that send destinations for one attempt.
     `expects` is the process that serves `rank` as far as decode knows: that one need
     not answer, so a request without trouble costs no message of ours. `pages`, `states`
-    and `tokens`: what the destinations stand for (see `coverage.Extent`).
+    and `tokens`: what the destinations stand for (see `coverage.Extent`). `waited`: seconds
+    since the request came to this decode, None from one that reads no `AttemptEnded`.
     """
 
     reply_to: Address
@@ -94,6 +97,7 @@ class Bind(msgspec.Struct, frozen=True, tag="bind"):
     pages: Number = 0
     states: Annotated[tuple[Number, ...], Meta(max_length=64)] | None = None
     tokens: Number | None = None
+    waited: Annotated[float, Meta(ge=0)] | None = None
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -148,7 +152,20 @@ class AbortAck(msgspec.Struct, frozen=True, tag="abort_ack"):
     reason: Annotated[str, Meta(max_length=MAX_REASON)] = ""
 
 
-Message = Hello | Bind | Abort | Refusal | HelloAck | SuccessTag | AbortAck
+class AttemptEnded(msgspec.Struct, frozen=True, tag="attempt_ended"):
+    """Prefill ended the request of `lease` without success, unasked. Sent once.
+
+    `verdict` as in an AbortAck, never "unknown". `reason` says why it ended.
+    """
+
+    rank: RankField
+    incarnation: Name
+    lease: Name
+    verdict: EndVerdict
+    reason: Annotated[str, Meta(max_length=MAX_REASON)] = ""
+
+
+Message = Hello | Bind | Abort | Refusal | HelloAck | SuccessTag | AbortAck | AttemptEnded
 
 
 class Garbage(Enum):

@@ -33,6 +33,7 @@ DECODE = Family(
             "counter",
             "Acknowledgements and successes that came late, twice, or for nobody.",
         ),
+        Metric("endings", "counter", "Transfers ended at once: prefill had ended the request."),
         Metric("garbage", "counter", "Unreadable control messages, dropped."),
     ),
 )
@@ -45,6 +46,9 @@ PREFILL = Family(
         Metric("aborts_received", "counter", "Aborts received."),
         Metric("refusals_received", "counter", "Requests that decode did not take."),
         Metric("abort_acks", "counter", "Acknowledgements of aborts, by verdict.", ("verdict",)),
+        Metric(
+            "endings_told", "counter", "Endings told to decode unasked, by verdict.", ("verdict",)
+        ),
         Metric("poisoned_rooms", "counter", "Attempts with a write of unknown end."),
         Metric(
             "short_sends",

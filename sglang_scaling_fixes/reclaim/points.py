@@ -59,6 +59,9 @@ RECEIVER_POLL = _decode(f"{_RECEIVER}.poll", uses=("conclude_state", "kv_mgr"))
 # Called by stock's poll; for one poll of ours another object answers.
 CHECK_STATUS = _decode(f"{_MANAGER}.check_status", ("bootstrap_room",), wrapped=False)
 RECEIVER_CLEAR = _decode(f"{_RECEIVER}.clear")
+FAIL_REQUEST = _decode(
+    "sglang.srt.disaggregation.decode:prepare_abort", ("req", "error_message", "status_code")
+)
 COMMIT = _decode(f"{_TRANSFERS}._commit_transfer_to_req", ("decode_req",))
 RECEIVER_CONNECT = _decode(f"{_RECEIVER}._connect_to_bootstrap_server", ("bootstrap_info",))
 FREE_METADATA = _decode(f"{_UTILS}:ReqToMetadataIdxAllocator.free", ("free_index",), wrapped=False)
@@ -127,7 +130,14 @@ SENDER_INIT = _prefill(f"{_SENDER}.__init__")
 SENDER_SEND = _prefill(f"{_SENDER}.send", ("kv_indices", "state_indices"))
 SEND_CHUNK = _prefill(f"{_MIXIN}.send_kv_chunk", ("req",))
 SENDER_POLL = _prefill(f"{_SENDER}.poll", uses=("bootstrap_room",))
-SENDER_CLEAR = _prefill(f"{_SENDER}.clear")
+SENDER_CLEAR = _prefill(f"{_SENDER}.clear", uses=("bootstrap_room", "conclude_state"))
+SENDER_ABORT = _prefill(f"{_SENDER}.abort")
+ADD_REQUEST = _prefill(f"{_SCHEDULER}._add_request_to_queue", ("req",))
+ABORT_REQUEST = _prefill(f"{_SCHEDULER}.abort_request", ("recv_req",), uses=("waiting_queue",))
+# Later releases take such requests out by `abort_request`.
+WAITING_TIMEOUT = _prefill(
+    f"{_SCHEDULER}._abort_on_waiting_timeout", uses=("waiting_queue",), last="0.5.19"
+)
 UPDATE_STATUS = _prefill(f"{_MANAGER}.update_status", ("bootstrap_room", "status"), wrapped=False)
 RECORD_FAILURE = _prefill(
     f"{_MANAGER}.record_failure", ("bootstrap_room", "failure_reason"), wrapped=False

@@ -26,7 +26,10 @@ from sglang_scaling_fixes.retry.verdict import PAIR_RETRYABLE, judge_body
 from sglang_scaling_fixes.retry.worker_client import WorkerCall, WorkerClient
 
 PREFILL_GRACE_S = 1.0
-"""How long a prefill may go on after its decode has answered in full."""
+"""How long a prefill may go on after its decode has answered in full, or has said that prefill
+ended the request."""
+ENDED = "safe-reclaim: prefill ended this request"
+"""Stands in decode's error if it did. Prefill's own answer says why, and may be a refusal."""
 ERROR_BYTES = 1 << 20
 """How much of an error body is read to judge it."""
 
@@ -63,6 +66,8 @@ class PairAttempt:
         decode = asyncio.create_task(self._relay.answer(request, decode_call, reply, lease))
         try:
             await asyncio.wait({prefill, decode}, return_when=asyncio.FIRST_COMPLETED)
+            if decode.done() and _ended_by_prefill(decode):
+                await asyncio.wait({prefill}, timeout=PREFILL_GRACE_S)
             # Once the client has a byte, decode has the KV, and prefill no longer matters.
             if prefill.done() and not reply.started:
                 refusal = await prefill
@@ -100,6 +105,11 @@ class PairAttempt:
             stream.close()
             if stream.failure is not None:
                 raise _of_prefill(stream.failure)
+
+
+def _ended_by_prefill(decode: asyncio.Task[None]) -> bool:
+    error = decode.exception()
+    return isinstance(error, Failure) and ENDED in error.message
 
 
 async def _refusal(response: aiohttp.ClientResponse, call: WorkerCall) -> _PrefillRefusal:

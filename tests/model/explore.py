@@ -56,6 +56,8 @@ def explore(config: Config, *, limit: int = 10_000_000) -> Found:
 
     while queue:
         index, world = queue.popleft()
+        if vain := world.in_vain():
+            return stop(index, "", f"Violation: {'; '.join(vain)}")
         if not world.progress():
             found.terminal += 1
             rest = world.clone()
@@ -165,6 +167,22 @@ SMALL: dict[str, Config] = {
     "short send, room reuse": replace(_REUSE, short=1),
     "chunk passed over": Config(chunks=2, skip=1, tick=1),
     "chunk passed over, fan-in": Config(chunks=2, decodes=2, skip=1),
+    "ends on prefill": Config(chunks=2, abort=1, lose=1, tick=1),
+    "ends on prefill, helpers": Config(abort=1, fail=1, helpers=True),
+    "ends on prefill, dup": Config(abort=1, dup=1, swap=1),
+    "ends on prefill, before its destinations": Config(
+        late_arrival=True, abort=1, reject=1, lose=1, tick=1
+    ),
+    "ends on prefill, fan-in": Config(decodes=2, abort=1, lose=1),
+    "ends on prefill, fan-in, before its destinations": Config(
+        decodes=2, late_arrival=True, abort=1, reject=1
+    ),
+    "ends on prefill, one of two writers": Config(prefills=2, abort=1),
+    "ends on prefill, crash": Config(abort=1, crash=1, tick=1),
+    "ends on prefill, unknown peer, crash": Config(greeted=False, abort=1, crash=1, lose=1),
+    "ends on prefill, room reuse": replace(_REUSE, late_arrival=True, abort=1, reject=1),
+    "ends on prefill, slot reuse": Config(rooms=(7, 8), slots=1, abort=1, lose=1),
+    "ends on prefill, never cleared": Config(chunks=2, drop=1, abort=1, split_clear=True),
 }
 """What continuous integration explores completely, one world at a time. Three requests at
 two prefill ranks are 2.4 thousand million worlds: `tests.model.factored` explores those."""
@@ -207,12 +225,20 @@ CONTROLS: dict[str, Config] = {
     "short sends count as successes": Config(chunks=2, short=1, covers=False),
     "short sends within a page count as successes": Config(short=1, covers=False),
     "chunks passed over count as written": Config(chunks=2, skip=1, covers=False),
+    "an ending is told before the last write is over": Config(abort=1, patient=False),
+    "an ending is told after a success": Config(remembers=False),
+    "a poisoned ending counts as proof": Config(fail=1, weighs=False),
+    "no ending is told": Config(abort=1, tells=False),
 }
 """One rule off: the exploration must find the corruption, or it proves nothing."""
 
 
 def harm(control: Config) -> str:
     """What the violation that this one of `CONTROLS` must lead to says."""
+    if not control.tells:
+        return "waits in vain"
+    if not control.remembers:
+        return "which it had reported a success of"
     return "can still land" if control.covers else "never wrote chunk"
 
 
@@ -251,6 +277,7 @@ RANDOM: dict[str, Config] = {
         tick=4,
         fail=1,
         abort=2,
+        reject=1,
     ),
     "one room, two ranks, revived": Config(
         rooms=(7, 7, 7),
@@ -309,6 +336,7 @@ RANDOM: dict[str, Config] = {
         lose=2,
         tick=4,
         abort=1,
+        reject=1,
     ),
 }
 """Too many states to visit all; random schedules do."""

@@ -16,7 +16,7 @@ An event is a line of text (`"deliver d0>p0"`); `enabled` lists what can happen 
     names      r0 request   d0 decode rank   p0 prefill rank   d0-1 lease
                x0 a decode without the plugin: its slots are its own affair
     channels   d0>p0  metadata with Bind, Abort, Hello     (one socket, one order)
-               p0>d0  HelloAck, AbortAck                   (our reply socket)
+               p0>d0  HelloAck, AbortAck, AttemptEnded     (our reply socket)
                p0*d0  stock's success status, tagged     (stock's socket)
 
 Exploring needs many worlds, so a clone shares everything with its origin. What an
@@ -27,7 +27,7 @@ real ledgers and are pickled by whoever is about to change them (`_decode`, `_pr
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -36,14 +36,14 @@ from sglang_scaling_fixes.reclaim.rules.coverage import Coverage, Extent
 from sglang_scaling_fixes.reclaim.rules.decode_ledger import DecodeLedger
 from sglang_scaling_fixes.reclaim.rules.exposure import Exposure, ExposureState
 from sglang_scaling_fixes.reclaim.rules.forgotten import Forgotten
-from sglang_scaling_fixes.reclaim.rules.prefill_ledger import (
+from sglang_scaling_fixes.reclaim.rules.prefill_actions import (
     Action,
-    Delivery,
     FailRoom,
     ForgetRoom,
-    PrefillLedger,
+    SendEnded,
     ends_room,
 )
+from sglang_scaling_fixes.reclaim.rules.prefill_ledger import Delivery, PrefillLedger
 from sglang_scaling_fixes.reclaim.rules.reasons import why_held
 
 
@@ -113,6 +113,8 @@ class Config:
     """Prefill replaces a request's prompt by a placeholder of one chunk."""
     skip: int = 0
     """A worker passes over a chunk that is not the last, and reports success in the end."""
+    reject: int = 0
+    """Prefill rejects a request that reaches it: it never has a sender (with `late_arrival`)."""
 
     gate: bool = True
     leases: bool = True
@@ -126,11 +128,19 @@ class Config:
     """A success leaves only if it covers what was exposed."""
     stops: bool = True
     """A fence stops what was posted. Off: it only says so."""
+    tells: bool = True
+    """Prefill tells decode that it ended a request. Off: decode says that it reads none."""
+    patient: bool = True
+    """It tells so when nothing of it is being written. Off: at once."""
+    remembers: bool = True
+    """It knows to whom a success has left. Off: it tells of every end."""
+    weighs: bool = True
+    """Decode weighs an ending. Off: any that came before the owner gave up is proof."""
 
 
 BUDGETED = (
     *("lose", "dup", "swap", "tick", "fail", "crash", "fence", "restart", "abort", "drop"),
-    *("short", "skip"),
+    *("short", "skip", "reject"),
 )
 
 
@@ -151,6 +161,39 @@ class Amnesic(Forgotten):
         return False
 
 
+class Hasty(PrefillLedger):
+    """Negative control: an ending is told while a chunk is still being written."""
+
+    def stopped(self, sender: Hashable, room: int, now: float, why: str) -> list[Action]:
+        said = super().stopped(sender, room, now, why)
+        if (attempt := self._senders.get(sender)) is not None:
+            said += [
+                SendEnded(*attempt.bindings[lease], lease, "drained", why)
+                for lease in attempt.untold
+            ]
+            attempt.untold = ()
+        return said
+
+
+class Forgetful(PrefillLedger):
+    """Negative control: a success that has left is not remembered."""
+
+    def success_leaves(self, attempt: Attempt, to: str, sends_kv: Callable[[str], bool]) -> bool:
+        before = attempt.untold
+        leaves = super().success_leaves(attempt, to, sends_kv)
+        attempt.untold, attempt.reported = before, False
+        return leaves
+
+
+class Gullible(DecodeLedger):
+    """Negative control: any ending that came while the owner waited is proof."""
+
+    def give_up(self, exposure: Exposure, now: float, *, success_seen: bool = False) -> None:
+        for writer in exposure.writers.values():
+            writer.reported |= writer.ended is not None
+        super().give_up(exposure, now, success_seen=success_seen)
+
+
 class Credulous(DecodeLedger):
     """Negative control: whoever sends a HelloAck is taken for who got the destinations."""
 
@@ -164,7 +207,7 @@ class Msg(NamedTuple):
     """One message. Unused fields stay empty."""
 
     kind: str
-    """hello, meta, ask, here, answer or success."""
+    """hello, hello_ack, meta, abort, abort_ack, attempt_ended or success."""
     lease: str = ""
     room: int = -1
     incarnation: str = ""
@@ -224,6 +267,8 @@ class Decode:
     """room -> (request, prefill ranks that reported success): stock's tracker."""
     exposures: dict[int, str] = field(default_factory=dict)
     """request -> its lease, until its slots are free."""
+    failed: frozenset[int] = frozenset()
+    """Rooms that stock was told have failed."""
     admitted: tuple[tuple[str, int], ...] = ()
     """Successes (prefill rank, room) let through that stock has not counted yet."""
     epoch: int = 0
@@ -332,6 +377,8 @@ class World:
     def _new_decode(self, name: str, life: int) -> Decode:
         age = ("", "a", "b", "c")[life]
         rules = DecodeLedger if self.config.numbered else Credulous
+        if not self.config.weighs:
+            rules = Gullible
         ledger = rules(name + age, first_wait=1.0, max_wait=5.0, memory=self.config.memory)
         ledger.group = "d0" + age
         return Decode(name, ledger, [None] * self.config.slots, life)
@@ -340,6 +387,8 @@ class World:
         if not self.config.plugged[int(name[1:])]:
             return Prefill(name, None, life)
         kind = PrefillLedger if self.config.poison else Unpoisoned
+        if not (self.config.patient and self.config.remembers):
+            kind = Forgetful if self.config.patient else Hasty
         ledger = kind(f"{name}{'abcd'[life]}", memory=self.config.memory)
         if self.config.forgetful:
             ledger = kind(ledger.incarnation, memory=0, unserved=1, kept_back=1)
@@ -461,9 +510,7 @@ class World:
         if p.making is not None:
             return [f"made {p.name}"]
         if self.config.late_arrival:
-            for i in range(len(self.config.rooms)):
-                if f"r{i} {p.name}" not in self.arrived:
-                    events.append(f"arrive r{i} {p.name}")
+            events += [f"arrive r{i} {p.name}" for i in self._due(p)]
         for i, n in p.senders.items():
             room = self.config.rooms[i]
             status = p.status.get(room)
@@ -473,6 +520,11 @@ class World:
             if status in ("success", None) or (status == "failed" and not reading):
                 events.append(f"clear r{i} {p.name}")
         return events
+
+    def _due(self, p: Prefill) -> list[int]:
+        """Requests that have not reached this prefill rank."""
+        rooms = range(len(self.config.rooms))
+        return [i for i in rooms if f"r{i} {p.name}" not in self.arrived]
 
     def _chunks(self, p: Prefill, i: int) -> int:
         return 1 if i in p.placeholders else self.config.chunks
@@ -531,6 +583,8 @@ class World:
                 events += [f"drop r{i} {p.name}" for i in p.senders]
             if self.left["short"]:
                 events += [f"short r{i} {p.name}" for i, n in p.senders.items() if not n]
+            if self.left["reject"] and self.config.late_arrival and p.making is None:
+                events += [f"reject r{i} {p.name}" for i in self._due(p)]
             if self.left["skip"] and p.hand is None and p.queue and not p.queue[0].last:
                 events.append(f"skip {p.name}")
         return events
@@ -561,6 +615,7 @@ class World:
         room = self.config.rooms[i]
         return all(
             room in d.receivers
+            and room not in d.failed
             and d.receivers[room][1] == set(self.prefills)
             and (d.ledger.complete(d.exposure(i)) or not self.config.masks)
             for d in self.decodes.values()
@@ -622,6 +677,7 @@ class World:
         for d in map(self._decode, self.decodes):
             exposure = d.exposure(i)
             reported = d.receivers.pop(room)[1]
+            d.failed -= {room}
             seen = reported == set(self.prefills)
             d.ledger.end(exposure, 0.0, committed=False, success_seen=seen)
             d.ledger.counted(exposure, reported)
@@ -770,8 +826,23 @@ class World:
                 for e in d.ledger.held:
                     if e.lease == lease:
                         self.say(f"{d.name}: {lease} {e.state.value}")
+        elif m.kind == "attempt_ended":
+            self._ended(d, p, m)
         else:
             self._success(d, p, m)
+
+    def _ended(self, d: Decode, p: str, m: Msg) -> None:
+        """Prefill ended a request: its owner is failed, or the slots of one that gave up proven."""
+        exposure = d.ledger.find(m.lease)
+        one_life = not (self.config.crash or self.config.restart)
+        if exposure is not None and one_life and exposure.writers[p].reported:
+            raise Violation(f"{p} ended {m.lease}, which it had reported a success of")
+        found = d.ledger.endings.told(p, m.incarnation, m.lease, m.verdict, "a write failed")
+        if found is not None and not found.given_up and d.ledger.endings.fails(found):
+            d.failed |= {found.room}
+            self.say(f"{d.name}: room {found.room} failed")
+        elif found is not None:
+            self.say(f"{d.name}: {m.lease} {found.state.value}")
 
     def _success(self, d: Decode, p: str, m: Msg) -> None:
         """What the ledger, and then stock, makes of a success."""
@@ -829,7 +900,11 @@ class World:
             )
         else:
             extent = Extent(d, self.config.chunks, (), TOKENS)
-            delivery, actions = p.ledger.bind(m.room, m.attempt, m.lease, d, p.name, extent=extent)
+            # As old as any request that may have ended here: the most there is to believe.
+            came = 0.0 if self.config.tells else None
+            delivery, actions = p.ledger.bind(
+                m.room, m.attempt, m.lease, d, p.name, extent=extent, came=came
+            )
         self.say(f"{p.name}: bind {m.lease}: {delivery.name.lower()}")
         if delivery is Delivery.DELIVER:
             if not self.config.split_forget:
@@ -898,12 +973,13 @@ class World:
                 if p.infos.pop(action.room, None):
                     self.say(f"{p.name}: room {action.room}: old destinations forgotten")
             elif action.verdict != "writing":  # proves nothing, and changes only whom decode blames
+                kind = "attempt_ended" if isinstance(action, SendEnded) else "abort_ack"
                 room = self.config.rooms[self.leases[action.lease]]
-                self.say(f"{p.name}: abort_ack({action.lease} {action.verdict})")
+                self.say(f"{p.name}: {kind}({action.lease} {action.verdict})")
                 self._send(
                     p.name,
                     action.reply_to,
-                    Msg("abort_ack", action.lease, room, p.incarnation, action.verdict),
+                    Msg(kind, action.lease, room, p.incarnation, action.verdict),
                 )
 
     def do_apply(self, name: str) -> None:
@@ -917,6 +993,13 @@ class World:
 
     def do_arrive(self, r: str, name: str) -> None:
         self._arrive(int(r[1:]), self._prefill(name))
+
+    def do_reject(self, r: str, name: str) -> None:
+        i, p = int(r[1:]), self._prefill(name)
+        self.arrived |= {f"{r} {name}"}
+        self.say(f"{name}: {r} rejected")
+        if p.ledger is not None:
+            self._act(p, p.ledger.rejected(self.config.rooms[i], 0.0, "rejected"))
 
     def _arrive(self, i: int, p: Prefill) -> None:
         self.arrived |= {f"r{i} {p.name}"}
@@ -1096,12 +1179,20 @@ class World:
 
     def do_abort(self, r: str, name: str) -> None:
         """A client's abort reaches prefill first: stock fails the room there."""
-        self._status(self._prefill(name), self.config.rooms[int(r[1:])], "failed")
+        p, i = self._prefill(name), int(r[1:])
+        self._status(p, self.config.rooms[i], "failed")
+        self._stopped(p, i)
+
+    def _stopped(self, p: Prefill, i: int) -> None:
+        if p.ledger is not None:
+            self._act(p, p.ledger.stopped(i, self.config.rooms[i], 0.0, "failed on prefill"))
 
     def do_clear(self, r: str, name: str) -> None:
         p = self._prefill(name)
         i = int(r[1:])
         room = self.config.rooms[i]
+        if p.status.get(room) == "failed":
+            self._stopped(p, i)
         del p.senders[i]
         p.status.pop(room, None)
         p.infos.pop(room, None)
@@ -1171,6 +1262,30 @@ class World:
                     late.append(f"{exposure.lease} is held: {why or 'no reason given'}")
         return late
 
+    def in_vain(self) -> list[str]:
+        """Exposures whose owners wait for what has ended, in a world that will not move by itself.
+
+        Only of worlds in which everything that was said has arrived.
+        """
+        waiting = () if self.lost else self.decodes.values()
+        found = [
+            f"{exposure.lease} waits in vain for {writer.rank}"
+            for d in waiting
+            for i, lease in d.exposures.items()
+            if self.request[i] == "exposed" and (exposure := d.ledger.find(lease)) is not None
+            for writer in exposure.writers.values()
+            if self._over(exposure.lease, writer.rank) and not writer.reported and not writer.ended
+        ]
+        return found if found and not any(map(self._fair, self.progress())) else []
+
+    def _over(self, lease: str, rank: str) -> bool:
+        """The process that had these destinations has closed their attempt."""
+        p = self.prefills[rank]
+        if p.ledger is None or p.life != self.exposed_in[lease, rank]:
+            return False
+        attempt = p.ledger.attempt_of(lease)
+        return attempt is not None and attempt.closed
+
     def _hopeless(self, d: Decode, exposure: Exposure, rank: str) -> str | None:
         """Why this writer will never prove anything without a fence."""
         p = self.prefills[rank]
@@ -1239,6 +1354,7 @@ def decode_key(d: Decode) -> Any:
         tuple(sorted(d.exposures.items())),
         d.ledger.snapshot(now=0.0),
         d.admitted,
+        d.failed,
         tuple(sorted((r, i, tuple(sorted(s))) for r, (i, s) in d.receivers.items())),
         d.epoch,
         d.base,
@@ -1251,6 +1367,9 @@ def attempt_key(a: Attempt) -> Any:
         a.attempt_id,
         tuple(a.bindings.items()),
         tuple(sorted(a.awaiting_ack)),
+        a.untold,
+        bool(a.ended),
+        a.reported,
         a.sender,
         a.phase,
         a.active,

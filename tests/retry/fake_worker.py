@@ -139,6 +139,8 @@ class FakeWorker:
         return await answer(path, said, plan, writer)
 
     async def _refuse(self, fail: str, plan: dict[str, Any], writer: asyncio.StreamWriter) -> bool:
+        if plan.get("late"):
+            await self.may_end.wait()
         if fail == "status":
             body = plan.get("body", {"error": {"message": "not now"}})
             data = body.encode() if isinstance(body, str) else json.dumps(body).encode()

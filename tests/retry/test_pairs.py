@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from sglang_scaling_fixes.reclaim import retry_after
 from sglang_scaling_fixes.retry import pair
 from tests.retry.fake_worker import FakeWorker
 from tests.retry.progress import eventually, run
@@ -163,6 +164,39 @@ def test_a_prefill_that_refuses_answers_the_client_at_once() -> None:
             assert answer.status == 400 and answer.error == {"message": "too long"}
             await eventually(d.seen[0].hung_up.is_set)
             assert not q.seen
+
+    run(test)
+
+
+@pytest.mark.parametrize("knows", [True, False])
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_prefill_that_refuses_after_decode_said_that_it_ended_answers_the_client(
+    stream: bool, knows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decode hears of a refusal from prefill itself, perhaps before prefill's answer is here.
+
+    `knows`: the proxy knows the words. Without them it asks the next pair, in vain.
+    """
+    monkeypatch.setattr(pair, "PREFILL_GRACE_S", 3600.0)
+    if not knows:
+        monkeypatch.setattr(pair, "ENDED", "other words")
+
+    async def test() -> None:
+        async with two_pairs() as (proxy, (p, d, _, e)):
+            words = f"{retry_after.ENDED} (too long): retry the request"
+            refuses = {"fail": "status", "status": 400, "late": True}
+            plans = {
+                "p": {**refuses, "body": {"error": {"message": "too long"}}},
+                "d": {"fail": "status", "status": 503, "body": {"error": {"message": words}}},
+            }
+            asked = post(proxy.url + "/generate", {"stream": stream, "plans": plans})
+            client = asyncio.create_task(asked)
+            await eventually(lambda: d.sent > 0)
+            if knows:
+                p.may_end.set()
+            answer = await client
+            assert (answer.status, bool(e.seen)) == ((400, False) if knows else (200, True))
+            assert not knows or answer.error == {"message": "too long"}
 
     run(test)
 

@@ -29,6 +29,8 @@ from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.kv_poll import FAILED, SUCCESS
 from sglang_scaling_fixes.reclaim.decode import fence, holds, inbox, peers, pressure, side
 from sglang_scaling_fixes.reclaim.decode.side import DecodeSide
+from sglang_scaling_fixes.reclaim.prefill import ends
+from sglang_scaling_fixes.reclaim.prefill import side as prefill_side
 from sglang_scaling_fixes.reclaim.prefill.interposers import IN_HAND
 from sglang_scaling_fixes.reclaim.prefill.side import PrefillSide
 from sglang_scaling_fixes.reclaim.stock_wire import is_success
@@ -42,7 +44,7 @@ ROOMS = (7, 2**64 - 1)
 
 Event = tuple[str, str, Callable[[], object]]
 """What may happen now: its kind, which one of that kind, and how it is done."""
-CRITICAL = ("give up", "retry", "tick", "poll", "fail", "fail, and may land", "die")
+CRITICAL = ("give up", "retry", "tick", "poll", "abort", "fail", "fail, and may land", "die")
 """Kinds of events that matter most while a chunk or a success is under way."""
 
 
@@ -58,9 +60,11 @@ class Adapters(RuleBasedStateMachine):
         """(request, rank)"""
         self.excused = ""
         """Why slots may stay withheld: no proof can come."""
+        self.lost = False
+        """A message was."""
         self.restored = ExitStack()
         here = SimpleNamespace(monotonic=lambda: self.clock)
-        for module in (side, peers, pressure, holds, inbox):
+        for module in (side, peers, pressure, holds, inbox, prefill_side, ends):
             self.restored.enter_context(mock.patch.object(module, "time", here))
         self.restored.enter_context(mock.patch.object(release, "mooncake_retries", lambda: False))
         found = (DecodeSide, "current"), (PrefillSide, "current"), (IN_HAND, "attempt")
@@ -249,6 +253,9 @@ class Adapters(RuleBasedStateMachine):
             if link.queue:
                 yield "lose", f"on {n}", partial(self._lose, link)
                 yield "twice", f"on {n}", partial(link.queue.appendleft, list(link.queue[0]))
+        for prefill, request in self._due:
+            which = f"r{request.number} at p{prefill.rank}"
+            yield "reject", which, partial(self._reject, prefill, request)
         for prefill in self.prefills:
             at = f"p{prefill.rank}"
             if prefill.waits is not None:
@@ -258,7 +265,8 @@ class Adapters(RuleBasedStateMachine):
                 yield "die", at, partial(self._restart, prefill.rank)
             for served in prefill.served:
                 which = f"r{served.request.number} at {at}"
-                yield "abort", which, partial(prefill.fail, served.request.room)
+                yield "time out", which, partial(prefill.fail, served.request.room)
+                yield "abort", which, partial(prefill.abort, served)
                 yield "abort, clear no sender", which, partial(prefill.drop, served)
                 if not served.sent:
                     yield "reject", which, partial(setattr, served, "whole", False)
@@ -303,6 +311,10 @@ class Adapters(RuleBasedStateMachine):
         self.arrived.add((request.number, prefill.rank))
         prefill.arrive(request)
 
+    def _reject(self, prefill: Prefill, request: Request) -> None:
+        self.arrived.add((request.number, prefill.rank))
+        prefill.reject(request)
+
     def _poll(self) -> None:
         """Stock looks at its transfers, and ends those that have ended."""
         for request in self._in("open"):
@@ -322,6 +334,7 @@ class Adapters(RuleBasedStateMachine):
             self.decode.count()
 
     def _lose(self, link: Link) -> None:
+        self.lost = True
         if greets(link.queue.popleft()):
             self.excused = "decode may not know who had its destinations"
 
@@ -373,6 +386,7 @@ class Adapters(RuleBasedStateMachine):
     def _settle(self) -> None:
         """Nothing more goes wrong: all that can end does, and every slot comes back."""
         self._go_on()
+        self._nobody_waits_in_vain()
         for request in self._in("open"):
             if self.decode.landed(request):
                 raise Harm(f"request {request.number} has its KV, and stock is not shown it")
@@ -393,6 +407,20 @@ class Adapters(RuleBasedStateMachine):
             self._land(self.network.writes[0])
         if not self.excused and self.decode.free != (self.decode.tokens.size, self.decode.aux.size):
             raise Harm(f"free: {self.decode.free}; held: {self.decode.guard.report()['held']}")
+
+    def _nobody_waits_in_vain(self) -> None:
+        """An owner waits for what is still served, or has never come to prefill.
+
+        Of one room's requests prefill may serve another than decode waits for (see above).
+        """
+        if self.lost or self.excused:
+            return
+        for request in self._in("open"):
+            alone = [one.room for one in self.requests].count(request.room) == 1
+            here = [p for p in self.prefills if (request.number, p.rank) in self.arrived]
+            served = [one.request for p in here for one in p.served]
+            if alone and served.count(request) < len(here):
+                raise Harm(f"request {request.number} waits for what has ended")
 
     def _go_on(self) -> None:
         """A fair time without mishaps."""

@@ -20,15 +20,18 @@ from typing import Any
 import numpy as np
 
 from sglang_scaling_fixes.kv_poll import FAILED, SUCCESS, TRANSFERRING, WAITING
+from sglang_scaling_fixes.reclaim import messages
 from sglang_scaling_fixes.reclaim.prefill.interposers import IN_HAND, StatusInterposer
 from sglang_scaling_fixes.reclaim.prefill.side import PrefillSide
 
 from .decode import BOOTSTRAPPING, update_status
-from .wire import Incoming, Network, Request, Silent, Write
+from .wire import Harm, Incoming, Network, Request, Silent, Write
 
 
 class Sender:
     """Stock's sender: what the guard knows it by."""
+
+    conclude_state: int | None = None
 
     def __init__(self, room: int) -> None:
         self.bootstrap_room = room
@@ -94,16 +97,23 @@ class Prefill:
         self.guard.tap_socket()
         self.queue = self.guard.tap_queue(queue)
         assert self.guard.protects(self.manager)
-        replies, self._statuses = network.connect(decode), network.connect(decode)
-        self.guard._replies = SimpleNamespace(  # type: ignore[assignment]
-            send=lambda to, frame: replies.send_multipart([frame])
-        )
+        self._replies, self._statuses = network.connect(decode), network.connect(decode)
+        self.guard._replies = SimpleNamespace(send=self._reply)  # type: ignore[assignment]
+        self.reported: set[str] = set()
+        """Leases that a success has left for."""
         self.hand: Any = None
         """Of the worker's thread."""
         self.worker = self._work()
         self.waits: Write | None = None
         """The write that the worker waits for."""
         self.run()
+
+    def _reply(self, to: str, frame: bytes) -> None:
+        del to
+        message = messages.decode(frame)
+        if isinstance(message, messages.AttemptEnded) and message.lease in self.reported:
+            raise Harm(f"{message.lease} is told to have ended, after its success")
+        self._replies.send_multipart([frame])
 
     def _next(self) -> Any:
         if not self.chunks:
@@ -186,19 +196,32 @@ class Prefill:
         status = self.status.get(served.request.room, FAILED)
         return status == SUCCESS or (status == FAILED and not self.guard.busy(served.sender))
 
+    def reject(self, request: Request) -> None:
+        """It is longer than the pool, say: stock makes no sender."""
+        rejected = SimpleNamespace(
+            bootstrap_room=request.room, finished_reason=None, to_finish=None
+        )
+        self.guard.ends.admitted(rejected)
+
     def end(self, served: Served) -> None:
+        self.guard.ends.clearing(served.sender)
         self.status.pop(served.request.room, None)
         self.infos.pop(served.request.room, None)
         self.guard.retire(served.sender)
         self.served.remove(served)
 
     def fail(self, room: int) -> None:
-        """A client's abort, or a time-out."""
+        """A time-out, say."""
         update_status(self.status, room, FAILED)
+
+    def abort(self, served: Served) -> None:
+        """A client's abort."""
+        self.fail(served.request.room)
+        self.guard.ends.stopped(served.sender)
 
     def drop(self, served: Served) -> None:
         """The same, where some of stock's paths clear no sender."""
-        self.fail(served.request.room)
+        self.abort(served)
         self.served.remove(served)
 
     # -- worker -----------------------------------------------------------------------------
@@ -259,6 +282,10 @@ class Prefill:
             if self.status[room] == FAILED:
                 status = FAILED
         update_status(self.status, room, status)
+        link = self._statuses
         lock = self.guard.sends.setdefault(info.to, Lock())
-        socket = StatusInterposer(lambda: self._statuses, info.to, self.guard, lock)
+        socket = StatusInterposer(lambda: link, info.to, self.guard, lock)
         socket.send_multipart([b"%d" % room, b"%d" % status, b"%d" % self.rank])
+        _, mark = messages.strip_trailer(link.queue[-1])
+        if isinstance(mark, messages.SuccessTag):
+            self.reported.add(mark.lease)

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.testclient import TestClient
 
 from sglang_scaling_fixes.reclaim import retry_after
-from sglang_scaling_fixes.reclaim.retry_after import REFUSAL
+from sglang_scaling_fixes.reclaim.retry_after import ENDED, REASON_HEADER, REFUSAL
 from sglang_scaling_fixes.reclaim.rules.quarantine import RETRY_AFTER_S
 from sglang_scaling_fixes.refusals import Refusals
 from sglang_scaling_fixes.specguard import error_type
@@ -26,6 +26,10 @@ def client() -> TestClient:
     @app.get("/refused")
     def refused() -> None:
         raise HTTPException(503, f"{REFUSAL}; retry here later")
+
+    @app.get("/ended")
+    def ended() -> None:
+        raise HTTPException(503, f"{ENDED} (aborted): retry the request")
 
     @app.get("/queue-full")
     def queue_full() -> None:
@@ -65,6 +69,12 @@ def test_our_refusal_says_when_to_come_back(client: TestClient) -> None:
     assert answer.status_code == 503
     assert answer.headers["retry-after"] == str(RETRY_AFTER_S)
     assert REFUSAL in answer.text
+
+
+def test_so_does_a_request_that_prefill_ended(client: TestClient) -> None:
+    answer = client.get("/ended")
+    assert answer.headers["retry-after"] == "1"
+    assert answer.headers[REASON_HEADER.decode()] == "prefill-ended"
 
 
 def test_stocks_own_503_and_everything_else_stay_as_they_are(client: TestClient) -> None:

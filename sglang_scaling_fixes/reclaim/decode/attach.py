@@ -6,14 +6,16 @@ They do nothing until a decode KV manager starts in this process.
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import Any
 
 from sglang_scaling_fixes.attach import present, replace, wrap
 from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.kv_poll import SUCCESS
 from sglang_scaling_fixes.ranks import TpGroup
-from sglang_scaling_fixes.reclaim import layout, points
+from sglang_scaling_fixes.reclaim import layout, points, retry_after
 from sglang_scaling_fixes.reclaim.decode import fence, maintenance
 from sglang_scaling_fixes.reclaim.decode.maintenance import Maintenance
 from sglang_scaling_fixes.reclaim.decode.peers import OutgoingSocket, rank_of
@@ -55,6 +57,7 @@ def _attach_manager(config: Config) -> None:
         made = stock(queue, req, *args, **kw)
         if DecodeSide.current is not None and not layout.is_fake(req):
             DecodeSide.current.rooms.made(made.kv_receiver)
+        made.kv_receiver.sglang_scaling_fixes_came = time.monotonic()
         made.kv_receiver.sglang_scaling_fixes_tokens = functools.partial(
             layout.prompt_tokens, queue, req
         )
@@ -64,6 +67,16 @@ def _attach_manager(config: Config) -> None:
         )
         return made
 
+    def fail_request(
+        stock: Callable[..., Any], req: Any, error_message: str, status_code: Any = None
+    ) -> Any:
+        """Stock ends each failed transfer with 500. One that prefill ended may be tried again."""
+        _, ended, after = error_message.partition(retry_after.ENDED)
+        if ended:
+            error_message, status_code = ended + after, HTTPStatus.SERVICE_UNAVAILABLE
+        return stock(req, error_message, status_code=status_code)
+
+    wrap(points.FAIL_REQUEST, fail_request)
     wrap(points.CREATE_RECEIVER, receiver_made)
     wrap(points.ENGINE_INIT, engine_init)
     wrap(points.DECODE_THREAD, start_decode_thread)

@@ -11,8 +11,13 @@ from collections.abc import Callable
 from sglang_scaling_fixes.reclaim import messages
 from sglang_scaling_fixes.reclaim.decode.peers import Peers
 from sglang_scaling_fixes.reclaim.decode.records import Records
+from sglang_scaling_fixes.reclaim.retry_after import ENDED
+from sglang_scaling_fixes.reclaim.rules.exposure import Exposure
 from sglang_scaling_fixes.reclaim.rules.stock_aborts import StockAborts
 from sglang_scaling_fixes.reclaim.stock_wire import AUX_DATA, is_success
+
+Word = messages.HelloAck | messages.AbortAck | messages.AttemptEnded
+"""What travels alone, on our own socket."""
 
 
 class Inbox:
@@ -24,6 +29,7 @@ class Inbox:
         peers: Peers,
         owns_aux: Callable[[int, int], bool],
         stock_reads: Callable[[list[bytes]], bool],
+        end_room: Callable[[int, str], None],
     ) -> None:
         self._ledger = records.ledger
         self._lock = records.lock
@@ -32,6 +38,7 @@ class Inbox:
         self._peers = peers
         self._owns_aux = owns_aux
         self._stock_reads = stock_reads
+        self._end_room = end_room
 
     def read(self, frames: list[bytes]) -> list[bytes] | None:
         """The frames for stock, None when the message was ours or must not reach it."""
@@ -42,7 +49,7 @@ class Inbox:
         if is_success(stock):
             mark = message if isinstance(message, messages.SuccessTag) else None
             return stock if self._admits(int(stock[0]), mark, stock[2]) else None
-        if isinstance(message, messages.HelloAck | messages.AbortAck):
+        if isinstance(message, Word):
             self._peers.pace.heard(message.rank)
             with self._lock:
                 self._take(message)
@@ -55,7 +62,7 @@ class Inbox:
 
     def _readable(self, stock: list[bytes], message: messages.Message | None) -> bool:
         """Something a prefill rank says, as far as it is read here and by stock."""
-        if isinstance(message, messages.HelloAck | messages.AbortAck):
+        if isinstance(message, Word):
             return self._peers.knows(message.rank)
         tagged = isinstance(message, messages.SuccessTag)
         if not stock or (message is not None and not tagged):
@@ -75,11 +82,13 @@ class Inbox:
             self._metrics.inc("stale")
         return admitted
 
-    def _take(self, message: messages.HelloAck | messages.AbortAck) -> None:
+    def _take(self, message: Word) -> None:
         if isinstance(message, messages.HelloAck):
             self._ledger.hello_acked(message.rank, message.incarnation, message.lease, message.seq)
             return
-        exposure = self._ledger.ack(
+        ended = isinstance(message, messages.AttemptEnded)
+        heard = self._ledger.endings.told if ended else self._ledger.ack
+        exposure = heard(
             message.rank,
             message.incarnation,
             message.lease,
@@ -89,8 +98,17 @@ class Inbox:
         )
         if exposure is None:
             self._metrics.inc("stale")
+        elif not exposure.given_up:
+            self._ended(exposure, message.reason)
         elif exposure.writers[message.rank].proof is not None:
             self._metrics.observe("ack_seconds", time.monotonic() - exposure.gave_up_at)
+
+    def _ended(self, exposure: Exposure, reason: str) -> None:
+        """Prefill ended a request whose owner waits. Under the lock: so long it is not cleared,
+        and its room is no other request's."""
+        if self._ledger.endings.fails(exposure):
+            self._metrics.inc("endings")
+            self._end_room(exposure.room, f"{ENDED} ({reason}): retry the request")
 
     def _acked(self, stock_aborts: StockAborts, frames: list[bytes]) -> None:
         """Stock's acknowledgement that a room has drained, believed under `stock-ack`."""

@@ -71,11 +71,21 @@ class Peers:
         pages: int = 0,
         states: tuple[int, ...] | None = None,
         tokens: int | None = None,
+        waited: float = 0.0,
     ) -> messages.Bind:
-        """What is said of destinations of `exposure`, but for the rank they are for."""
-        lease, attempt_id = exposure.lease, exposure.attempt_id
+        """What is said of destinations of `exposure`, but for the rank they are for.
+
+        `waited`: seconds since the request came to this decode.
+        """
         return messages.Bind(
-            self._reply_to, "", lease, attempt_id, pages=pages, states=states, tokens=tokens
+            self._reply_to,
+            "",
+            exposure.lease,
+            exposure.attempt_id,
+            pages=pages,
+            states=states,
+            tokens=tokens,
+            waited=waited,
         )
 
     def unsayable(self, exposure: Exposure, bind: messages.Bind) -> str:

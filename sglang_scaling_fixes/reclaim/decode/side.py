@@ -69,9 +69,9 @@ class DecodeSide:
         records = Records(self.ledger, self.metrics, self._stock_aborts)
         self._lock = records.lock
         self.peers = Peers(manager, records)
-        reads = functools.partial(stock_shapes.decode_reads, manager)
-        self.inbox = Inbox(records, self.peers, self._owns_aux, reads)
         self.relief = Relief(manager, records, self.peers, mode=config.fence)
+        reads = functools.partial(stock_shapes.decode_reads, manager)
+        self.inbox = Inbox(records, self.peers, self._owns_aux, reads, self.relief.end_room)
         self.holds = HoldReport(records)
         self.rooms = Rooms(self._complete)
         self.maintenance: Maintenance | None = None
@@ -174,15 +174,18 @@ class DecodeSide:
             return None
         tokens = getattr(receiver, "sglang_scaling_fixes_tokens", None)
         rejected = getattr(receiver, "sglang_scaling_fixes_rejected", None)
+        came = getattr(receiver, "sglang_scaling_fixes_came", None)
+        waited = 0.0 if came is None else time.monotonic() - came
         if rejected is not None and rejected():
             # Nothing is read for a request that is rejected: it keeps stock's own answer.
-            bind = self.peers.bind(exposure)
+            bind = self.peers.bind(exposure, waited=waited)
         else:
             bind = self.peers.bind(
                 exposure,
                 len(kv_indices),
                 layout.state_rows(self._manager.kv_args, state_indices),
                 None if tokens is None else tokens(),
+                waited,
             )
         if what := self.peers.unsayable(exposure, bind):
             self.metrics.inc("refusals", "unsayable")

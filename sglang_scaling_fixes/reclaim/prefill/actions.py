@@ -8,11 +8,12 @@ from typing import Any
 from sglang_scaling_fixes.kv_poll import FAILED, SUCCESS
 from sglang_scaling_fixes.metrics import Metrics
 from sglang_scaling_fixes.reclaim import messages
-from sglang_scaling_fixes.reclaim.rules.prefill_ledger import (
+from sglang_scaling_fixes.reclaim.rules.prefill_actions import (
     Action,
     FailRoom,
     ForgetRoom,
     SendAck,
+    SendEnded,
     ends_room,
 )
 
@@ -36,6 +37,8 @@ class Actions:
                 self._fail(action.room, action.reason)
             elif isinstance(action, SendAck):
                 self._acknowledge(action)
+            elif isinstance(action, SendEnded):
+                self._tell(action)
 
     def forget_rooms(self, actions: list[Action]) -> None:
         """Under the lock of the bind that asks for it: until the old destinations are
@@ -55,6 +58,14 @@ class Actions:
         self._metrics.inc("abort_acks", action.verdict)
         reason = action.reason[: messages.MAX_REASON]
         message = messages.AbortAck(
+            action.rank, self._incarnation, action.lease, action.verdict, reason
+        )
+        self._reply(action.reply_to, messages.encode(message))
+
+    def _tell(self, action: SendEnded) -> None:
+        self._metrics.inc("endings_told", action.verdict)
+        reason = action.reason[: messages.MAX_REASON]
+        message = messages.AttemptEnded(
             action.rank, self._incarnation, action.lease, action.verdict, reason
         )
         self._reply(action.reply_to, messages.encode(message))

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from sglang_scaling_fixes.attach import replace, wrap
+from sglang_scaling_fixes.attach import is_there, replace, wrap
 from sglang_scaling_fixes.kv_poll import FAILED, TRANSFERRING
 from sglang_scaling_fixes.reclaim import points
 from sglang_scaling_fixes.reclaim.prefill.interposers import StatusInterposer
@@ -19,7 +19,11 @@ from sglang_scaling_fixes.reclaim.prefill.side import PrefillSide
 
 def attach() -> None:
     """Wrap every prefill-side attach point."""
+    _attach_manager()
+    _attach_sender()
 
+
+def _attach_manager() -> None:
     def init_engine(stock: Callable[..., Any], manager: Any) -> Any:
         result = stock(manager)
         if manager.disaggregation_mode.value == "prefill":
@@ -49,6 +53,13 @@ def attach() -> None:
 
         return connected
 
+    wrap(points.INIT_ENGINE, init_engine)
+    wrap(points.PREFILL_THREAD, start_prefill_thread)
+    wrap(points.TRANSFER_WORKER, transfer_worker)
+    replace(points.MANAGER_CONNECT, connect)
+
+
+def _attach_sender() -> None:
     def sender_init(stock: Callable[..., Any]) -> Callable[..., Any]:
         def made(sender: Any, *args: Any, **kwargs: Any) -> None:
             stock(sender, *args, **kwargs)
@@ -92,19 +103,60 @@ def attach() -> None:
 
     def clear(stock: Callable[..., Any]) -> Callable[..., Any]:
         def cleared(sender: Any) -> Any:
+            if (side := PrefillSide.current) is not None:
+                side.ends.clearing(sender)
             result = stock(sender)
-            if PrefillSide.current is not None:
-                PrefillSide.current.retire(sender)
+            if side is not None:
+                side.retire(sender)
             return result
 
         return cleared
 
-    wrap(points.INIT_ENGINE, init_engine)
-    wrap(points.PREFILL_THREAD, start_prefill_thread)
-    wrap(points.TRANSFER_WORKER, transfer_worker)
-    replace(points.MANAGER_CONNECT, connect)
     replace(points.SENDER_INIT, sender_init)
     replace(points.SEND_CHUNK, send_kv_chunk)
     replace(points.SENDER_SEND, send)
     replace(points.SENDER_POLL, poll)
     replace(points.SENDER_CLEAR, clear)
+    _attach_ends()
+
+
+def _attach_ends() -> None:
+    """Where a request ends on prefill other than by its sender being cleared."""
+
+    def abort(stock: Callable[..., Any], sender: Any) -> Any:
+        result = stock(sender)
+        if PrefillSide.current is not None:
+            PrefillSide.current.ends.stopped(sender)
+        return result
+
+    def add_request(
+        stock: Callable[..., Any], scheduler: Any, req: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        result = stock(scheduler, req, *args, **kwargs)
+        if PrefillSide.current is not None:
+            PrefillSide.current.ends.admitted(req)
+        return result
+
+    def abort_request(stock: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+        if (side := PrefillSide.current) is None:
+            return stock(scheduler, *args, **kwargs)
+        before = list(scheduler.waiting_queue)
+        result = stock(scheduler, *args, **kwargs)
+        side.ends.left(before, scheduler.waiting_queue)
+        return result
+
+    def waiting_timeout(stock: Callable[..., Any]) -> Callable[..., Any]:
+        def timed_out(scheduler: Any) -> None:
+            # Every turn of the loop. Stock makes another list if it takes any request out.
+            before = scheduler.waiting_queue
+            stock(scheduler)
+            if before is not scheduler.waiting_queue and PrefillSide.current is not None:
+                PrefillSide.current.ends.left(before, scheduler.waiting_queue)
+
+        return timed_out
+
+    wrap(points.SENDER_ABORT, abort)
+    wrap(points.ADD_REQUEST, add_request)
+    wrap(points.ABORT_REQUEST, abort_request)
+    if is_there(points.WAITING_TIMEOUT):
+        replace(points.WAITING_TIMEOUT, waiting_timeout)

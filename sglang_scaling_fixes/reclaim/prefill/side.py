@@ -25,6 +25,7 @@ from sglang_scaling_fixes.reclaim import layout, messages
 from sglang_scaling_fixes.reclaim.interposers import ReceivingSocket
 from sglang_scaling_fixes.reclaim.metrics import PREFILL
 from sglang_scaling_fixes.reclaim.prefill.actions import Actions
+from sglang_scaling_fixes.reclaim.prefill.ends import RequestEnds
 from sglang_scaling_fixes.reclaim.prefill.interposers import (
     EngineInterposer,
     ExecutorInterposer,
@@ -40,6 +41,7 @@ from sglang_scaling_fixes.reclaim.stock_wire import (
     PAGES_FRAME,
     SESSION_FRAME,
     is_metadata,
+    is_number,
 )
 from sglang_scaling_fixes.reclaim.transport import ReplySockets, endpoint, new_incarnation
 
@@ -87,6 +89,7 @@ class PrefillSide:
         self.metrics = of_process(PREFILL, manager)
         self._deferred = KeptMessages(self._ledger.kept, self._lock, self.metrics)
         self._actions = Actions(manager, self._ledger.incarnation, self.metrics, self._reply)
+        self.ends = RequestEnds(manager, self._ledger, self._lock, self._actions)
 
     # -- wiring -------------------------------------------------------------------
 
@@ -146,7 +149,9 @@ class PrefillSide:
             self.metrics.inc("garbage")
             return None
         if isinstance(message, messages.Bind):
-            return self._bind(stock, message)
+            waited = message.waited
+            came = None if waited is None else time.monotonic() - waited
+            return self._bind(stock, message, came)
         if isinstance(message, messages.Abort):
             self.metrics.inc("aborts_received")
             with self._lock:
@@ -165,25 +170,30 @@ class PrefillSide:
         if isinstance(message, messages.Hello):
             self._actions.greet(message.reply_to, message.rank, seq=message.seq)
             return stock
+        if stock[0] == b"ABORT" and len(stock) > 1 and is_number(stock[1]):
+            self.ends.given_up(int(stock[1]))
         return self._bind_without_plugin(stock) if stock[0].isdigit() else stock
 
-    def _bind(self, stock: list[bytes], bind: messages.Bind) -> list[bytes] | None:
+    def _bind(
+        self, stock: list[bytes], bind: messages.Bind, came: float | None
+    ) -> list[bytes] | None:
         self._deferred.came(bind.lease)
         session = stock[SESSION_FRAME].decode("ascii", "replace")
         extent = Extent(session, bind.pages, bind.states, bind.tokens)
+        to = bind.reply_to, bind.rank
         with self._lock:
             delivery, actions = self._ledger.bind(
-                int(stock[0]), bind.attempt_id, bind.lease, bind.reply_to, bind.rank, extent=extent
+                int(stock[0]), bind.attempt_id, bind.lease, *to, extent=extent, came=came
             )
             self._actions.forget_rooms(actions)
+        if delivery is not Delivery.DEFER and bind.expects != self._ledger.incarnation:
+            self._actions.greet(*to, bind.lease)
         self._actions.act(actions)
         if delivery is Delivery.DEFER:
-            self._deferred.keep(bind.lease, lambda: self._bind(stock, bind))
+            self._deferred.keep(bind.lease, lambda: self._bind(stock, bind, came))
             return None
         if delivery is Delivery.REFUSE:
             self._deferred.refused(int(stock[0]))
-        if bind.expects != self._ledger.incarnation:
-            self._actions.greet(bind.reply_to, bind.rank, bind.lease)
         self.metrics.inc("bound")
         return stock if delivery is Delivery.DELIVER else None
 

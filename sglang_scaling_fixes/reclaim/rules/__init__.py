@@ -4,9 +4,13 @@
     exposure         destinations that decode sent, and the life they have (a table)
     decode_ledger    when may a slot go back?
     successes        what is a report of success worth?
+    endings          what is it worth that prefill ended a request?
     reasons          what does a hold wait for, in words?
     attempt          destinations that prefill received, and the life they have (a table)
     prefill_ledger   when is nothing of an attempt written any more?
+    prefill_actions  what it decides
+    ended_rooms      requests that ended before their destinations came
+    refused_rooms    requests that decode does not take, and that have not come
     forgotten        what is still said of leases that are not remembered?
     kept_back        which destinations wait for their room, and which is due?
     prefill_audit    does prefill's ledger agree with itself, and how large is it?

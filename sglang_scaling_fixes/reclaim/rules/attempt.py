@@ -11,7 +11,8 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 from sglang_scaling_fixes.reclaim.rules.coverage import Coverage, Extent
-from sglang_scaling_fixes.reclaim.rules.types import LedgerError, Rank, Verdict
+from sglang_scaling_fixes.reclaim.rules.prefill_actions import Action, SendAck, SendEnded
+from sglang_scaling_fixes.reclaim.rules.types import EndVerdict, LedgerError, Rank
 
 WITHOUT_PLUGIN = "without the plugin"
 """The attempt_id of every attempt by a decode without the plugin."""
@@ -66,6 +67,12 @@ class Attempt:
     short: str = ""
     """Why its success did not leave as one, see `coverage`."""
     awaiting_ack: set[str] = field(default_factory=set)
+    untold: tuple[str, ...] = ()
+    """Leases whose owners are told if it ends without a success for them."""
+    ended: str = ""
+    """Why it ended here. Empty while it is open, if decode ended it, and after a success."""
+    reported: bool = False
+    """A success of it has left."""
     phase: Phase = Phase.WAITING
     closed: bool = False
     """No chunk of it is accepted or taken any more: what its phase says, at hand."""
@@ -84,20 +91,47 @@ class Attempt:
     def quiet(self) -> bool:
         return self.active == 0
 
+    def says(self) -> list[Action]:
+        """What decode is told of it, once it is closed and nothing of it is written."""
+        if not (self.closed and self.quiet):
+            return []
+        said: list[Action] = []
+        for lease in sorted(self.awaiting_ack):
+            said.append(SendAck(*self.bindings[lease], lease, self.verdict, self.poisoned))
+        self.awaiting_ack.clear()
+        why = self.poisoned or self.ended or self.short
+        for lease in self.untold:
+            said.append(SendEnded(*self.bindings[lease], lease, self.verdict, why))
+        self.untold = ()
+        return said
+
     @property
     def sender_gone(self) -> bool:
         """Stock is done with its sender."""
         return self.sender is not None and self.phase in (Phase.ABANDONED, Phase.OVER)
 
     @property
-    def verdict(self) -> Verdict:
+    def verdict(self) -> EndVerdict:
         """What is answered about it once it is closed and quiet."""
         return "poisoned" if self.poisoned else "drained"
 
-    def bind(self, lease: str, reply_to: str, rank: Rank, extent: Extent) -> None:
-        """Destinations of `lease` arrived, of a decode that is answered at `reply_to`."""
+    def bind(
+        self, lease: str, reply_to: str, rank: Rank, extent: Extent, *, listens: bool = False
+    ) -> None:
+        """Destinations of `lease` arrived, of a decode that is answered at `reply_to`.
+
+        `listens`: it is to be told if the attempt ends without success.
+        """
         self.bindings[lease] = (reply_to, rank)
         self.exposed[lease] = extent
+        if listens and (self.ended or not self.closed):
+            self.untold = (*self.untold, lease)
+
+    def reports(self, to: str) -> None:
+        """A success of it leaves for the decode rank at `to`."""
+        self.reported = True
+        if (found := self._bound_at(to)) is not None:
+            self.untold = tuple(lease for lease in self.untold if lease != found[0])
 
     def exposed_at(self, to: str) -> Extent | None:
         """What the decode rank at `to` exposed to it."""
@@ -119,13 +153,19 @@ class Attempt:
         self._move("sender made")
         self.sender = sender
 
-    def close(self) -> None:
-        """No further chunk is accepted or taken."""
+    def close(self, why: str = "") -> None:
+        """No further chunk is accepted or taken. `why`: prefill ends it, and decode did not."""
+        self._ends(why)
         self._move(f"closed, {_QUIET if self.quiet else _WRITING}")
 
     def lose_sender(self) -> None:
         """Stock is done with its sender; that closes it as well."""
+        self._ends("its request ended on prefill")
         self._move(f"sender gone, {_QUIET if self.quiet else _WRITING}")
+
+    def _ends(self, why: str) -> None:
+        if not self.closed and not self.reported:
+            self.ended = why
 
     def begin(self) -> None:
         """A chunk, or a helper task of the chunk in hand, is being processed."""

@@ -49,6 +49,7 @@ from collections import OrderedDict
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 
+from sglang_scaling_fixes.reclaim.rules.endings import Endings
 from sglang_scaling_fixes.reclaim.rules.exposure import Exposure, ExposureState, Writer
 from sglang_scaling_fixes.reclaim.rules.successes import Successes
 from sglang_scaling_fixes.reclaim.rules.types import LedgerError, Proof, Rank, Verdict
@@ -101,6 +102,8 @@ class DecodeLedger:
         self._memory = memory
         self.successes = Successes(self)
         """What reports of success are worth."""
+        self.endings = Endings(self)
+        """What it is worth that prefill ended a request."""
 
     # -- events ---------------------------------------------------------------
 
@@ -218,6 +221,8 @@ class DecodeLedger:
                 writer.proof = Proof.NEVER_SENT
             elif writer.reported or landed:
                 writer.proof = writer.proof or Proof.LANDED
+            elif writer.ended is not None and writer.weigh(*writer.ended):
+                writer.proof = writer.proof or Proof.DRAINED
             writer.next_abort = now
         exposure.gave_up_at = now
         exposure.move(
@@ -253,15 +258,10 @@ class DecodeLedger:
         if writer is None:
             return None
         exposure = self._held[lease]
-        if writer.proven_by(incarnation, verdict):
+        if writer.weigh(incarnation, verdict, reason):
             exposure.prove(writer, Proof.DRAINED)
         elif verdict == "writing":
             writer.writes_at = now
-        elif verdict == "poisoned":
-            writer.poisoned = True
-            writer.stuck = f"a write failed and may still land ({reason})"
-        else:
-            writer.stuck = "it cannot vouch for the process that may have had the destinations"
         return exposure
 
     def engine_made(self) -> None:

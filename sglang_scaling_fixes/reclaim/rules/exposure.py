@@ -86,6 +86,8 @@ class Writer:
     """A write of it failed, and may still land."""
     writes_at: float = 0.0
     """When it last said that it is still writing (seconds, monotonic), 0 if never."""
+    ended: tuple[str, Verdict, str] | None = None
+    """It ended the request while the owner waited: which process, its verdict and its reason."""
     aborts: int = 0
     next_abort: float = 0.0
 
@@ -107,6 +109,16 @@ class Writer:
         """Does this answer of this process prove that nothing more is written?"""
         credible = CREDENCE.get((verdict, self.speaker(incarnation)), False)
         return credible and not self.disputed
+
+    def weigh(self, incarnation: str, verdict: Verdict, reason: str) -> bool:
+        """`proven_by`; if it does not prove that, the operator learns why."""
+        proven = self.proven_by(incarnation, verdict)
+        if not proven and verdict == "poisoned":
+            self.poisoned = True
+            self.stuck = f"a write failed and may still land ({reason})"
+        elif not proven and verdict != "writing":
+            self.stuck = "it cannot vouch for the process that may have had the destinations"
+        return proven
 
 
 @dataclass(slots=True)
@@ -164,6 +176,7 @@ class Exposure:
                 w.proof,
                 bool(w.stuck),
                 w.poisoned,
+                w.ended and w.ended[:2],
                 w.proof is None and w.next_abort > now,
             )
             for w in self.writers.values()

@@ -6,8 +6,10 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
 
 from sglang_scaling_fixes.reclaim.rules.attempt import Attempt
+from sglang_scaling_fixes.reclaim.rules.ended_rooms import EndedRooms
 from sglang_scaling_fixes.reclaim.rules.forgotten import Forgotten
 from sglang_scaling_fixes.reclaim.rules.kept_back import KeptBack
+from sglang_scaling_fixes.reclaim.rules.refused_rooms import RefusedRooms
 from sglang_scaling_fixes.reclaim.rules.types import LedgerError
 
 
@@ -22,7 +24,8 @@ class PrefillAudit:
     _finished: deque[Attempt]
     _unsent: OrderedDict[Attempt, None]
     _unserved: OrderedDict[Attempt, None]
-    _refused: OrderedDict[int, float]
+    refused_rooms: RefusedRooms
+    ended_rooms: EndedRooms
     _forgotten: Forgotten
     kept: KeptBack
 
@@ -54,7 +57,8 @@ class PrefillAudit:
             "finished": len(self._finished),
             "unsent": len(self._unsent),
             "unserved": len(self._unserved),
-            "rooms_refused": len(self._refused),
+            "rooms_refused": len(self.refused_rooms),
+            "rooms_ended": len(self.ended_rooms),
             "kept": len(self.kept),
             **self._forgotten.sizes(),
         }
@@ -73,7 +77,8 @@ class PrefillAudit:
             tuple(name(a) for a in self._unsent),
             tuple(name(a) for a in self._unserved),
             tuple(name(a) for a in self._finished),
-            tuple(self._refused),
+            self.refused_rooms.snapshot(),
+            self.ended_rooms.snapshot(),
             self._forgotten.snapshot(),
             self.kept.snapshot(),
         )

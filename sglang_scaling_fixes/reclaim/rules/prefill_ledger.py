@@ -24,56 +24,21 @@ from __future__ import annotations
 import enum
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
 
 from sglang_scaling_fixes.reclaim.rules.attempt import WITHOUT_PLUGIN, Attempt
 from sglang_scaling_fixes.reclaim.rules.coverage import Extent
+from sglang_scaling_fixes.reclaim.rules.ended_rooms import EndedRooms
 from sglang_scaling_fixes.reclaim.rules.forgotten import Forgotten
 from sglang_scaling_fixes.reclaim.rules.kept_back import KeptBack
+from sglang_scaling_fixes.reclaim.rules.prefill_actions import (
+    Action,
+    FailRoom,
+    ForgetRoom,
+    SendAck,
+)
 from sglang_scaling_fixes.reclaim.rules.prefill_audit import PrefillAudit
-from sglang_scaling_fixes.reclaim.rules.types import Rank, Verdict
-
-
-@dataclass(frozen=True)
-class SendAck:
-    """Action: send `AbortAck` to `reply_to`."""
-
-    reply_to: str
-    rank: Rank
-    lease: str
-    verdict: Verdict
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class FailRoom:
-    """Action: mark the room failed in stock (unless it succeeded), so that its request ends."""
-
-    room: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class ForgetRoom:
-    """Action: drop the destinations stock still has for this room, before new ones arrive."""
-
-    room: int
-
-
-Action = SendAck | FailRoom | ForgetRoom
-
-REFUSED = "refused by the decode side (503): it takes no requests of this prefill at the moment"
-REFUSED_S, REFUSED_MEMORY = 10.0, 4096
-"""For how long (seconds) and for how many rooms a refusal waits for its request to come."""
-
-
-def ends_room(*, known: bool, succeeded: bool) -> bool:
-    """Is a `FailRoom` carried out?
-
-    Only on a room stock knows: a failure recorded for no request would be found by the next one
-    that uses the room. And not on one that has succeeded.
-    """
-    return known and not succeeded
+from sglang_scaling_fixes.reclaim.rules.refused_rooms import REFUSED, RefusedRooms
+from sglang_scaling_fixes.reclaim.rules.types import Rank
 
 
 class Delivery(enum.Enum):
@@ -131,32 +96,44 @@ class PrefillLedger(PrefillAudit):
         self._forgotten = Forgotten(memory)
         self.kept = KeptBack(kept_back)
         """Destinations that wait; their key is the lease, or `(room, source)` without one."""
-        self._refused: OrderedDict[int, float] = OrderedDict()
-        """Rooms that decode does not take, whose request has not come, and when it said so."""
+        self.refused_rooms = RefusedRooms()
+        self.ended_rooms = EndedRooms(memory)
 
     # -- messages from decode ---------------------------------------------------
 
     def bind(
-        self, room: int, attempt_id: str, lease: str, reply_to: str, rank: Rank, *, extent: Extent
+        self,
+        room: int,
+        attempt_id: str,
+        lease: str,
+        reply_to: str,
+        rank: Rank,
+        *,
+        extent: Extent,
+        came: float | None = None,
     ) -> tuple[Delivery, list[Action]]:
-        """Destinations of `lease` arrived. The verdict comes before stock sees them."""
-        self._refused.pop(room, None)  # decode tried again, and takes it this time
+        """Destinations of `lease` arrived. The verdict comes before stock sees them.
+
+        `came`: when its request came to decode (see `EndedRooms.take`); None: this decode is
+        told of no ending.
+        """
+        self.refused_rooms.forget(room)  # decode tried again, and takes it this time
         waited = self.kept.drop(lease)
         if lease in self._by_lease or (not waited and self._forgotten.refuses(lease)):
             return Delivery.DROP, []
         delivery, actions = Delivery.DELIVER, list[Action]()
         attempt = self._by_attempt_id.get((room, attempt_id))
         if attempt is None:
-            delivery, actions, attempt = self._next_attempt(room, attempt_id, lease, waited)
+            delivery, actions, attempt = self._next_attempt(room, attempt_id, lease, waited, came)
         if attempt is None:
             if delivery is Delivery.REFUSE:
                 self._forgotten.refuse(lease)
             return delivery, actions
-        attempt.bind(lease, reply_to, rank, extent)
+        attempt.bind(lease, reply_to, rank, extent, listens=came is not None)
         self._by_lease[lease] = attempt
         if waited:
             self.kept.came_free(room)  # for others of this attempt, or one that ends it
-        return (Delivery.DROP if attempt.closed else delivery), actions
+        return (Delivery.DROP if attempt.closed else delivery), [*actions, *attempt.says()]
 
     def bind_without_plugin(
         self, room: int, source: str, extent: Extent
@@ -191,36 +168,33 @@ class PrefillLedger(PrefillAudit):
             return [SendAck(reply_to, rank, lease, "unknown")]
         attempt.bindings[lease] = (reply_to, rank)
         attempt.awaiting_ack.add(lease)
-        closed = self._close(attempt, "aborted by the decode side")
+        attempt.untold = ()  # what all its decode ranks agree on, each of them says itself
+        closed = self._close(attempt, "aborted by the decode side", by_decode=True)
         if attempt.quiet:
-            return [*closed, *self._acks(attempt)]
+            return [*closed, *attempt.says()]
         return [*closed, SendAck(reply_to, rank, lease, "writing")]
 
     def refused(self, room: int, now: float) -> list[Action]:
-        """Decode does not take the request of `room`: it will send no destinations for it.
-
-        The request may not be here yet; then it ends as soon as it comes, within REFUSED_S.
-        """
+        """Decode does not take the request of `room`: it will send no destinations for it."""
         before = self._rooms.get(room)
         if before is not None and not before.over:
             return []  # destinations are here: of another decode, or of a request before
+        self.ended_rooms.forget(room)
         if room in self._waiting:
             return [FailRoom(room, REFUSED)]
-        self._refused[room] = now
-        if len(self._refused) > REFUSED_MEMORY:
-            self._refused.popitem(last=False)
+        self.refused_rooms.remember(room, now)
         return []
 
     # -- stock's senders and their chunks -----------------------------------------
 
     def sender_made(self, sender: Hashable, room: int, now: float = 0.0) -> list[Action]:
         """Stock began to serve a request: it belongs to the room's attempt that has none."""
+        self.ended_rooms.forget(room)
         attempt = self._rooms.get(room)
-        refused_at = self._refused.pop(room, None)
+        refused = self.refused_rooms.take(room, now)
         if attempt is None or attempt.sender is not None:
             self._waiting.setdefault(room, deque()).append(sender)
-            recent = refused_at is not None and now - refused_at < REFUSED_S
-            return [FailRoom(room, REFUSED)] if recent else []
+            return [FailRoom(room, REFUSED)] if refused else []
         self._adopt(attempt, sender)
         if attempt.closed:
             return [FailRoom(room, f"{attempt.closed_for}, before it began")]
@@ -264,7 +238,10 @@ class PrefillLedger(PrefillAudit):
         attempt.coverage.settle(attempt.exposed.values())
         missing = attempt.coverage.missing(extent, sends_kv)
         attempt.short = missing or attempt.short
-        return not (missing or attempt.poisoned)
+        if missing or attempt.poisoned:
+            return False
+        attempt.reports(to)
+        return True
 
     def opened(self, attempt: Attempt) -> None:
         """A helper task of the chunk in hand was submitted (it may outlive the chunk)."""
@@ -275,7 +252,7 @@ class PrefillLedger(PrefillAudit):
         attempt.end()
         if attempt.over:
             self._finish(attempt)
-        return self._acks(attempt)
+        return attempt.says()
 
     def failed(self, attempt: Attempt, reason: str) -> list[Action]:
         """A write reported failure: it may still be running. Nothing more is written."""
@@ -286,16 +263,36 @@ class PrefillLedger(PrefillAudit):
         """Stock is done with `sender` (it was cleared): no chunk of it will come."""
         attempt = self._senders.pop(sender, None)
         if attempt is None:
-            waiting = self._waiting.get(room)
-            if waiting and sender in waiting:
-                waiting.remove(sender)
-                if not waiting:
-                    del self._waiting[room]
+            self._unwait(sender, room)
             return []
         attempt.lose_sender()
         if attempt.over:
             self._finish(attempt)
-        return self._acks(attempt)
+        return attempt.says()
+
+    # -- requests that end here without success ---------------------------------------
+
+    def stopped(self, sender: Hashable, room: int, now: float, why: str) -> list[Action]:
+        """Stock ended the request of `sender`, whose chunks are no use. It may clear it later."""
+        attempt = self._senders.get(sender)
+        if attempt is None:
+            if self._unwait(sender, room) and room not in self._waiting and why != REFUSED:
+                self.ended_rooms.remember(room, now, why)
+            return []
+        self._shut(attempt, why)
+        return attempt.says()
+
+    def rejected(self, room: int, now: float, why: str) -> list[Action]:
+        """Stock rejected the room's request: it will have no sender."""
+        attempt = self._rooms.get(room)
+        if attempt is None or attempt.sender is not None:
+            if room not in self._waiting:
+                self.ended_rooms.remember(room, now, why)
+            return []
+        self._shut(attempt, why)
+        said = attempt.says()
+        self._finish(attempt)
+        return said
 
     # -- queries ----------------------------------------------------------------
 
@@ -306,39 +303,53 @@ class PrefillLedger(PrefillAudit):
 
     # -- internals ---------------------------------------------------------------
 
+    def _unwait(self, sender: Hashable, room: int) -> bool:
+        """True if `sender` waited for its destinations. It does no more."""
+        waiting = self._waiting.get(room, ())
+        if not waiting or sender not in waiting:
+            return False
+        waiting.remove(sender)
+        if not waiting:
+            del self._waiting[room]
+        return True
+
     def _next_attempt(
-        self, room: int, attempt_id: str, key: Hashable, waited: bool
+        self, room: int, attempt_id: str, key: Hashable, waited: bool, came: float | None = None
     ) -> tuple[Delivery, list[Action], Attempt | None]:
         """An attempt for destinations that have none. `waited`: they were kept back before."""
         before = self._rooms.get(room)
         if before is not None and not before.over:
             # A chunk of the attempt before would be written to the new destinations,
             # and its end would end the new one.
-            actions = self._close(before, "its room is used again")
+            actions = [*self._close(before, "its room is used again"), *before.says()]
             kept = self.kept.keep(room, key, again=waited)
             if before.over:
                 self.kept.came_free(room)
             return Delivery.DEFER if kept else Delivery.REFUSE, actions, None
         if before is not None:
             self._finish(before)
-        attempt, closed = self._open(room, attempt_id)
+        attempt, closed = self._open(room, attempt_id, came)
         return Delivery.DELIVER, [ForgetRoom(room), *closed], attempt
 
-    def _open(self, room: int, attempt_id: str) -> tuple[Attempt, list[Action]]:
+    def _open(self, room: int, attempt_id: str, came: float | None) -> tuple[Attempt, list[Action]]:
         attempt = self._rooms[room] = self._by_attempt_id[room, attempt_id] = Attempt(
             room, attempt_id
         )
         if waiting := self._waiting.get(room):
-            self._adopt(attempt, waiting.popleft())
-            if not waiting:
-                del self._waiting[room]
+            self._adopt(attempt, sender := waiting[0])
+            self._unwait(sender, room)
+            return attempt, []
+        if why := self.ended_rooms.take(room, came):
+            self._shut(attempt, why)
+            self._finish(attempt)
             return attempt, []
         self._unserved[attempt] = None
         if len(self._unserved) <= self._unserved_limit:
             return attempt, []
         oldest = next(iter(self._unserved))
         reason = f"no request came for it while {self._unserved_limit} others waited for theirs"
-        return attempt, [*self._close(oldest, reason), ForgetRoom(oldest.room)]
+        closed = self._close(oldest, reason)
+        return attempt, [*closed, ForgetRoom(oldest.room), *oldest.says()]
 
     def _adopt(self, attempt: Attempt, sender: Hashable) -> None:
         attempt.adopt(sender)
@@ -346,28 +357,25 @@ class PrefillLedger(PrefillAudit):
         self._unsent.pop(attempt, None)
         self._unserved.pop(attempt, None)
 
-    def _close(self, attempt: Attempt, reason: str) -> list[Action]:
+    def _close(self, attempt: Attempt, reason: str, *, by_decode: bool = False) -> list[Action]:
         if attempt.closed:
             return []
-        attempt.close()
-        attempt.closed_for = reason
+        self._shut(attempt, reason, by_decode=by_decode)
         if attempt.sender is None:
-            del self._unserved[attempt]
-            self.kept.came_free(attempt.room)
             self._unsent[attempt] = None
             if len(self._unsent) > self._memory:
                 self._finish(self._unsent.popitem(last=False)[0])
         return [FailRoom(attempt.room, reason)]
 
-    def _acks(self, attempt: Attempt) -> list[Action]:
-        if not (attempt.closed and attempt.quiet):
-            return []
-        answers: list[Action] = []
-        for lease in sorted(attempt.awaiting_ack):
-            reply_to, rank = attempt.bindings[lease]
-            answers.append(SendAck(reply_to, rank, lease, attempt.verdict, attempt.poisoned))
-        attempt.awaiting_ack.clear()
-        return answers
+    def _shut(self, attempt: Attempt, reason: str, *, by_decode: bool = False) -> None:
+        """Close it, if it is open. Without a request it is over, and its room is free."""
+        if attempt.closed:
+            return
+        attempt.close("" if by_decode else reason)
+        attempt.closed_for = reason
+        if attempt.sender is None:
+            self._unserved.pop(attempt, None)
+            self.kept.came_free(attempt.room)
 
     def _finish(self, attempt: Attempt) -> None:
         """Take the attempt off its room; remember it for late questions and stragglers."""

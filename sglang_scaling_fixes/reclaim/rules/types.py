@@ -11,6 +11,9 @@ Rank = str
 Verdict = Literal["drained", "writing", "poisoned", "unknown"]
 """What a prefill process can say of a lease, see `messages.AbortAck`."""
 
+EndVerdict = Literal["drained", "poisoned"]
+"""What it can say of one whose destinations it has received."""
+
 
 def lease_parts(lease: str) -> tuple[str, int]:
     """The decode process and the number in a lease, which grows in the order of exposing.

@@ -21,8 +21,10 @@ from sglang_scaling_fixes.reclaim.decode.inbox import Inbox
 from sglang_scaling_fixes.reclaim.decode.peers import Peers
 from sglang_scaling_fixes.reclaim.decode.rooms import Rooms
 from sglang_scaling_fixes.reclaim.decode.side import DecodeSide
+from sglang_scaling_fixes.reclaim.prefill.actions import Actions
 from sglang_scaling_fixes.reclaim.prefill.side import PrefillSide
 from sglang_scaling_fixes.reclaim.rules.attempt import Attempt
+from sglang_scaling_fixes.reclaim.rules.prefill_actions import Action, SendEnded
 from tests.stateful.machine import Adapters
 from tests.stateful.wire import Harm
 
@@ -60,6 +62,19 @@ def takes_any_chunk(side: PrefillSide, attempt: Attempt, chunk: Any) -> bool:
     return True
 
 
+def says_at_once(attempt: Attempt) -> list[Action]:
+    told = [
+        SendEnded(*attempt.bindings[lease], lease, "drained", "")
+        for lease in attempt.untold
+        if attempt.closed
+    ]
+    attempt.untold = () if told else attempt.untold
+    return [*told, *SAYS(attempt)]
+
+
+SAYS = Attempt.says
+
+
 def yes(*_: Any) -> bool:
     return True
 
@@ -95,6 +110,9 @@ CONTROLS: dict[str, Broken] = {
         (Rooms, "succeeded", masks_the_room),
     ),
     "a receiver forgets the room of another": ((Rooms, "clear", forgets_the_room),),
+    "nothing that ends on prefill is told": ((Actions, "_tell", lambda *_: None),),
+    "it is told while a chunk is being written": ((Attempt, "says", says_at_once),),
+    "it is told after a success as well": ((Attempt, "reports", lambda *_: None),),
     "a failed write is not recorded": ((PrefillSide, "failed", lambda *_: None),),
 }
 """One rule of an adapter off, or two that stand in for each other."""

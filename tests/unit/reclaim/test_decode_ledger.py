@@ -9,7 +9,7 @@ import pytest
 from sglang_scaling_fixes.reclaim.rules.decode_ledger import DecodeLedger
 from sglang_scaling_fixes.reclaim.rules.exposure import TRANSITIONS, Exposure, ExposureState
 from sglang_scaling_fixes.reclaim.rules.reasons import why_held
-from sglang_scaling_fixes.reclaim.rules.types import LedgerError, Proof
+from sglang_scaling_fixes.reclaim.rules.types import LedgerError, Proof, Verdict
 from tests.model.diagram import DOC, PICTURES, in_doc
 
 EVENTS = sorted({event for _, event in TRANSITIONS})
@@ -482,3 +482,89 @@ class TestAsking:
         ledger.returned(third)
         assert ledger.held == [second, first]
         assert {e.lease for e in ledger.exposures()} == {first.lease, second.lease}
+
+
+class TestEndings:
+    """What it is worth that prefill ended a request, told unasked."""
+
+    def test_one_that_comes_first_is_proof_when_the_owner_gives_up(self) -> None:
+        """For this writer. The others are asked as ever."""
+        ledger = decode("p0", "p1")
+        exposure = exposed(ledger, 7, "p0", "p1")
+        assert ledger.endings.told("p0", "p0-process", exposure.lease, "drained") is exposure
+        assert ledger.endings.fails(exposure)
+        assert [w.proof for w in exposure.writers.values()] == [None, None], "its owner waits"
+        ledger.give_up(exposure, now=0.0)
+        assert exposure.writers["p0"].proof is Proof.DRAINED
+        assert [ask.rank for ask in ledger.tick(0.0)] == ["p1"]
+        ledger.ack("p1", "p1-process", exposure.lease, "drained")
+        assert exposure.state.value == "proven"
+
+    def test_one_that_comes_after_it_gave_up_is_proof_at_once(self) -> None:
+        ledger = decode("p0")
+        exposure = held(ledger)
+        assert ledger.endings.told("p0", "p0-process", exposure.lease, "drained") is exposure
+        assert exposure.state is ExposureState.PROVEN
+
+    @pytest.mark.parametrize("first", [True, False])
+    @pytest.mark.parametrize(
+        ("process", "verdict", "why"),
+        [
+            ("p0-process", "poisoned", "a write failed and may still land (returned -1)"),
+            ("another", "drained", "it cannot vouch for the process"),
+        ],
+    )
+    def test_it_is_weighed_like_an_answer(
+        self, process: str, verdict: Verdict, why: str, first: bool
+    ) -> None:
+        ledger = decode("p0")
+        exposure = exposed(ledger) if first else held(ledger)
+        ledger.endings.told("p0", process, exposure.lease, verdict, "returned -1")
+        if first:
+            ledger.give_up(exposure, now=0.0)
+        assert exposure.state is ExposureState.HELD
+        assert why in why_held(exposure, ledger.peers)
+        assert [ask.rank for ask in ledger.tick(0.0)] == ["p0"], "it is asked all the same"
+
+    def test_a_dispute_that_comes_after_it_counts(self) -> None:
+        """It is weighed when the owner gives up, with all that is known by then."""
+        ledger = decode("p0")
+        exposure = exposed(ledger)
+        ledger.endings.told("p0", "p0-process", exposure.lease, "drained")
+        ledger.hello_acked("p0", "another", exposure.lease)
+        ledger.give_up(exposure, now=0.0)
+        assert exposure.state is ExposureState.HELD
+
+    def test_it_is_of_its_lease_and_rank_alone(self) -> None:
+        ledger = decode("p0")
+        first, second = exposed(ledger, 7), exposed(ledger, 8)
+        assert ledger.endings.told("p1", "p1-process", first.lease, "drained") is None
+        assert ledger.endings.told("p0", "p0-process", "another lease", "drained") is None
+        ledger.endings.told("p0", "p0-process", first.lease, "drained")
+        ledger.give_up(second, now=0.0)
+        assert second.state is ExposureState.HELD
+
+    def test_what_its_writer_reported_has_landed(self) -> None:
+        """Prefill tells of no end after a success. If it did, the KV would be there."""
+        ledger = decode("p0")
+        exposure = exposed(ledger)
+        ledger.successes.tagged(exposure.lease, "p0")
+        assert ledger.endings.told("p0", "p0-process", exposure.lease, "drained") is None
+        ledger.landed(exposure)
+        assert ledger.endings.told("p0", "p0-process", exposure.lease, "drained") is None
+
+    def test_a_success_after_it_is_proof_as_ever(self) -> None:
+        ledger = decode("p0")
+        exposure = exposed(ledger)
+        ledger.endings.told("p0", "another", exposure.lease, "drained")
+        ledger.give_up(exposure, now=0.0)
+        ledger.successes.tagged(exposure.lease, "p0")
+        assert exposure.writers["p0"].proof is Proof.LANDED
+
+    def test_two_owners_in_one_room_are_not_failed_together(self) -> None:
+        ledger = decode("p0")
+        first, second = exposed(ledger), exposed(ledger)
+        assert ledger.endings.told("p0", "p0-process", first.lease, "drained") is first
+        assert not ledger.endings.fails(first)
+        ledger.give_up(second, now=0.0)
+        assert ledger.endings.fails(first)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import pytest
 
 from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.reclaim import layout, messages
+from sglang_scaling_fixes.reclaim.retry_after import ENDED
 from sglang_scaling_fixes.reclaim.rules.exposure import ExposureState
 from sglang_scaling_fixes.reclaim.rules.pace import UNHEARD
 from tests.decode_rank import OLD, POOL, Decode
@@ -165,3 +167,68 @@ def test_a_metadata_message_that_came_late_is_not_for_stock(stale: str | None) -
     stock = [b"AUX_DATA", room, b"0", str(aux).encode(), b"\0\0\0\1", b"x"]
     seen = decode.guard.inbox.read([*stock, messages.encode(mark)])
     assert seen == (None if stale else stock)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_what_prefill_ended_fails_at_once_and_its_slots_are_back_in_a_tick(told: bool) -> None:
+    """Without a word of it, the owner waits, and its slots wait for an answer after that."""
+    decode = Decode(Config())
+    decode.hears(messages.HelloAck(decode.rank, "process", seq=1))
+    receiver, slots, aux = decode.expose(7, 50)
+    lease = receiver.sglang_scaling_fixes_exposure.lease
+    if told:
+        decode.hears(messages.AttemptEnded(decode.rank, "process", lease, "drained", "aborted"))
+    failed = decode.manager.request_status[7] == 0
+    assert failed is told
+    assert decode.manager.failures == ({7: f"{ENDED} (aborted): retry the request"} if told else {})
+    decode.give_up(receiver, slots, aux, age=0.0)  # as stock does with a failed room
+    assert decode.asks() == (0 if told else 1)
+    assert decode.free() == (POOL - 50, 7)
+    decode.guard.tick()
+    assert (decode.free() == (POOL, 8)) is told
+    report = decode.guard.metrics.report()
+    assert (report["endings"], report["stale"], report["garbage"]) == (int(told), 0, 0)
+
+
+def test_an_ending_that_comes_late_fails_nobody() -> None:
+    """Its room may be another request's by now."""
+    decode = Decode(Config())
+    receiver, slots, aux = decode.expose(7, 50)
+    lease = receiver.sglang_scaling_fixes_exposure.lease
+    decode.give_up(receiver, slots, aux, age=0.0)
+    decode.expose(7, 20)
+    decode.hears(messages.AttemptEnded(decode.rank, "process", lease, "drained", "aborted"))
+    assert decode.manager.failures == {} and decode.manager.request_status[7] == 2
+    decode.guard.tick()
+    assert decode.free() == (POOL - 20, 7), "it is proof of its own lease"
+
+
+def test_a_room_of_two_requests_is_failed_for_neither() -> None:
+    decode = Decode(Config())
+    leases = [decode.expose(7, 10)[0].sglang_scaling_fixes_exposure.lease for _ in range(2)]
+    decode.hears(messages.AttemptEnded(decode.rank, "process", leases[0], "drained", "aborted"))
+    assert decode.manager.failures == {}
+
+
+def test_destinations_say_how_long_their_request_has_waited() -> None:
+    """So prefill knows whose they are, and that this decode reads an `AttemptEnded`."""
+    decode = Decode(Config())
+
+    def waited(room: int, came: float | None) -> float | None:
+        receiver, _, _ = decode.expose(room, 1)
+        receiver.sglang_scaling_fixes_came = came
+        decode.guard.send_metadata(
+            lambda *_: decode.tap.send_multipart(
+                [b"8", b"", b"1", OLD.encode(), b"", b"", b"", b"1"]
+            ),
+            receiver,
+            np.array([3], np.int32),
+            1,
+            [],
+        )
+        _, bind = messages.strip_trailer(decode.socket.sent[-1])
+        assert isinstance(bind, messages.Bind)
+        return bind.waited
+
+    assert waited(7, None) == 0.0
+    assert (waited(9, time.monotonic() - 30.0) or 0.0) >= 30.0

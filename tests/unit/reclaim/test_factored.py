@@ -28,7 +28,8 @@ def test_every_interleaving_is_safe_and_ends(
     assert found.terminal > 0
 
 
-@pytest.mark.parametrize("name", CONTROLS)
+# That an owner waits in vain is said of one world at a time: it is no end of a node.
+@pytest.mark.parametrize("name", [name for name in CONTROLS if CONTROLS[name].tells])
 def test_without_one_rule_the_corruption_is_found(
     name: str, record_property: Callable[[str, object], None]
 ) -> None:

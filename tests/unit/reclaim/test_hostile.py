@@ -81,9 +81,11 @@ def valid(lease: str) -> list[list[bytes]]:
         m.attach_trailer(REGISTRATION, m.Hello(REPLY, RANK, seq=2)),
         m.attach_trailer(STOCK, m.Bind(REPLY, RANK, "g2", "e2")),
         m.attach_trailer(STOCK, m.Bind(REPLY, RANK, "g3", "e3", expects="process")),
+        m.attach_trailer(STOCK, m.Bind(REPLY, RANK, "g4", "e4", waited=0.5)),
         [m.encode(m.Abort(REPLY, RANK, 7, "g1"))],
         [m.encode(m.HelloAck(RANK, "process", lease, 1))],
         [m.encode(m.AbortAck(RANK, "process", lease, "drained"))],
+        [m.encode(m.AttemptEnded(RANK, "process", lease, "drained"))],
         [*SUCCESS, m.encode(m.SuccessTag(lease, RANK))],
     ]
 

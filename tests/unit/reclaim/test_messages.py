@@ -21,6 +21,8 @@ MESSAGES = [
     m.HelloAck(RANK, "inc", "g-1"),
     m.HelloAck(RANK, "inc", seq=3),
     m.AbortAck(RANK, "inc", "g-1", "poisoned", "returned -1"),
+    m.Bind(REPLY, RANK, "g-1", "e-1", waited=0.5),
+    m.AttemptEnded(RANK, "inc", "g-1", "drained", "aborted on prefill"),
 ]
 LONG = "x" * 300
 OUT_OF_BOUNDS = [
@@ -44,6 +46,9 @@ OUT_OF_BOUNDS = [
     m.AbortAck(RANK, "inc", "g-1", "gone"),  # type: ignore[arg-type]
     m.AbortAck(RANK, "inc", "g-1", "poisoned", "x" * 5000),
     m.AbortAck(RANK, "inc", "g-1", "poisoned", "x" * m.MAX_FRAME_BYTES),
+    m.Bind(REPLY, RANK, "g-1", "e-1", waited=-0.5),
+    m.AttemptEnded(RANK, "inc", "g-1", "unknown"),  # type: ignore[arg-type]
+    m.AttemptEnded(RANK, "inc", LONG, "drained"),
 ]
 
 
@@ -99,6 +104,7 @@ def test_peers_of_before_the_numbers_are_understood() -> None:
     assert isinstance(hello, m.Hello) and hello.seq == 0
     bind = m.decode(bare("bind", reply_to=REPLY, rank=RANK, lease="g", attempt_id="e", stock=2))
     assert isinstance(bind, m.Bind) and bind.expects is None
+    assert bind.waited is None, "it reads no AttemptEnded, and is sent none"
     here = m.decode(bare("hello_ack", rank=RANK, incarnation="inc"))
     assert isinstance(here, m.HelloAck) and here.seq is None
     newer = m.decode(bare("hello_ack", rank=RANK, incarnation="inc", more=1))

@@ -8,17 +8,16 @@ from sglang_scaling_fixes.reclaim.rules import forgotten
 from sglang_scaling_fixes.reclaim.rules.attempt import Attempt
 from sglang_scaling_fixes.reclaim.rules.coverage import Extent
 from sglang_scaling_fixes.reclaim.rules.decode_ledger import DecodeLedger
-from sglang_scaling_fixes.reclaim.rules.prefill_ledger import (
-    REFUSED,
-    REFUSED_MEMORY,
-    REFUSED_S,
+from sglang_scaling_fixes.reclaim.rules.ended_rooms import SKEW_S, EndedRooms
+from sglang_scaling_fixes.reclaim.rules.prefill_actions import (
     Action,
-    Delivery,
     FailRoom,
     ForgetRoom,
-    PrefillLedger,
     SendAck,
+    SendEnded,
 )
+from sglang_scaling_fixes.reclaim.rules.prefill_ledger import Delivery, PrefillLedger
+from sglang_scaling_fixes.reclaim.rules.refused_rooms import REFUSED, REFUSED_MEMORY, REFUSED_S
 from sglang_scaling_fixes.reclaim.rules.types import LedgerError, lease_parts
 
 
@@ -471,3 +470,137 @@ class TestKeptBack:
         for _ in range(5):
             assert ledger.bind_without_plugin(7, "x0", EXTENT)[0] is Delivery.DEFER
         assert len(ledger.kept) == 1, "stock, too, keeps the last of a rank"
+
+
+def listening(ledger: PrefillLedger, n: int = 1, room: int = 7, came: float = 0.0) -> list[Action]:
+    """Destinations of a decode that is to be told of endings."""
+    return ledger.bind(room, f"e{n}", f"g{n}", "d0", "p0", extent=EXTENT, came=came)[1]
+
+
+def ended(actions: list[Action]) -> list[tuple[str, str, str]]:
+    return [(a.lease, a.verdict, a.reason) for a in actions if isinstance(a, SendEnded)]
+
+
+def yes(session: str) -> bool:
+    del session
+    return True
+
+
+class TestEndings:
+    """What ends here without success is told once, when nothing of it is written any more."""
+
+    def served(self, ledger: PrefillLedger) -> Attempt:
+        """With a chunk in hand."""
+        listening(ledger)
+        ledger.sender_made("s", 7)
+        attempt = ledger.put("s")
+        assert attempt is not None and ledger.take(attempt, 1, True)
+        return attempt
+
+    def test_it_is_told_when_the_chunk_in_hand_has_ended_and_once(self) -> None:
+        ledger = prefill()
+        attempt = self.served(ledger)
+        assert ledger.stopped("s", 7, 0.0, "aborted") == []
+        assert ended(ledger.done(attempt)) == [("g1", "drained", "aborted")]
+        assert ledger.stopped("s", 7, 0.0, "aborted") == [] == ledger.retire("s", 7)
+
+    def test_a_failed_write_is_told_as_poisoned(self) -> None:
+        ledger = prefill()
+        attempt = self.served(ledger)
+        assert ended(ledger.failed(attempt, "returned -1")) == []
+        assert ended(ledger.done(attempt)) == [("g1", "poisoned", "returned -1")]
+
+    def test_a_sender_that_is_gone_ends_it(self) -> None:
+        ledger = prefill()
+        listening(ledger)
+        ledger.sender_made("s", 7)
+        assert ended(ledger.retire("s", 7)) == [("g1", "drained", "its request ended on prefill")]
+
+    def test_the_next_request_of_its_room_ends_it(self) -> None:
+        ledger = prefill()
+        listening(ledger)
+        assert ended(listening(ledger, 2)) == [("g1", "drained", "its room is used again")]
+
+    def test_a_success_that_covers_its_lease_is_its_end(self) -> None:
+        ledger = prefill()
+        attempt = self.served(ledger)
+        ledger.offer("s", 1, (), None)
+        attempt.coverage.writes += ["d0:1", "d0:1"]
+        assert ledger.success_leaves(attempt, "d0", yes)
+        assert ledger.done(attempt) == [] == ledger.retire("s", 7)
+
+    def test_a_success_that_is_short_is_none(self) -> None:
+        ledger = prefill()
+        attempt = self.served(ledger)
+        assert not ledger.success_leaves(attempt, "d0", yes)
+        assert ended(ledger.done(attempt)) == []
+        assert [lease for lease, _, _ in ended(ledger.retire("s", 7))] == ["g1"]
+
+    def test_what_decode_ends_itself_it_is_not_told(self) -> None:
+        ledger = prefill()
+        attempt = self.served(ledger)
+        ledger.stopped("s", 7, 0.0, "aborted")
+        ledger.abort(7, "g1", "d0", "p0")
+        actions = ledger.done(attempt)
+        assert answers(actions) == [("g1", "drained")] and ended(actions) == []
+
+    def test_who_is_bound_later_is_told_at_once(self) -> None:
+        ledger = prefill()
+        listening(ledger)
+        ledger.sender_made("s", 7)
+        ledger.retire("s", 7)
+        late = ledger.bind(7, "e1", "g1-d1", "d1", "p0", extent=EXTENT, came=0.0)
+        assert late[0] is Delivery.DROP
+        assert ended(late[1]) == [("g1-d1", "drained", "its request ended on prefill")]
+
+    def test_a_decode_that_does_not_listen_is_told_nothing(self) -> None:
+        ledger = prefill()
+        bound(ledger)
+        assert ledger.stopped("s1", 7, 0.0, "aborted") == [] == ledger.retire("s1", 7)
+
+    def test_a_rejected_request_ends_its_attempt_and_no_other(self) -> None:
+        ledger = prefill()
+        listening(ledger)
+        assert ended(ledger.rejected(7, 0.0, "too long")) == [("g1", "drained", "too long")]
+        assert ledger.sender_made("s", 7) == [], "the next request of the room is not failed"
+        assert ended(listening(ledger, 2)) == []
+        assert ledger.rejected(7, 0.0, "a third one") == [], "the room is another request's"
+        assert ledger.put("s") is not None
+
+    @pytest.mark.parametrize("how", ["stopped", "rejected"])
+    def test_destinations_of_a_request_that_has_ended_are_told_so(self, how: str) -> None:
+        ledger = prefill()
+        if how == "stopped":
+            ledger.sender_made("s", 7)
+            ledger.stopped("s", 7, 100.0, "aborted")
+        else:
+            ledger.rejected(7, 100.0, "aborted")
+        for decode in ("d0", "d1"):
+            delivery, actions = ledger.bind(
+                7, "e1", f"g-{decode}", decode, "p0", extent=EXTENT, came=90.0
+            )
+            assert delivery is Delivery.DROP
+            assert ended(actions) == [(f"g-{decode}", "drained", "aborted")]
+        assert ended(listening(ledger, 2, came=90.0)) == [], "these are another request's"
+
+    @pytest.mark.parametrize("doubt", ["newer request", "came after it", "given up", "cleared"])
+    def test_in_doubt_destinations_wait(self, doubt: str) -> None:
+        ledger = prefill()
+        ledger.sender_made("s", 7)
+        if doubt == "cleared":  # perhaps after a success: stock did not say
+            ledger.retire("s", 7)
+        else:
+            ledger.stopped("s", 7, 100.0, "aborted")
+        if doubt == "newer request":
+            ledger.sender_made("newer", 7)
+        if doubt == "given up":
+            ledger.ended_rooms.forget(7)
+        came = 100.0 + SKEW_S + 0.1 if doubt == "came after it" else 0.0
+        assert listening(ledger, came=came) == [ForgetRoom(7)]
+        assert bind(ledger, 2, room=8)[0] is Delivery.DELIVER
+
+    def test_so_many_ended_requests_are_remembered(self) -> None:
+        rooms = EndedRooms(memory=2)
+        for room in (1, 2, 3):
+            rooms.remember(room, 0.0, "aborted")
+        assert [rooms.take(room, 0.0) for room in (1, 2, 3, 3)] == ["", "aborted", "aborted", ""]

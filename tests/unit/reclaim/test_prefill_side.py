@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from sglang_scaling_fixes.reclaim import messages
+from sglang_scaling_fixes.reclaim.prefill import ends, side
+from sglang_scaling_fixes.reclaim.prefill.ends import ABORTED
 from sglang_scaling_fixes.reclaim.prefill.side import PrefillSide
 from sglang_scaling_fixes.reclaim.rules.prefill_ledger import KEPT_BACK, PrefillLedger
 
@@ -18,6 +20,8 @@ FAILED, SUCCESS = 0, 4
 
 
 class Sender:
+    conclude_state: int | None = None
+
     def __init__(self, room: int) -> None:
         self.bootstrap_room = room
 
@@ -44,9 +48,11 @@ class Prefill:
             send=lambda to, frame: self.said.append(messages.decode(frame))
         )
 
-    def bind(self, room: int, lease: str, expects: str | None = None) -> list[bytes] | None:
+    def bind(
+        self, room: int, lease: str, expects: str | None = None, waited: float | None = None
+    ) -> list[bytes] | None:
         stock = [str(room).encode(), b"127.0.0.1", b"1", b"s:1", b"\0" * 4, b"0", b"", b"1"]
-        bind = messages.Bind(REPLY, RANK, lease, f"e-{lease}", expects=expects)
+        bind = messages.Bind(REPLY, RANK, lease, f"e-{lease}", expects=expects, waited=waited)
         return self.guard.read(messages.attach_trailer(stock, bind))
 
     def ask(self, room: int, lease: str) -> str:
@@ -235,3 +241,75 @@ def test_one_whose_request_never_comes_is_closed_in_stock_too(prefill: Prefill) 
     assert prefill.ask(1, "d-1") == "drained"
     prefill.sender(1)
     assert prefill.status[1] == FAILED, "it came after all, and ends at once"
+
+
+def told(prefill: Prefill) -> list[tuple[str, str, str]]:
+    ends = (m for m in prefill.said if isinstance(m, messages.AttemptEnded))
+    return [(m.lease, m.verdict, m.reason) for m in ends]
+
+
+def test_an_end_says_who_it_is_of_and_why(prefill: Prefill) -> None:
+    own = prefill.guard._ledger.incarnation
+    prefill.bind(7, "g1", waited=0.0)
+    prefill.guard.ends.stopped(prefill.sender(7))
+    assert [type(m) for m in prefill.said] == [messages.HelloAck, messages.AttemptEnded]
+    assert prefill.said[1] == messages.AttemptEnded(RANK, own, "g1", "drained", ABORTED)
+    assert prefill.guard.metrics.report()["endings_told"] == {"drained": 1}
+
+
+def test_a_failure_is_told_with_stocks_words_and_a_success_is_not(prefill: Prefill) -> None:
+    prefill.manager.failure_records = {7: "lost its session"}
+    for room, status in ((7, FAILED), (8, SUCCESS)):
+        prefill.bind(room, f"g{room}", waited=0.0)
+        sender = prefill.sender(room)
+        prefill.status[room] = status
+        prefill.guard.ends.clearing(sender)
+        if status == SUCCESS:  # its worker says so before
+            attempt = prefill.guard._ledger.attempt_of("g8")
+            assert attempt is not None
+            attempt.reports(REPLY)
+        prefill.guard.retire(sender)
+    assert told(prefill) == [("g7", "drained", "lost its session")]
+
+
+def test_it_is_told_when_the_worker_is_through_with_its_chunk(prefill: Prefill) -> None:
+    prefill.bind(7, "g1", waited=0.0)
+    sender = prefill.sender(7)
+    waiting: Queue[Any] = Queue()
+    tap = prefill.guard.tap_queue(waiting)
+    chunk = SimpleNamespace(room=7, prefill_kv_indices=[3], is_last_chunk=False)
+    prefill.guard.send(lambda *_: tap.put(chunk), sender, [3])
+    assert tap.get() is chunk
+    prefill.guard.ends.stopped(sender)
+    assert told(prefill) == []
+    tap.end()
+    assert told(prefill) == [("g1", "drained", ABORTED)]
+
+
+def test_a_room_that_decode_gave_up_is_forgotten(prefill: Prefill) -> None:
+    """Stock says so to prefill. The next destinations of the room are another request's."""
+    for gave_up in (False, True):
+        prefill.said.clear()
+        prefill.guard.ends.stopped(prefill.sender(7))
+        if gave_up:
+            assert prefill.guard.read([b"ABORT", b"7", b"127.0.0.1", b"1"]) is not None
+        prefill.bind(7, f"g-{gave_up}", waited=1.0)
+        assert bool(told(prefill)) is not gave_up
+
+
+def test_destinations_kept_back_are_as_old_as_when_they_came(
+    prefill: Prefill, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their request came while its room was in use, and ended before that was over."""
+    now = 100.0
+    clock = SimpleNamespace(monotonic=lambda: now)
+    for module in (side, ends):
+        monkeypatch.setattr(module, "time", clock)
+    prefill.bind(7, "g1", waited=0.0)
+    first, second = prefill.sender(7), prefill.sender(7)
+    assert prefill.bind(7, "g2", waited=5.0) is None
+    now = 200.0
+    prefill.guard.ends.stopped(second)
+    prefill.guard.retire(first)
+    assert prefill.guard._next_deferred() is None
+    assert ("g2", "drained", ABORTED) in told(prefill)
