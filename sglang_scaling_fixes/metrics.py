@@ -74,14 +74,14 @@ class Metrics:
             m.name: Counter() for m in known if m.kind == "counter" and m.labels
         }
 
-    def inc(self, name: str, *values: str) -> None:
-        """Count one; `values` are those of the metric's own labels, in their order."""
+    def inc(self, name: str, *values: str, by: int = 1) -> None:
+        """Count `by`; `values` are those of the metric's own labels, in their order."""
         if values:
-            self._by_label[name]["/".join(values)] += 1
+            self._by_label[name]["/".join(values)] += by
         else:
-            self._counts[name] += 1
+            self._counts[name] += by
         if self._exported:
-            self._series(name, values).inc()
+            self._series(name, values).inc(by)
 
     def set(self, name: str, value: float, *values: str) -> None:
         if (series := self._series(name, values)) is not None:

@@ -79,15 +79,17 @@ def preallocation_queue(tokens: Any, metadata: Any) -> SimpleNamespace:
 class Decode:
     """One decode rank with one prefill rank it has registered at."""
 
-    def __init__(self, config: Config, **server_args: Any) -> None:
+    def __init__(
+        self, config: Config, *, pool: int = POOL, metadata: int = 8, **server_args: Any
+    ) -> None:
         self.prefill = socket.create_server(("127.0.0.1", 0))
         """Alive: its port is open."""
         self.port = self.prefill.getsockname()[1]
         self.rank = f"127.0.0.1:{self.port}"
         self.manager = Manager(**server_args)
         self.guard = DecodeSide(self.manager, config).install()
-        self.tokens = allocators.TokenToKVPoolAllocator(POOL, torch.float32, "cpu", None, False)
-        self.aux = utils.ReqToMetadataIdxAllocator(8)
+        self.tokens = allocators.TokenToKVPoolAllocator(pool, torch.float32, "cpu", None, False)
+        self.aux = utils.ReqToMetadataIdxAllocator(metadata)
         self.guard.install_gate(preallocation_queue(self.tokens, self.aux))
         self.socket = Socket()
         self.tap = OutgoingSocket(

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.common import reports
-from benchmarks.reclaim import holds, ledger, memory, pair, report, share, throughput
+from benchmarks.reclaim import holds, ledger, memory, pair, report, share, storm, throughput
 from benchmarks.reclaim.degraded import command as degraded_command
 from benchmarks.reclaim.degraded import report as degraded_report
 from benchmarks.reclaim.load import Shape
@@ -98,6 +98,19 @@ def _parser() -> argparse.ArgumentParser:
     soak.add_argument("--requests", type=int, default=1_000_000)
     soak.add_argument("--seed", type=int, default=1)
     soak.set_defaults(run=_memory, release=installed)
+
+    silence = commands.add_parser(
+        "storm", parents=[output], help="decode's scheduler when a prefill falls silent; no servers"
+    )
+    silence.add_argument(
+        "--transfers",
+        type=int,
+        nargs="+",
+        default=list(storm.TRANSFERS),
+        help="given up at once (default 64 512 2000)",
+    )
+    silence.add_argument("--repeats", type=int, default=5)
+    silence.set_defaults(run=_storm, release=installed)
     return parser
 
 
@@ -155,6 +168,13 @@ def _memory(args: argparse.Namespace) -> int:
     wrong = memory.exceeded(result)
     print("\n".join(wrong) or report.memory_line(result))
     return 1 if wrong else 0
+
+
+def _storm(args: argparse.Namespace) -> int:
+    result = storm.measure(args.transfers, args.repeats)
+    reports.save(_path(args), args.release, "storm", result)
+    print(report.storm_table(result))
+    return 0
 
 
 def _path(args: argparse.Namespace) -> Path:

@@ -34,7 +34,7 @@ _END_S = 120.0
 _NOISE_BYTES = 20_000
 """Heartbeats and messages after the last byte of KV."""
 _QUIET_S = 1.0
-_BACK = re.compile(r"token slots back after ([0-9.]+) s, proof (\S+)")
+_BACK = re.compile(r"(?:token slots back|proven) after ([0-9.]+) s, proof ([^\s;]+)")
 
 
 @dataclass(frozen=True)

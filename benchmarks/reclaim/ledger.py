@@ -14,9 +14,10 @@ from typing import Any
 from sglang_scaling_fixes.reclaim import messages
 from sglang_scaling_fixes.reclaim.decode.gate import Gate
 from sglang_scaling_fixes.reclaim.rules.coverage import Extent
-from sglang_scaling_fixes.reclaim.rules.decode_ledger import DecodeLedger, SendAbort
+from sglang_scaling_fixes.reclaim.rules.decode_ledger import DecodeLedger
 from sglang_scaling_fixes.reclaim.rules.exposure import Exposure
 from sglang_scaling_fixes.reclaim.rules.prefill_ledger import PrefillLedger
+from sglang_scaling_fixes.reclaim.rules.questions import SendAbort
 
 RANK, DECODE, PREFILL = "10.0.0.1:40001", "tcp://10.0.0.2:40002", "prefill-process"
 STOCK_FRAMES = [b"1234567"] * 9

@@ -69,6 +69,14 @@ def memory_line(result: dict[str, Any]) -> str:
     )
 
 
+def storm_table(result: dict[str, Any]) -> str:
+    """One row for each size of storm."""
+    names = list(result["storms"][0])
+    rows = [tuple(name.replace("_", " ") for name in names)]
+    rows += [tuple(str(storm[name]) for name in names) for storm in result["storms"]]
+    return table(rows)
+
+
 def ledger_table(result: dict[str, Any]) -> str:
     """Microseconds per request."""
     rows = [("us per request", *result["landed"])]

@@ -38,8 +38,8 @@ BLOCK_TURNS = 80
 count is off by up to a batch at either end of a block: little, if the block is long."""
 _MOST_PER_S = 200
 """More requests a second than any machine answers here: the length of the schedule."""
-_BACK = re.compile(r"token slots back after ([0-9.]+) s")
-_COUNTED = ("gave_up", "returned", "asks", "held_tokens_max", "frees")
+_BACK = re.compile(r"(?:token slots back|proven) after ([0-9.]+) s")
+_COUNTED = ("gave_up", "returned", "aborts_sent", "held_tokens_max", "frees")
 
 
 @dataclass(frozen=True)

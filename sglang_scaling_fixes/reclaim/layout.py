@@ -6,6 +6,7 @@ What the gate cannot hold slot by slot is refused here, with one line.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -147,6 +148,23 @@ def prompt_tokens(queue: Any, request: Any) -> int:
     """Length of the sequence whose KV decode waits for, as its preallocation queue counts it."""
     count = getattr(queue, "_rebootstrap_prefill_len", None)  # since 0.5.16
     return int(count(request)) if count is not None else len(request.origin_input_ids)
+
+
+def lock_prefix(queue: Any, decode_request: Any) -> tuple[int, Callable[[], None]] | None:
+    """Lock what a request shares in the radix tree, on top of the request's own lock on it.
+
+    Returns how many tokens that is, and what unlocks it. None where it is not known to be all that
+    is shared: before 0.5.13, while a part is still to be loaded from the host, and in a session,
+    whose KV is in no tree.
+    """
+    match = getattr(decode_request, "prefix_match", None)
+    if match is None or match.needs_local_restore:
+        return None
+    if getattr(decode_request.req, "session", None) is not None:
+        return None
+    tree, node = queue.tree_cache, match.last_device_node
+    receipt = tree.inc_lock_ref(node).to_dec_params()
+    return len(match.prefix_indices), functools.partial(tree.dec_lock_ref, node, receipt)
 
 
 def check_shared_windows(manager: Any) -> None:

@@ -17,7 +17,9 @@ DECODE = Family(
         Metric("frees", "counter", "Writers proven harmless, by kind of proof.", ("proof",)),
         Metric("held_tokens", "gauge", "KV token slots withheld now."),
         Metric("holds", "gauge", "Holds now, by what they wait for.", ("reason",)),
-        Metric("hold_seconds", "histogram", "From giving up to the return.", buckets=SECONDS),
+        Metric(
+            "hold_seconds", "histogram", "From giving up to proof on all TP ranks.", buckets=SECONDS
+        ),
         Metric(
             "ack_seconds",
             "histogram",

@@ -114,6 +114,21 @@ ANSWERS = AttachPoint(
     NAME, "server", "sglang.srt.managers.communicator:FanOutCommunicator.__call__"
 )
 
+# -- decode: the lock on a prefix that requests share --------------------------------------
+
+_TREE = "sglang.srt.mem_cache.base_prefix_cache"
+_since_prefix_match = partial(_decode, wrapped=False, first="0.5.13")
+TREE_LOCK = _since_prefix_match(f"{_TREE}:BasePrefixCache.inc_lock_ref", ("node",))
+TREE_UNLOCK = _since_prefix_match(f"{_TREE}:BasePrefixCache.dec_lock_ref", ("node", "params"))
+LOCK_RECEIPT = _since_prefix_match(f"{_TREE}:IncLockRefResult.to_dec_params")
+PREFIX_MATCH = _since_prefix_match(
+    "sglang.srt.disaggregation.decode_hicache_mixin:DecodePrefixMatch.needs_local_restore",
+    uses=("prefix_indices", "last_device_node"),
+)
+DECODE_REQUEST = _since_prefix_match(
+    "sglang.srt.disaggregation.decode:DecodeRequest.seqlen", uses=("prefix_match", "req")
+)
+
 # -- prefill: binding, accounting, drain -------------------------------------------------
 
 PREFILL_THREAD = _prefill(

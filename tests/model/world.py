@@ -734,7 +734,9 @@ class World:
 
     def _ask(self, now: float) -> None:
         for d in map(self._decode, self.decodes):
-            for ask in d.ledger.tick(now):
+            # How often each was asked decides the order of the questions and is not told apart.
+            held = {exposure.lease: n for n, exposure in enumerate(d.ledger.held)}
+            for ask in sorted(d.ledger.tick(now), key=lambda ask: held[ask.lease]):
                 self._send(d.name, ask.rank, Msg("abort", ask.lease, ask.room))
                 self.say(f"{d.name}: abort({ask.lease}) to {ask.rank}")
                 # Time stands still, so that worlds which differ in it alone are one.

@@ -65,6 +65,9 @@ def _attach_manager(config: Config) -> None:
         made.kv_receiver.sglang_scaling_fixes_rejected = functools.partial(
             layout.rejected, queue.kv_manager, req
         )
+        made.kv_receiver.sglang_scaling_fixes_lock = functools.partial(
+            layout.lock_prefix, queue, made
+        )
         return made
 
     def fail_request(

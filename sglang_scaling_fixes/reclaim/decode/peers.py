@@ -144,7 +144,7 @@ class Peers:
             return
         room = int(frames[1])
         with self._lock:
-            exposed = any(exposure.room == room for exposure in self._ledger.exposures())
+            exposed = bool(self._ledger.of_room(room))
         if exposed:
             self._stock_aborts.sent(room, rank, frames)
         else:
@@ -169,20 +169,30 @@ class Peers:
 
     # -- questions -----------------------------------------------------------------------
 
-    def send_aborts(self) -> None:
-        """Send the questions that are due, and stock's own ABORTs again."""
+    def send_aborts(self, ranks: Iterable[Rank] | None = None) -> None:
+        """Send the questions that are due, to `ranks` or to all; to all also stock's own ABORTs
+        again.
+
+        A rank that says nothing is asked rarely: its queue, which is stock's as well, must not
+        fill up.
+        """
         now = time.monotonic()
+        if ranks is not None:
+            ranks = [rank for rank in ranks if not self.pace.rests(rank, now)]
+            if not ranks:
+                return  # in a storm nearly always
         with self._lock:
-            asks = self._ledger.tick(now)
+            asks = self._ledger.tick(now, ranks, self.pace.may)
         for ask in asks:
-            if not self.pace.may(ask.rank, now):
-                continue  # its queue, which is stock's as well, must not fill up
             message = messages.Abort(self._reply_to, ask.rank, ask.room, ask.lease)
-            self._send(ask.rank, [messages.encode(message)])
+            if not self._send(ask.rank, [messages.encode(message)]):
+                with self._lock:
+                    self._ledger.unsent(ask)
+                continue
             self._metrics.inc("aborts_sent")
             if ask.again:
                 self._metrics.inc("aborts_resent")
-        if self._stock_aborts is not None:
+        if ranks is None and self._stock_aborts is not None:
             for rank, frames in self._stock_aborts.due(now):
                 self._send(rank, frames)
 

@@ -20,6 +20,7 @@ from sglang_scaling_fixes.reclaim.decode.liveness import Liveness
 from sglang_scaling_fixes.reclaim.decode.peers import Peers
 from sglang_scaling_fixes.reclaim.decode.records import Records
 from sglang_scaling_fixes.reclaim.retry_after import AILING, REFUSAL, TAKEN
+from sglang_scaling_fixes.reclaim.rules.causes import Cause
 from sglang_scaling_fixes.reclaim.rules.exposure import Exposure
 from sglang_scaling_fixes.reclaim.rules.quarantine import (
     FENCE_SHARE,
@@ -29,9 +30,9 @@ from sglang_scaling_fixes.reclaim.rules.quarantine import (
     Quarantine,
 )
 from sglang_scaling_fixes.reclaim.rules.reasons import why_held
+from sglang_scaling_fixes.reclaim.rules.types import Rank
 
 logger = logging.getLogger(__name__)
-
 
 LOOK_AGAIN_S = 0.1
 """Seconds between two assessments of what is held."""
@@ -79,52 +80,60 @@ class Relief:
         """An engine is on its way out; until it is closed every TP rank takes part in each tick."""
         return self._retiring is not None
 
-    def assess(self, held: Sequence[Exposure], gate: Gate, quarantine: Quarantine) -> Pressure:
+    def assess(self, held: Sequence[Exposure], quarantine: Quarantine) -> Pressure:
         """What this rank alone would do about what it holds, and whom it blames (`blames`)."""
         now = time.monotonic()
         stuck, self.crowded_out = self.crowded_out, False
         if now >= self._next_look:
-            self._look(held, gate, quarantine, now)
-        stuck = stuck and any(now - exposure.gave_up_at > GRACE_S for exposure in held)
+            self._look(quarantine, now)
+        stuck = stuck and bool(held) and now - held[0].gave_up_at > GRACE_S
         return replace(self._pressure, refuse=self._pressure.refuse or stuck)
 
-    def _look(
-        self, held: Sequence[Exposure], gate: Gate, quarantine: Quarantine, now: float
-    ) -> None:
+    def _look(self, quarantine: Quarantine, now: float) -> None:
         self._next_look = now + LOOK_AGAIN_S
+        holds: list[Hold] = []
+        suspects: set[Rank] = set()
         with self._lock:
-            holds = [self._hold(e, gate, now) for e in held]
-            suspects = {
-                w.rank
-                for exposure, hold in zip(held, holds, strict=True)
-                if hold.quiet_s > GRACE_S
-                for w in exposure.unproven
-            }
+            for cause in self._ledger.causes:
+                for hold, exposures in self._holds(cause, now):
+                    holds.append(hold)
+                    if hold.quiet_s > GRACE_S:
+                        suspects.update(cause.ranks)
+                    blames = hold.blames
+                    for exposure in exposures:
+                        exposure.blames = blames
         if suspects:
             self._liveness.look(suspects)
-        for exposure, hold in zip(held, holds, strict=True):
-            exposure.blames = hold.blames
         mode = "off" if self.no_fence else self._mode
         self._pressure = quarantine.decide(holds, mode=mode)
 
-    def _hold(self, exposure: Exposure, gate: Gate, now: float) -> Hold:
-        unproven = exposure.unproven
-        replaced = [w for w in unproven if self._ledger.replaced(w)]
-        gone = [w for w in unproven if w not in replaced and self._liveness.gone(w.rank)]
-        live = [w for w in unproven if w not in replaced and w not in gone]
+    def _holds(self, cause: Cause, now: float) -> list[tuple[Hold, list[Exposure]]]:
+        """What waits for this, put together where it is judged alike, and the exposures of each."""
+        replaced = [w for w in cause.waits if self._ledger.replaced(w)]
+        gone = [w for w in cause.waits if w not in replaced and self._liveness.gone(w.rank)]
+        live = [w for w in cause.waits if w not in replaced and w not in gone]
         mute = [w for w in live if not w.poisoned and not self._ledger.successes.runs_plugin(w)]
-        heard = min((w.writes_at for w in unproven), default=0.0)
-        return Hold(
-            now - max(exposure.gave_up_at, heard),
-            gate.tokens(exposure),
-            gate.metadata_slot(exposure) is not None,
-            unproven=len(unproven),
-            poisoned=sum(w.poisoned for w in live),
-            gone=len(gone),
-            replaced=len(replaced),
-            mute=len(mute),
-            fencing=exposure.engine != self._ledger.engine,
-        )
+        alike: dict[tuple[bool, bool], list[Exposure]] = {}
+        grown, engine = now - GRACE_S, self._ledger.engine
+        for e in cause.held:
+            alike.setdefault((e.last_word < grown, e.engine != engine), []).append(e)
+        return [
+            (
+                Hold(
+                    now - min(exposure.last_word for exposure in exposures),
+                    sum(exposure.tokens for exposure in exposures),
+                    sum(exposure.metadata for exposure in exposures),
+                    unproven=len(cause.waits),
+                    poisoned=sum(w.poisoned for w in live),
+                    gone=len(gone),
+                    replaced=len(replaced),
+                    mute=len(mute),
+                    fencing=fencing,
+                ),
+                exposures,
+            )
+            for (_, fencing), exposures in alike.items()
+        ]
 
     # -- refusing -----------------------------------------------------------------------
 
@@ -143,8 +152,9 @@ class Relief:
                 self._no_fence_either(),
             )
         self.refusing = refusing
-        self._standing_tokens = sum(gate.tokens(exposure) for exposure in held)
-        ailing = {e.prefill: why_held(e, self._ledger.peers) for e in held}
+        self._standing_tokens = sum(exposure.tokens for exposure in held)
+        oldest = {exposure.prefill: exposure for exposure in reversed(held)}
+        ailing = {p: why_held(exposure, self._ledger.peers) for p, exposure in oldest.items()}
         for prefill in ailing.keys() - self.ailing.keys():
             logger.error(
                 "safe-reclaim: prefill %s: %s; new requests that name it are refused with 503 "

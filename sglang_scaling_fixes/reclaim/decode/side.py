@@ -34,7 +34,7 @@ from sglang_scaling_fixes.kv_poll import SUCCESS
 from sglang_scaling_fixes.metrics import of_process
 from sglang_scaling_fixes.ranks import TpGroup
 from sglang_scaling_fixes.reclaim import layout, stock_shapes
-from sglang_scaling_fixes.reclaim.decode.gate import Gate
+from sglang_scaling_fixes.reclaim.decode.gate import Gate, no_lock
 from sglang_scaling_fixes.reclaim.decode.holds import HoldReport
 from sglang_scaling_fixes.reclaim.decode.inbox import Inbox
 from sglang_scaling_fixes.reclaim.decode.maintenance import Maintenance
@@ -45,7 +45,7 @@ from sglang_scaling_fixes.reclaim.decode.rooms import Rooms
 from sglang_scaling_fixes.reclaim.interposers import ReceivingSocket
 from sglang_scaling_fixes.reclaim.metrics import DECODE
 from sglang_scaling_fixes.reclaim.rules.decode_ledger import DecodeLedger
-from sglang_scaling_fixes.reclaim.rules.exposure import Exposure
+from sglang_scaling_fixes.reclaim.rules.exposure import Exposure, ExposureState
 from sglang_scaling_fixes.reclaim.rules.quarantine import Quarantine
 from sglang_scaling_fixes.reclaim.rules.stock_aborts import StockAborts
 from sglang_scaling_fixes.reclaim.transport import new_incarnation
@@ -240,7 +240,7 @@ class DecodeSide:
                 f"safe-reclaim: the end of room {exposure.room} could not be recorded "
                 f"({type(error).__name__}: {error})"
             )
-        receiver.sglang_scaling_fixes_exposure = None
+        receiver.sglang_scaling_fixes_exposure = receiver.sglang_scaling_fixes_lock = None
 
     def _ended(self, receiver: Any, exposure: Exposure) -> None:
         assert self.gate is not None
@@ -252,7 +252,8 @@ class DecodeSide:
                 exposure, time.monotonic(), committed=committed, success_seen=success
             )
             if not landed:
-                self.gate.gave_up(exposure)
+                lock = getattr(receiver, "sglang_scaling_fixes_lock", no_lock)
+                self.gate.gave_up(exposure, lock)
                 # Copied in one step: stock's receive thread adds to the set without our lock.
                 reported = tuple(self._manager.prefill_response_tracker.get(room, ()))
                 self.ledger.counted(exposure, (str(rank).encode() for rank in reported))
@@ -263,7 +264,7 @@ class DecodeSide:
         if self._stock_aborts is not None:
             self._stock_aborts.watch(room, len(receiver.bootstrap_infos or ()))
         self.metrics.inc("gave_up")
-        self.peers.send_aborts()
+        self.peers.send_aborts(exposure.writers)
 
     # -- once per scheduler tick ---------------------------------------------------
 
@@ -276,23 +277,24 @@ class DecodeSide:
         self.peers.send_aborts()
         with self._lock:
             held = self.ledger.held
-            proven = [not exposure.unproven for exposure in held]
-        mine = self.relief.assess(held, self.gate, self._quarantine)
+            is_proven = ExposureState.PROVEN
+            proven = [exposure.state is is_proven for exposure in held]
+        mine = self.relief.assess(held, self._quarantine)
         # One collective: proof, and an engine that may go, must be on all ranks; pressure, blame
         # and the wish for a fence on one of them are enough.
         *returns, relaxed, no_switch, retire = self._group.all_true(
             [
                 *proven,
-                *(not exposure.blames for exposure in held),
+                *[not exposure.blames for exposure in held],
                 not mine.refuse,
                 not self.relief.wants_switch(mine),
                 self.relief.may_retire(),
             ]
         )
         returns, blameless = returns[: len(held)], returns[len(held) :]
-        for exposure, back in zip(held, returns, strict=True):
-            if back:
-                self._give_back(exposure)
+        agreed = [exposure for exposure, back in zip(held, returns, strict=True) if back]
+        if agreed:
+            self.holds.returned([(exposure, *self._give_back(exposure)) for exposure in agreed])
         blamed = [e for e, well in zip(held, blameless, strict=True) if not well]
         self.relief.refuse_requests(not relaxed, blamed, self.gate)
         if retire:
@@ -323,7 +325,8 @@ class DecodeSide:
         except AssertionError as error:
             end_server(f"safe-reclaim: the records of this decode contradict each other: {error}")
 
-    def _give_back(self, exposure: Exposure) -> None:
+    def _give_back(self, exposure: Exposure) -> tuple[int, int]:
+        """Token slots that went back, and those that stock has not freed yet."""
         assert self.gate is not None
         aux = self.gate.metadata_slot(exposure)
         if aux is not None and hasattr(self._buffers, "clear_slot"):
@@ -332,10 +335,9 @@ class DecodeSide:
             self._buffers.clear_slot(aux)
         with self._lock:
             self.ledger.returned(exposure)
-        tokens = self.gate.give_back(exposure)
         if self._stock_aborts is not None:
             self._stock_aborts.forget(exposure.room)
-        self.holds.returned(exposure, tokens)
+        return self.gate.give_back(exposure)
 
     def report(self) -> dict[str, Any]:
         """Counters and holds for `/server_info` and the lab."""

@@ -5,6 +5,8 @@
     decode_ledger    when may a slot go back?
     successes        what is a report of success worth?
     endings          what is it worth that prefill ended a request?
+    questions        which writer is asked next?
+    causes           what is held, put together by what it waits for
     reasons          what does a hold wait for, in words?
     attempt          destinations that prefill received, and the life they have (a table)
     prefill_ledger   when is nothing of an attempt written any more?

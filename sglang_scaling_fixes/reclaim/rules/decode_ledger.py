@@ -47,31 +47,18 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable
-from dataclasses import dataclass
 
+from sglang_scaling_fixes.reclaim.rules.causes import Cause, Causes, Wait
+from sglang_scaling_fixes.reclaim.rules.decode_audit import DecodeAudit
 from sglang_scaling_fixes.reclaim.rules.endings import Endings
 from sglang_scaling_fixes.reclaim.rules.exposure import Exposure, ExposureState, Writer
+from sglang_scaling_fixes.reclaim.rules.questions import May, Questions, SendAbort, always
 from sglang_scaling_fixes.reclaim.rules.successes import Successes
-from sglang_scaling_fixes.reclaim.rules.types import LedgerError, Proof, Rank, Verdict
+from sglang_scaling_fixes.reclaim.rules.types import Proof, Rank, Verdict
 
 
-@dataclass(frozen=True)
-class SendAbort:
-    """Action: send `Abort` for this lease to this rank."""
-
-    rank: Rank
-    room: int
-    lease: str
-    again: bool = False
-    """This rank was asked before."""
-
-
-class DecodeLedger:
-    """The exposures of one decode rank.
-
-    `first_wait` and `max_wait` (seconds) bound the backoff between two Aborts to
-    the same writer; it doubles each time.
-    """
+class DecodeLedger(DecodeAudit):
+    """The exposures of one decode rank. `first_wait`, `max_wait`: see `Questions`."""
 
     def __init__(
         self,
@@ -88,14 +75,17 @@ class DecodeLedger:
         """Of the last exposure."""
         self.engine = 0
         """Number of the receiving engine that destinations name from now on."""
-        self._first_wait = first_wait
-        self._max_wait = max_wait
         self.peers: dict[Rank, str] = {}
         """Ranks known to run safe reclaim, with the process that said so."""
         self._hellos: dict[Rank, int] = {}
         """Rank -> the number of the last Hello sent to it."""
         self._exposed: dict[str, Exposure] = {}
-        self._held: OrderedDict[str, Exposure] = OrderedDict()
+        self._held: dict[str, Exposure] = {}
+        """In the order of giving up."""
+        self._rooms: dict[int, dict[str, Exposure]] = {}
+        """Room -> its exposures whose slots are not ordinary, by lease."""
+        self._questions = Questions(first_wait, max_wait)
+        self._causes = Causes()
         self._given_up_rooms: OrderedDict[int, str] = OrderedDict()
         """Room -> the lease given up, empty when more than one was: the last
         `memory` rooms. A room in here may still get a success of the old attempt."""
@@ -135,6 +125,8 @@ class DecodeLedger:
             # Meant for one process, received by another: the first may have them as well.
             writer.disputed |= writer.meant_for not in (None, incarnation)
             writer.bound_by = writer.bound_by or incarnation
+        if exposure is not None:
+            exposure.waits = None
 
     def _served_before(self, rank: Rank, incarnation: str, seq: int) -> None:
         """This process received the Hello that went ahead of these destinations.
@@ -147,6 +139,7 @@ class DecodeLedger:
             writer = exposure.writers.get(rank)
             if writer is not None and writer.hello == seq:
                 writer.incarnation = writer.incarnation or incarnation
+                exposure.waits = None
 
     def expose(self, room: int, ranks: Iterable[Rank], prefill: str = "") -> Exposure:
         """Destinations are about to be sent to `ranks`. Call before the first send."""
@@ -156,6 +149,7 @@ class DecodeLedger:
         writers = {rank: Writer(rank) for rank in ranks}
         exposure = Exposure(lease, attempt_id, room, writers, self.engine, prefill)
         self._exposed[lease] = exposure
+        self._rooms.setdefault(room, {})[lease] = exposure
         return exposure
 
     def sent(self, exposure: Exposure, rank: Rank, *, after_hello: bool = True) -> None:
@@ -185,6 +179,7 @@ class DecodeLedger:
         for writer in exposure.writers.values():
             writer.proof = writer.proof or Proof.LANDED
         del self._exposed[exposure.lease]
+        self._leave_room(exposure)
 
     def end(
         self,
@@ -223,13 +218,12 @@ class DecodeLedger:
                 writer.proof = writer.proof or Proof.LANDED
             elif writer.ended is not None and writer.weigh(*writer.ended):
                 writer.proof = writer.proof or Proof.DRAINED
-            writer.next_abort = now
         exposure.gave_up_at = now
-        exposure.move(
-            "gave up, a writer unproven" if exposure.unproven else "gave up, every writer proven"
-        )
+        proven = all(writer.proof is not None for writer in exposure.writers.values())
+        exposure.move("gave up, every writer proven" if proven else "gave up, a writer unproven")
         del self._exposed[exposure.lease]
         self._held[exposure.lease] = exposure
+        self._questions.add(exposure, now)
         again = exposure.room in self._given_up_rooms
         self._given_up_rooms[exposure.room] = "" if again else exposure.lease
         self._given_up_rooms.move_to_end(exposure.room)
@@ -262,6 +256,7 @@ class DecodeLedger:
             exposure.prove(writer, Proof.DRAINED)
         elif verdict == "writing":
             writer.writes_at = now
+        exposure.waits = None
         return exposure
 
     def engine_made(self) -> None:
@@ -281,6 +276,7 @@ class DecodeLedger:
             for writer in exposure.unproven:
                 if writer.sent:
                     writer.proof = Proof.FENCED
+            exposure.waits = None
             if exposure.state is ExposureState.HELD:
                 exposure.move("last writer proven")
         return self.receiving_elsewhere()
@@ -293,19 +289,24 @@ class DecodeLedger:
         """Every TP rank agreed; the adapter puts the slots back right after this call."""
         exposure.move("every TP rank agrees")
         del self._held[exposure.lease]
+        self._questions.drop(exposure)
+        self._leave_room(exposure)
 
-    def tick(self, now: float) -> list[SendAbort]:
-        """Questions that are due. Only ranks that speak safe reclaim are asked."""
-        due: list[SendAbort] = []
-        for exposure in self._held.values():
-            for writer in exposure.unproven:
-                if writer.rank in self.peers and writer.next_abort <= now:
-                    wait = min(self._max_wait, self._first_wait * 2.0 ** min(writer.aborts, 30))
-                    writer.next_abort = now + wait
-                    again = writer.aborts > 0
-                    writer.aborts += 1
-                    due.append(SendAbort(writer.rank, exposure.room, exposure.lease, again))
-        return due
+    def tick(
+        self, now: float, ranks: Iterable[Rank] | None = None, may: May = always
+    ) -> list[SendAbort]:
+        """Questions that are due, to `ranks` or to all. Only who speaks safe reclaim is asked,
+        and `may` be asked now."""
+
+        def asked(rank: Rank, now: float) -> bool:
+            return rank in self.peers and may(rank, now)
+
+        return self._questions.due(now, ranks, asked)
+
+    def unsent(self, ask: SendAbort) -> None:
+        """A question that was due could not leave."""
+        if (exposure := self._held.get(ask.lease)) is not None:
+            self._questions.unsent(ask, exposure)
 
     # -- queries --------------------------------------------------------------
 
@@ -315,7 +316,11 @@ class DecodeLedger:
 
     def waiting(self, room: int) -> list[Exposure]:
         """Exposures of `room` whose owners wait for their KV."""
-        return [e for e in self._exposed.values() if e.room == room]
+        return [e for e in self.of_room(room) if e.state is ExposureState.EXPOSED]
+
+    def of_room(self, room: int) -> list[Exposure]:
+        """Every exposure of `room` whose slots are not ordinary, in the order of exposing."""
+        return list(self._rooms.get(room, {}).values())
 
     def given_up(self, room: int) -> str | None:
         """The lease given up of `room`, empty when more than one was, None when none."""
@@ -331,54 +336,38 @@ class DecodeLedger:
         return list(self._held.values())
 
     @property
+    def causes(self) -> list[Cause]:
+        """What is held, by what it waits for, in the order of the oldest of each."""
+        return self._causes.of(self._held.values())
+
+    @property
     def holding(self) -> bool:
         return bool(self._held)
+
+    @property
+    def flying(self) -> int:
+        """How many exposures there are whose owners wait for their KV."""
+        return len(self._exposed)
 
     def exposures(self) -> list[Exposure]:
         """Every exposure whose slots are not ordinary."""
         return [*self._exposed.values(), *self._held.values()]
 
-    def replaced(self, writer: Writer) -> bool:
+    def replaced(self, writer: Writer | Wait) -> bool:
         """Another process serves the writer's rank now: the one in question is gone."""
         had = writer.meant_for
         return had is not None and self.peers.get(writer.rank, had) != had
 
     # -- internals ------------------------------------------------------------
 
+    def _leave_room(self, exposure: Exposure) -> None:
+        others = self._rooms[exposure.room]
+        del others[exposure.lease]
+        if not others:
+            del self._rooms[exposure.room]
+
     def _in_question(self, lease: str, rank: Rank) -> Writer | None:
         """The writer of a held exposure that is still unproven, None when there is none."""
         exposure = self._held.get(lease)
         writer = exposure.writers.get(rank) if exposure is not None else None
         return writer if writer is not None and writer.proof is None else None
-
-    # -- for tests and audits ---------------------------------------------------
-
-    def snapshot(self, now: float) -> Hashable:
-        """All that the ledger knows; equal for ledgers that behave alike from here on.
-
-        How often a writer was asked only spaces the questions; whether it is asked at `now`
-        is told.
-        """
-        return (
-            self._number,
-            self.engine,
-            self.group,
-            tuple(sorted(self.peers.items())),
-            tuple(e.snapshot(now) for e in self._exposed.values()),
-            tuple(e.snapshot(now) for e in self._held.values()),
-            tuple(self._given_up_rooms.items()),
-            tuple(sorted(self._hellos.items())),
-        )
-
-    def check_integrity(self) -> None:
-        """`LedgerError` where the ledger contradicts itself."""
-        for lease, exposure in self._exposed.items():
-            if exposure.lease != lease or exposure.state is not ExposureState.EXPOSED:
-                raise LedgerError(f"{lease}: {exposure.state} among the exposed")
-        for lease, exposure in self._held.items():
-            if exposure.lease != lease or not exposure.given_up:
-                raise LedgerError(f"{lease}: {exposure.state} among the held")
-            if (exposure.state is ExposureState.PROVEN) == bool(exposure.unproven):
-                raise LedgerError(
-                    f"{lease}: {exposure.state} with {len(exposure.unproven)} unproven"
-                )

@@ -99,6 +99,11 @@ class Writer:
         """
         return self.bound_by or self.incarnation
 
+    @property
+    def known(self) -> bool:
+        """It ran safe reclaim when it had the destinations."""
+        return bool(self.incarnation or self.bound_by or self.reported)
+
     def speaker(self, incarnation: str) -> Speaker:
         """Who says something about this writer's destinations."""
         if self.meant_for is None:
@@ -142,8 +147,16 @@ class Exposure:
     """The same, whose success of the room came before or after its owner gave up."""
     slots: Any = None
     """What the adapter keeps with it: the slots, and the frees withheld."""
-    next_log: float = 0.0
-    """When the adapter says next what it waits for."""
+    tokens: int = 0
+    """Token slots that the adapter withholds, once the owner gave up."""
+    metadata: bool = False
+    """Whether it withholds a metadata slot then."""
+    waits: tuple[Any, ...] | None = None
+    """What it waits for (`causes`), None: to be found anew. Whoever changes a writer of a held
+    exposure sets it to None."""
+    last_word: float = 0.0
+    """When its owner gave up or, if that was later, the quietest of its unproven writers said that
+    it writes (seconds, monotonic). Found with `waits`."""
     blames: bool = False
     """This rank holds its prefill instance to be ailing, see `quarantine.Hold.blames`."""
 
@@ -185,6 +198,6 @@ class Exposure:
 
     def prove(self, writer: Writer, proof: Proof) -> None:
         """This writer of a held exposure can no longer write."""
-        writer.proof = proof
+        writer.proof, self.waits = proof, None
         if not self.unproven:
             self.move("last writer proven")

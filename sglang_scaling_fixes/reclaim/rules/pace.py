@@ -17,21 +17,29 @@ UNHEARD = 64
 RARELY_S = 60.0
 """Seconds between two Aborts to it from then on: the queue then lasts for half a day."""
 
+_HEARD = (0, 0.0)
+
 
 class Pace:
-    """Aborts per rank since its last word. `heard` comes from the receive thread."""
+    """Aborts per rank since its last word. `heard` comes from the receive thread, `may` from the
+    scheduler's alone."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._unheard: dict[Rank, tuple[int, float]] = {}
         """Aborts since the last word, and when the last one left (seconds, monotonic)."""
 
+    def rests(self, rank: Rank, now: float) -> bool:
+        """Whether `rank` was asked often enough for now."""
+        count, last = self._unheard.get(rank, _HEARD)
+        return count >= UNHEARD and now - last < RARELY_S
+
     def may(self, rank: Rank, now: float) -> bool:
         """Whether to ask `rank` now; the answer yes counts as asked."""
+        if self.rests(rank, now):
+            return False
         with self._lock:
-            count, last = self._unheard.get(rank, (0, 0.0))
-            if count >= UNHEARD and now - last < RARELY_S:
-                return False
+            count, _ = self._unheard.get(rank, _HEARD)
             self._unheard[rank] = (count + 1, now)
             return True
 

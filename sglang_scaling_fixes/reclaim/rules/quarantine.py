@@ -29,14 +29,15 @@ next. A writer that fails again and again is then refused for most of the time."
 
 @dataclass(frozen=True)
 class Hold:
-    """One given-up exposure, as one rank sees it."""
+    """Given-up exposures that are judged alike, as one rank sees them: they wait for the same."""
 
     quiet_s: float
-    """Seconds since its owner gave up, or since a writer without proof said that it writes."""
+    """Seconds since the owner gave up, or since a writer without proof said that it writes: of
+    the quietest."""
     tokens: int
     """Token slots withheld."""
-    metadata: bool
-    """Whether a metadata slot is."""
+    metadata: int
+    """Metadata slots withheld."""
     unproven: int = 0
     """Writers whose proof is missing."""
     poisoned: int = 0

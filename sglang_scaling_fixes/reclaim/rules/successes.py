@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import TYPE_CHECKING
 
+from sglang_scaling_fixes.reclaim.rules.causes import Wait
 from sglang_scaling_fixes.reclaim.rules.exposure import Exposure, ExposureState, Writer
 from sglang_scaling_fixes.reclaim.rules.types import Proof, Rank
 
@@ -78,8 +79,8 @@ class Successes:
         Stock prefill of old releases never learns of the abort and reports success
         when its write has landed. True when it proved the exposure.
         """
-        for exposure in self._ledger.held:
-            if exposure.room == room:
+        for exposure in self._ledger.of_room(room):
+            if exposure.given_up:
                 exposure.late.add(reporter)
         found, unproven = self._by_stocks_word(room)
         if found is None or len(found.late) < len(found.writers):
@@ -103,7 +104,7 @@ class Successes:
         again, proves nothing: the word names no lease. Nor does it where a rank
         with safe reclaim is unproven: that one can be asked.
         """
-        found = [e for e in self._ledger.exposures() if e.room == room]
+        found = self._ledger.of_room(room)
         if len(found) != 1 or found[0].state is not ExposureState.HELD:
             return None, []
         (exposure,) = found
@@ -119,7 +120,6 @@ class Successes:
             exposure.prove(writer, proof)
         return True
 
-    def runs_plugin(self, writer: Writer) -> bool:
+    def runs_plugin(self, writer: Writer | Wait) -> bool:
         """It runs safe reclaim, or did when it had these destinations."""
-        known = writer.incarnation or writer.bound_by or writer.reported
-        return writer.rank in self._ledger.peers or bool(known)
+        return writer.rank in self._ledger.peers or writer.known

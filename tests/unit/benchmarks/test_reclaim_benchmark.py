@@ -40,6 +40,19 @@ def test_ledger_reports_every_part(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "landed" in printed and "aborted" in printed
 
 
+def test_storm_reports_every_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if importlib.util.find_spec("sglang") is None:
+        pytest.skip("the frees are those of stock's allocators")
+    output = tmp_path / "result.json"
+    arguments = ["--transfers", "4", "80", "--repeats", "1", "--output", str(output)]
+    assert command.main(["storm", *arguments]) == 0
+    result = json.loads(output.read_text())["storm"]
+    found = [(s["transfers"], s["writers"], s["aborts"]) for s in result["storms"]]
+    assert found == [(4, 1, 4), (4, 8, 32), (80, 1, 64), (80, 8, 8 * 64)]
+    assert min(s["storm_ms"] for s in result["storms"]) > 0
+    assert "log lines per minute" in capsys.readouterr().out
+
+
 def test_results_of_two_releases_are_not_mixed(tmp_path: Path) -> None:
     output = tmp_path / "result.json"
     reports.save(output, "1", "a", {"x": 1})

@@ -98,6 +98,7 @@ def test_a_slow_write_is_no_ailment(fences: Fences) -> None:
     assert decode.free() == (POOL - 90, 7), "what is written is held"
     writer = exposure.writers[decode.rank]
     writer.writes_at -= GRACE_S + 1  # and nothing more is heard of it
+    exposure.waits = None
     decode.guard.tick()
     assert decode.refused(PREFILL) and decode.guard.refusing
 
@@ -110,9 +111,10 @@ def test_one_silent_writer_of_two_is_enough(fences: Fences) -> None:
     decode.guard.ledger.sent(exposure, second.rank)
     decode.give_up(receiver, slots, aux)
     first.writes_at = second.writes_at = time.monotonic()
+    exposure.waits = None
     decode.guard.tick()
     assert not decode.refused(PREFILL)
-    second.writes_at = 0.0
+    second.writes_at, exposure.waits = 0.0, None
     decode.guard.tick()
     assert decode.refused(PREFILL)
 
