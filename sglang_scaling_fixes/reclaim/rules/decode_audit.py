@@ -1,4 +1,4 @@
-"""What tests and audits ask of the decode ledger: all of it, and whether it agrees with itself."""
+"""What the decode ledger is asked: which exposures there are, and whether it agrees with itself."""
 
 from __future__ import annotations
 
@@ -22,6 +22,31 @@ class DecodeAudit:
     _rooms: dict[int, dict[str, Exposure]]
     _given_up_rooms: OrderedDict[int, str]
     _hellos: dict[Rank, int]
+
+    def find(self, lease: str) -> Exposure | None:
+        """The exposure of this lease, while its slots are not ordinary."""
+        return self._exposed.get(lease) or self._held.get(lease)
+
+    def waiting(self, room: int) -> list[Exposure]:
+        """Exposures of `room` whose owners wait for their KV."""
+        return [e for e in self.of_room(room) if e.state is ExposureState.EXPOSED]
+
+    def of_room(self, room: int) -> list[Exposure]:
+        """Every exposure of `room` whose slots are not ordinary, in the order of exposing."""
+        return list(self._rooms.get(room, {}).values())
+
+    @property
+    def held(self) -> list[Exposure]:
+        """Given-up exposures in the order the owners gave up: the same on every TP rank."""
+        return list(self._held.values())
+
+    @property
+    def holding(self) -> bool:
+        return bool(self._held)
+
+    def exposures(self) -> list[Exposure]:
+        """Every exposure whose slots are not ordinary."""
+        return [*self._exposed.values(), *self._held.values()]
 
     def snapshot(self, now: float) -> Hashable:
         """All that the ledger knows; equal for ledgers that behave alike from here on.

@@ -310,18 +310,6 @@ class DecodeLedger(DecodeAudit):
 
     # -- queries --------------------------------------------------------------
 
-    def find(self, lease: str) -> Exposure | None:
-        """The exposure of this lease, while its slots are not ordinary."""
-        return self._exposed.get(lease) or self._held.get(lease)
-
-    def waiting(self, room: int) -> list[Exposure]:
-        """Exposures of `room` whose owners wait for their KV."""
-        return [e for e in self.of_room(room) if e.state is ExposureState.EXPOSED]
-
-    def of_room(self, room: int) -> list[Exposure]:
-        """Every exposure of `room` whose slots are not ordinary, in the order of exposing."""
-        return list(self._rooms.get(room, {}).values())
-
     def given_up(self, room: int) -> str | None:
         """The lease given up of `room`, empty when more than one was, None when none."""
         return self._given_up_rooms.get(room)
@@ -331,27 +319,9 @@ class DecodeLedger(DecodeAudit):
         return self._hellos.get(rank, 0)
 
     @property
-    def held(self) -> list[Exposure]:
-        """Given-up exposures in the order the owners gave up: the same on every TP rank."""
-        return list(self._held.values())
-
-    @property
     def causes(self) -> list[Cause]:
         """What is held, by what it waits for, in the order of the oldest of each."""
         return self._causes.of(self._held.values())
-
-    @property
-    def holding(self) -> bool:
-        return bool(self._held)
-
-    @property
-    def flying(self) -> int:
-        """How many exposures there are whose owners wait for their KV."""
-        return len(self._exposed)
-
-    def exposures(self) -> list[Exposure]:
-        """Every exposure whose slots are not ordinary."""
-        return [*self._exposed.values(), *self._held.values()]
 
     def replaced(self, writer: Writer | Wait) -> bool:
         """Another process serves the writer's rank now: the one in question is gone."""
