@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from sglang_scaling_fixes.reclaim.rules import forgotten, prefill_ledger
+from sglang_scaling_fixes.reclaim.rules import attempts, forgotten
 from sglang_scaling_fixes.reclaim.rules.attempt import Attempt
 from sglang_scaling_fixes.reclaim.rules.coverage import Extent
 from sglang_scaling_fixes.reclaim.rules.decode_ledger import DecodeLedger
@@ -59,11 +59,11 @@ GROWTH_MIB = 8.0
 
 
 class Limits(NamedTuple):
-    """As `PrefillLedger` takes them."""
+    """As `Attempts` takes them."""
 
-    memory: int = prefill_ledger.MEMORY
-    unserved: int = prefill_ledger.UNSERVED
-    kept_back: int = prefill_ledger.KEPT_BACK
+    memory: int = attempts.MEMORY
+    unserved: int = attempts.UNSERVED
+    kept_back: int = attempts.KEPT_BACK
 
 
 DEFAULT = Limits()

@@ -837,7 +837,8 @@ class World:
         """Prefill ended a request: its owner is failed, or the slots of one that gave up proven."""
         exposure = d.ledger.find(m.lease)
         one_life = not (self.config.crash or self.config.restart)
-        if exposure is not None and one_life and exposure.writers[p].reported:
+        told_in_order = one_life and self.config.patient
+        if exposure is not None and told_in_order and exposure.writers[p].reported:
             raise Violation(f"{p} ended {m.lease}, which it had reported a success of")
         found = d.ledger.endings.told(p, m.incarnation, m.lease, m.verdict, "a write failed")
         if found is not None and not found.given_up and d.ledger.endings.fails(found):
@@ -1166,7 +1167,10 @@ class World:
         assert p.ledger is not None
         attempt.coverage.writes.append(d)
         leaves = p.ledger.success_leaves(attempt, d, lambda _: True)
-        return leaves or not (self.config.covers or attempt.poisoned)
+        if leaves or self.config.covers or attempt.poisoned:
+            return leaves
+        attempt.reports(d)
+        return True
 
     def do_end(self, name: str) -> None:
         p = self._prefill(name)

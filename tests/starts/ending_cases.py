@@ -64,7 +64,9 @@ class Stock:
 
     def __init__(self) -> None:
         self.manager = probe._manager(engine=probe._Engine(), transfer_queues=[probe._Queue()])
-        self.manager.bootstrap_timeout = 0.0
+        vars(self.manager).update(
+            bootstrap_timeout=0.0, _deferred_ack_targets={}, _deferred_ack_poisoned_rooms=set()
+        )
         self.side = PrefillSide(self.manager).install()
         self.side.tap_socket()
         self.said: list[Any] = []
@@ -142,6 +144,8 @@ def made_request(**attributes: Any) -> Request:
             "rid": "r",
             "bootstrap_room": ROOM,
             "origin_input_ids": [1, 2],
+            "output_ids": [],
+            "weight_version_events": [],
             "metadata_buffer_index": -1,
             "time_stats": time_stats,
             "kv": kv,

@@ -117,18 +117,12 @@ class PrefillSide:
         return tap
 
     def work(
-        self,
-        stock: Callable[..., Any],
-        manager: Any,
-        queue: Any,
-        executor: Any,
-        *args: Any,
-        **kwargs: Any,
+        self, stock: Any, manager: Any, queue: Any, executor: Any, *args: Any, **kw: Any
     ) -> Any:
         """Stock's transfer worker over the tapped queue and executor, in its own thread."""
         tap = self.tap_queue(queue)
         try:
-            return stock(manager, tap, ExecutorInterposer(executor, self), *args, **kwargs)
+            return stock(manager, tap, ExecutorInterposer(executor, self), *args, **kw)
         finally:
             tap.end()  # it ends at any exception, and writes nothing from here on
 
@@ -149,8 +143,7 @@ class PrefillSide:
             self.metrics.inc("garbage")
             return None
         if isinstance(message, messages.Bind):
-            waited = message.waited
-            came = None if waited is None else time.monotonic() - waited
+            came = None if message.waited is None else time.monotonic() - message.waited
             return self._bind(stock, message, came)
         if isinstance(message, messages.Abort):
             self.metrics.inc("aborts_received")

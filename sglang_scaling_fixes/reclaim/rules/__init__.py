@@ -13,6 +13,7 @@
     prefill_actions  what it decides
     ended_rooms      requests that ended before their destinations came
     refused_rooms    requests that decode does not take, and that have not come
+    attempts         which attempts does prefill remember, and for how long?
     forgotten        what is still said of leases that are not remembered?
     kept_back        which destinations wait for their room, and which is due?
     prefill_audit    does prefill's ledger agree with itself, and how large is it?

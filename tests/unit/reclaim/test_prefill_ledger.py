@@ -16,7 +16,7 @@ from sglang_scaling_fixes.reclaim.rules.prefill_actions import (
     SendAck,
     SendEnded,
 )
-from sglang_scaling_fixes.reclaim.rules.prefill_ledger import Delivery, PrefillLedger
+from sglang_scaling_fixes.reclaim.rules.prefill_ledger import NO_ROOM, Delivery, PrefillLedger
 from sglang_scaling_fixes.reclaim.rules.refused_rooms import REFUSED, REFUSED_MEMORY, REFUSED_S
 from sglang_scaling_fixes.reclaim.rules.types import LedgerError, lease_parts
 
@@ -598,6 +598,13 @@ class TestEndings:
         came = 100.0 + SKEW_S + 0.1 if doubt == "came after it" else 0.0
         assert listening(ledger, came=came) == [ForgetRoom(7)]
         assert bind(ledger, 2, room=8)[0] is Delivery.DELIVER
+
+    def test_destinations_that_are_not_even_kept_back_are_told_so(self) -> None:
+        ledger = PrefillLedger("process", kept_back=0)
+        bound(ledger)
+        (end,) = ended(listening(ledger, 2))
+        assert end == ("g2", "drained", NO_ROOM)
+        assert ledger.bind(7, "e3", "g3", "d0", "p0", extent=EXTENT) == (Delivery.REFUSE, [])
 
     def test_so_many_ended_requests_are_remembered(self) -> None:
         rooms = EndedRooms(memory=2)

@@ -13,7 +13,8 @@ from sglang_scaling_fixes.reclaim import messages
 from sglang_scaling_fixes.reclaim.prefill import ends, side
 from sglang_scaling_fixes.reclaim.prefill.ends import ABORTED
 from sglang_scaling_fixes.reclaim.prefill.side import PrefillSide
-from sglang_scaling_fixes.reclaim.rules.prefill_ledger import KEPT_BACK, PrefillLedger
+from sglang_scaling_fixes.reclaim.rules.attempts import KEPT_BACK
+from sglang_scaling_fixes.reclaim.rules.prefill_ledger import PrefillLedger
 
 REPLY, RANK = "tcp://127.0.0.1:1", "127.0.0.1:2"
 FAILED, SUCCESS = 0, 4
