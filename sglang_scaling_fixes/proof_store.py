@@ -18,6 +18,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from sglang_scaling_fixes import machine
+
 _KEPT = 32
 """Proofs kept, the newest. One is about a kilobyte."""
 
@@ -38,7 +40,7 @@ class Proof:
 
 def folder() -> Path:
     """Where proofs are kept: below XDG_CACHE_HOME, or ~/.cache."""
-    named = os.environ.get("XDG_CACHE_HOME")
+    named = machine.here.env.get("XDG_CACHE_HOME")
     return (Path(named) if named else Path.home() / ".cache") / "sglang-scaling-fixes" / "proofs"
 
 

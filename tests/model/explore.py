@@ -233,13 +233,20 @@ CONTROLS: dict[str, Config] = {
 """One rule off: the exploration must find the corruption, or it proves nothing."""
 
 
-def harm(control: Config) -> str:
-    """What the violation that this one of `CONTROLS` must lead to says."""
+def is_harm(control: Config, violation: str) -> bool:
+    """Whether this is what this one of `CONTROLS` must lead to."""
+    return any(words in violation for words in _harms(control))
+
+
+def _harms(control: Config) -> tuple[str, ...]:
     if not control.tells:
-        return "waits in vain"
+        return ("waits in vain",)
+    twice = "which it had reported a success of"
     if not control.remembers:
-        return "which it had reported a success of"
-    return "can still land" if control.covers else "never wrote chunk"
+        return (twice,)
+    written = "can still land" if control.covers else "never wrote chunk"
+    # Destinations taken again are told, too, that their request has ended.
+    return (written, twice) if not control.tombstones else (written,)
 
 
 OPEN: dict[str, Config] = {

@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import json
 from collections.abc import Callable, Iterator
+from http import HTTPStatus
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -19,11 +20,13 @@ from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.reclaim import FIX, messages, probe
 from sglang_scaling_fixes.reclaim.prefill.ends import RequestEnds
 from sglang_scaling_fixes.reclaim.prefill.side import PrefillSide
+from sglang_scaling_fixes.reclaim.retry_after import ENDED
 from sglang_scaling_fixes.reclaim.rules.attempt import Attempt
 from sglang_scaling_fixes.standin_objects import Anything, Lenient
 
 FIX.arm(Config())
 
+from sglang.srt.disaggregation import decode  # noqa: E402
 from sglang.srt.disaggregation.mooncake.conn import MooncakeKVSender  # noqa: E402
 from sglang.srt.disaggregation.prefill import PrefillBootstrapQueue  # noqa: E402
 from sglang.srt.disaggregation.utils import DisaggregationMode  # noqa: E402
@@ -335,8 +338,17 @@ def played(case: Callable[[Stock], None]) -> list[str]:
     return stock.told()
 
 
+def answered(reason: str) -> tuple[int, str]:
+    """Status and message of a transfer that failed on decode, as stock words and ends it."""
+    request = made_request(return_logprob=False)
+    words = f"Decode transfer failed for request r with exception {reason}"
+    decode.prepare_abort(request, words, status_code=HTTPStatus.INTERNAL_SERVER_ERROR)
+    return int(request.finished_reason.status_code), request.finished_reason.message
+
+
 with around():
     told = {case.__name__: played(case) for case in CASES}
     with silent():
         untold = {case.__name__: played(case) for case in CASES}
-print("told:" + json.dumps({"told": told, "untold": untold}))
+answers = [answered(reason) for reason in (f"KVTransferError: {ENDED} (aborted)", "lost")]
+print("told:" + json.dumps({"told": told, "untold": untold, "answers": answers}))

@@ -9,6 +9,7 @@ import pytest
 
 from sglang_scaling_fixes.lab.install import Environment
 from sglang_scaling_fixes.lab.runtime import cpu_env
+from sglang_scaling_fixes.reclaim.retry_after import ENDED
 from tests import child
 from tests.contract import wheels
 from tests.releases import NEW
@@ -36,4 +37,7 @@ def test_what_ends_on_prefill_is_told_to_decode(
     assert len(found["told"]) == 14
     for case, told in found["told"].items():
         assert told == ([] if case in NOT_TOLD else ["drained"]), case
+    ended, lost = found["answers"]
+    assert (ended[0], ended[1].partition(" (")[0]) == (503, ENDED)
+    assert lost[0] == 500 and lost[1].endswith("lost"), "stock's own end of a transfer"
     assert set(map(tuple, found["untold"].values())) == {()}, "with the telling taken out"

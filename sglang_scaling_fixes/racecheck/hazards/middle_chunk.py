@@ -21,8 +21,7 @@ from sglang_scaling_fixes.racecheck.recorder import Recorder, Stream, active
 from sglang_scaling_fixes.standin_objects import Lenient
 
 _CHUNKS = 3
-_TURNS = 3
-"""Turns of the loop: each launches a chunk, and handles the one before."""
+"""Chunks that are launched, one in each turn. Nobody waits for the last one's result."""
 
 
 @dataclass(frozen=True)
@@ -117,13 +116,13 @@ def _chunks(recorder: Recorder, backend: str, loop: Loop) -> None:
             pp_rank=loop.rank,
             pp_async_batch_depth=loop.ahead,
         )
-    sent: list[Any] = []
+    sent: set[int] = set()
     request = _request(recorder, stack, backend, sent)
     scheduler = _scheduler(recorder, stack, request, loop)
     with contextlib.suppress(_Ended), stack.schedule:
         getattr(scheduler, f"event_loop_{loop.name}_disagg_prefill")()
-    if not sent:
-        raise lookup.Moved(f"event_loop_{loop.name}_disagg_prefill has sent no chunk")
+    if len(sent) < _CHUNKS - 1:
+        raise lookup.Moved(f"the loop {loop.name} has sent {len(sent)} of {_CHUNKS - 1} chunks")
 
 
 def _device(values: Any) -> Any:
@@ -156,11 +155,12 @@ def _scheduler(recorder: Recorder, stack: KvStack, request: Any, loop: Loop) -> 
     class Scheduler(_Has, stock):  # type: ignore[misc]
         def get_new_batch_prefill(self, *args: Any) -> Any:
             number = len(launched) + 1
-            if number > _TURNS:
+            if number > _CHUNKS:
                 raise _Ended
             request.prefix_indices = slots[: (number - 1) * PAGE]
             request.prefix_len = (number - 1) * PAGE
             request.fill_ids = [0] * (number * PAGE)
+            request.fill_len = number * PAGE
             request.extend_end = number * PAGE
             request.extend_range = _Has(start=(number - 1) * PAGE, end=number * PAGE)
             self.chunked_req = request
@@ -250,17 +250,17 @@ def _result(ids: Any) -> Any:
     return result
 
 
-def _request(recorder: Recorder, stack: KvStack, backend: str, sent: list[Any]) -> Any:
-    """A request whose sender is the backend's own. `sent` gets what is sent of it."""
+def _request(recorder: Recorder, stack: KvStack, backend: str, sent: set[int]) -> Any:
+    """A request whose sender is the backend's own. `sent` gets the pages that are read of it."""
 
     def send(page_indices: Any, **more: Any) -> None:
-        sent.append(page_indices)
         slots = (_slots(int(page)) for page in page_indices)
         pages = set().union(*(stack.kv_pages(some) for some in slots))
 
         def read() -> None:
             # A release may read in the scheduler's thread; no stream orders that either.
             nic = threads[0] if threads else Stream(name="RDMA read")
+            sent.update(map(int, page_indices))
             recorder.kernel("RDMA read of a chunk", reads=pages, stream=nic)
 
         threads: list[Stream] = []

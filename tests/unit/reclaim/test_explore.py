@@ -12,7 +12,7 @@ from sglang_scaling_fixes.reclaim.rules.coverage import Coverage
 from sglang_scaling_fixes.reclaim.rules.decode_ledger import DecodeLedger
 from sglang_scaling_fixes.reclaim.rules.exposure import Exposure, Writer
 from sglang_scaling_fixes.reclaim.rules.prefill_ledger import PrefillLedger
-from tests.model.explore import CONTROLS, OPEN, SMALL, explore, harm, reached, story
+from tests.model.explore import CONTROLS, OPEN, SMALL, explore, is_harm, reached, story
 
 KNOWN = {
     Writer: "rank incarnation hello bound_by disputed sent reported proof stuck poisoned writes_at "
@@ -58,7 +58,7 @@ def test_without_one_rule_the_corruption_is_found(
     record_property("explored", f"{name}: found after {found}")
     print(f"{name}: {found}\n{story(CONTROLS[name], found.trace)}")
     assert found.violation.startswith("Violation: ")
-    assert harm(CONTROLS[name]) in found.violation
+    assert is_harm(CONTROLS[name], found.violation)
 
 
 @pytest.mark.parametrize("name", OPEN)
