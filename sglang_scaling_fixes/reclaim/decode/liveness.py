@@ -28,12 +28,17 @@ class Liveness:
         self._thread: threading.Thread | None = None
 
     def look(self, ranks: Iterable[Rank]) -> None:
-        """Look again at `ranks`, unless that was done a moment ago. Does not block."""
+        """Look again at `ranks`, unless that was done a moment ago. Does not block.
+
+        What was seen of any other rank is forgotten: by the next time another process may serve it.
+        """
+        ranks = set(ranks)
+        self._gone &= ranks
         now = time.monotonic()
-        if now < self._next or (self._thread is not None and self._thread.is_alive()):
+        if not ranks or now < self._next or (self._thread is not None and self._thread.is_alive()):
             return
         self._next = now + LOOK_EVERY_S
-        self._thread = threading.Thread(target=self._look, args=(sorted(set(ranks)),), daemon=True)
+        self._thread = threading.Thread(target=self._look, args=(sorted(ranks),), daemon=True)
         self._thread.start()
 
     def gone(self, rank: Rank) -> bool:

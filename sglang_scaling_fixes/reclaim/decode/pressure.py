@@ -92,20 +92,23 @@ class Relief:
     def _look(self, quarantine: Quarantine, now: float) -> None:
         self._next_look = now + LOOK_AGAIN_S
         holds: list[Hold] = []
-        suspects: set[Rank] = set()
         with self._lock:
-            for cause in self._ledger.causes:
+            causes = self._ledger.causes
+            self._liveness.look(self._suspects(causes, now))
+            for cause in causes:
                 for hold, exposures in self._holds(cause, now):
                     holds.append(hold)
-                    if hold.quiet_s > GRACE_S:
-                        suspects.update(cause.ranks)
                     blames = hold.blames
                     for exposure in exposures:
                         exposure.blames = blames
-        if suspects:
-            self._liveness.look(suspects)
         mode = "off" if self.no_fence else self._mode
         self._pressure = quarantine.decide(holds, mode=mode)
+
+    @staticmethod
+    def _suspects(causes: Sequence[Cause], now: float) -> set[Rank]:
+        """Ranks that have said nothing for so long that they may be gone."""
+        quiet = (c for c in causes if any(now - e.last_word > GRACE_S for e in c.held))
+        return {rank for cause in quiet for rank in cause.ranks}
 
     def _holds(self, cause: Cause, now: float) -> list[tuple[Hold, list[Exposure]]]:
         """What waits for this, put together where it is judged alike, and the exposures of each."""

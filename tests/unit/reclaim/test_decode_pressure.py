@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -322,6 +323,21 @@ def test_transfers_of_a_gone_writer_do_not_delay_a_fence(fences: Fences) -> None
     assert "retry" in decode.manager.failures[8] and decode.manager.request_status[8] == 0
     # Its owner gives up: proven at once, for the write can no longer land.
     assert not decode.give_up(receiver, slots, aux, age=0.0).unproven
+
+
+def test_a_rank_that_was_gone_once_is_not_gone_for_a_young_hold(fences: Fences) -> None:
+    """Another process serves its port by now, and nobody has looked since."""
+    decode = armed(Config())
+    decode.give_up(*decode.expose(7, 50))
+    gone(decode)
+    for _ in range(3):
+        decode.guard.tick()
+    assert len(fences.proofs_at_close) == 1 and decode.free() == (POOL, 8)
+    decode.guard.relief._next_fence = 0.0
+    with socket.create_server(("127.0.0.1", decode.port)):
+        decode.give_up(*decode.expose(8, 50), age=0.0)
+        decode.guard.tick()
+        assert not decode.refused(PREFILL) and len(fences.switched) == 1
 
 
 def test_a_success_on_its_way_is_not_taken_back(fences: Fences) -> None:
