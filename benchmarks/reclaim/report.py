@@ -47,12 +47,9 @@ def share_line(result: dict[str, Any]) -> str:
 
 def holds_table(result: dict[str, Any]) -> str:
     """One row per abort, then the medians."""
-    names = list(result["rounds"][0])
-    rows = [tuple(name.replace("_", " ") for name in names)]
-    rows += [tuple(str(hold[name]) for name in names) for hold in result["rounds"]]
     return "\n".join(
         [
-            table(rows),
+            _of(result["rounds"]),
             "",
             f"hold minus remaining write, ms: {result['hold_minus_remaining_ms']}",
             f"back after the last byte, ms: {result['back_after_last_byte_ms']}",
@@ -71,10 +68,14 @@ def memory_line(result: dict[str, Any]) -> str:
 
 def storm_table(result: dict[str, Any]) -> str:
     """One row for each size of storm."""
-    names = list(result["storms"][0])
+    return _of(result["storms"])
+
+
+def _of(records: list[dict[str, Any]]) -> str:
+    """One row for each record, headed by its keys."""
+    names = list(records[0])
     rows = [tuple(name.replace("_", " ") for name in names)]
-    rows += [tuple(str(storm[name]) for name in names) for storm in result["storms"]]
-    return table(rows)
+    return table(rows + [tuple(str(record[name]) for name in names) for record in records])
 
 
 def ledger_table(result: dict[str, Any]) -> str:

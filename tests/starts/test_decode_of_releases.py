@@ -243,7 +243,7 @@ def refuses(resume, age=10.0, running=()):
     decode.scheduler.running_batch.reqs = list(running)
     assert resume(queue) == [] and len(queue.retracted_queue) == 1
     decode.side.tick()
-    return decode.side.refusing
+    return decode.side.relief.refusing
 
 
 found["stands still"] = {

@@ -19,7 +19,7 @@ from sglang_scaling_fixes.reclaim.decode.gate import Gate
 from sglang_scaling_fixes.reclaim.decode.liveness import Liveness
 from sglang_scaling_fixes.reclaim.decode.peers import Peers
 from sglang_scaling_fixes.reclaim.decode.records import Records
-from sglang_scaling_fixes.reclaim.retry_after import AILING, REFUSAL, TAKEN
+from sglang_scaling_fixes.reclaim.retry_after import AILING, REFUSAL
 from sglang_scaling_fixes.reclaim.rules.causes import Cause
 from sglang_scaling_fixes.reclaim.rules.exposure import Exposure
 from sglang_scaling_fixes.reclaim.rules.quarantine import (
@@ -36,14 +36,6 @@ logger = logging.getLogger(__name__)
 
 LOOK_AGAIN_S = 0.1
 """Seconds between two assessments of what is held."""
-
-
-def taken(room: int) -> tuple[str, str]:
-    """Why a request is refused whose room another one has: a word, a text.
-
-    Stock keeps transfers by room alone. It would give both the KV of one, or die.
-    """
-    return "room", f"{TAKEN}: {room}; retry with a room of its own, or when that one has ended"
 
 
 class Relief:
@@ -63,8 +55,9 @@ class Relief:
         self._mode = mode
         self.refusing = False
         """Too little is left of the pool: every request is refused. The same on all TP ranks."""
-        self.ailing: dict[str, str] = {}
-        """Prefill instance -> why its new requests are refused. The same keys on all TP ranks."""
+        self._ailing: dict[str, Exposure] = {}
+        """Prefill instance whose new requests are refused -> the oldest exposure that it is blamed
+        for. The same keys on all TP ranks."""
         self._standing_tokens = 0
         """Token slots that ailing prefills hold. The same on all TP ranks."""
         self.crowded_out = False
@@ -156,19 +149,26 @@ class Relief:
             )
         self.refusing = refusing
         self._standing_tokens = sum(exposure.tokens for exposure in held)
-        oldest = {exposure.prefill: exposure for exposure in reversed(held)}
-        ailing = {p: why_held(exposure, self._ledger.peers) for p, exposure in oldest.items()}
-        for prefill in ailing.keys() - self.ailing.keys():
+        before = self._ailing
+        self._ailing = {exposure.prefill: exposure for exposure in reversed(held)}
+        for prefill in self._ailing.keys() - before.keys():
             logger.error(
                 "safe-reclaim: prefill %s: %s; new requests that name it are refused with 503 "
                 "until that ends, others are served%s",
                 prefill,
-                ailing[prefill],
+                self._why_ailing(prefill),
                 self._no_fence_either(),
             )
-        for prefill in self.ailing.keys() - ailing.keys():
+        for prefill in before.keys() - self._ailing.keys():
             logger.warning("safe-reclaim: prefill %s is served again", prefill)
-        self.ailing = ailing
+
+    @property
+    def ailing(self) -> dict[str, str]:
+        """Prefill instance -> why its new requests are refused."""
+        return {prefill: self._why_ailing(prefill) for prefill in self._ailing}
+
+    def _why_ailing(self, prefill: str) -> str:
+        return why_held(self._ailing[prefill], self._ledger.peers)
 
     def _no_fence_either(self) -> str:
         return f" (no fence: {self.no_fence})" if self.no_fence else ""
@@ -181,9 +181,9 @@ class Relief:
         """
         if self.refusing or tokens > pool - self._standing_tokens:
             return "held", f"{REFUSAL}; retry here later, or at another decode now"
-        if prefill in self.ailing:
+        if prefill in self._ailing:
             return "ailing", (
-                f"{AILING} {prefill}: {self.ailing[prefill]}; retry with another prefill now, "
+                f"{AILING} {prefill}: {self._why_ailing(prefill)}; retry with another prefill now, "
                 "or with this one later"
             )
         return None
@@ -215,7 +215,7 @@ class Relief:
 
     def _hopeless(self, exposure: Exposure) -> bool:
         """Its transfer cannot complete, or `always` says not to wait for it."""
-        if self._mode == "always" and exposure.prefill in self.ailing:
+        if self._mode == "always" and exposure.prefill in self._ailing:
             return True
         return any(
             self._ledger.replaced(w) or self._liveness.gone(w.rank)

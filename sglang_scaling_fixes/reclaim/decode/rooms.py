@@ -15,6 +15,7 @@ from typing import Any
 
 from sglang_scaling_fixes.kv_poll import SUCCESS, WAITING
 from sglang_scaling_fixes.passthrough import Passthrough
+from sglang_scaling_fixes.reclaim.retry_after import TAKEN
 
 
 class Rooms:
@@ -38,6 +39,12 @@ class Rooms:
     def taken(self, room: int) -> bool:
         """Whether a request of `room` waits for its KV here. The same on all TP ranks."""
         return self._uncleared[room] > 0 and bool(self._waiting(room))
+
+    def refusal(self, room: int) -> tuple[str, str] | None:
+        """Why a new request of this room is not taken, None if it is: a word, a text."""
+        if not self.taken(room):
+            return None
+        return "room", f"{TAKEN}: {room}; retry with a room of its own, or when that one has ended"
 
     def clear(self, stock: Callable[[Any], Any], receiver: Any) -> Any:
         """Stock forgets the room of `receiver`, unless it is another's by now.

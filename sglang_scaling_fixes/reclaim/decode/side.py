@@ -39,7 +39,7 @@ from sglang_scaling_fixes.reclaim.decode.holds import HoldReport
 from sglang_scaling_fixes.reclaim.decode.inbox import Inbox
 from sglang_scaling_fixes.reclaim.decode.maintenance import Maintenance
 from sglang_scaling_fixes.reclaim.decode.peers import Peers, rank_of
-from sglang_scaling_fixes.reclaim.decode.pressure import Relief, taken
+from sglang_scaling_fixes.reclaim.decode.pressure import Relief
 from sglang_scaling_fixes.reclaim.decode.records import Records
 from sglang_scaling_fixes.reclaim.decode.rooms import Rooms
 from sglang_scaling_fixes.reclaim.interposers import ReceivingSocket
@@ -115,11 +115,6 @@ class DecodeSide:
     def _owns_aux(self, aux: int, room: int) -> bool:
         return self.gate is None or self.gate.owns_aux(aux, room)
 
-    @property
-    def refusing(self) -> bool:
-        """More is held than allowed: new requests are refused. The same on all TP ranks."""
-        return self.relief.refusing
-
     def refused(self, queue: Any, req: Any) -> bool:
         """End a request that is about to be admitted, if it must not be.
 
@@ -127,8 +122,8 @@ class DecodeSide:
         """
         assert self._quarantine is not None
         prefill, room = layout.prefill_of(req), req.bootstrap_room
-        if self.rooms.taken(room):
-            self.relief.refuse(queue, req, *taken(room))
+        if (why := self.rooms.refusal(room)) is not None:
+            self.relief.refuse(queue, req, *why)
             return True
         tokens = len(req.origin_input_ids)
         why = self.relief.refusal(prefill, tokens, self._quarantine.tokens)

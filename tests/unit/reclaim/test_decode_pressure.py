@@ -68,7 +68,7 @@ def test_only_requests_of_the_ailing_prefill_are_refused(fences: Fences) -> None
     assert decode.refused(PREFILL)
     (message,) = decode.answers
     assert message.startswith(AILING) and PREFILL in message and "another prefill now" in message
-    assert not decode.guard.refusing and not fences.switched
+    assert not decode.guard.relief.refusing and not fences.switched
 
 
 def test_its_half_at_prefill_is_told(fences: Fences) -> None:
@@ -95,13 +95,13 @@ def test_a_slow_write_is_no_ailment(fences: Fences) -> None:
     exposure = decode.give_up(*decode.expose(7, 90), age=60.0)
     decode.hears(messages.AbortAck(decode.rank, "process", exposure.lease, "writing"))
     decode.guard.tick()
-    assert not decode.refused(PREFILL) and not decode.guard.refusing and not fences.switched
+    assert not decode.refused(PREFILL) and not decode.guard.relief.refusing and not fences.switched
     assert decode.free() == (POOL - 90, 7), "what is written is held"
     writer = exposure.writers[decode.rank]
     writer.writes_at -= GRACE_S + 1  # and nothing more is heard of it
     exposure.waits = None
     decode.guard.tick()
-    assert decode.refused(PREFILL) and decode.guard.refusing
+    assert decode.refused(PREFILL) and decode.guard.relief.refusing
 
 
 def test_one_silent_writer_of_two_is_enough(fences: Fences) -> None:
@@ -124,7 +124,7 @@ def test_young_holds_blame_nobody(fences: Fences) -> None:
     decode = armed(Config())
     decode.give_up(*decode.expose(7, 90), age=0.0)
     decode.guard.tick()
-    assert not decode.refused(PREFILL) and not decode.guard.refusing and not fences.switched
+    assert not decode.refused(PREFILL) and not decode.guard.relief.refusing and not fences.switched
 
 
 def test_proof_ends_the_refusal(fences: Fences) -> None:
@@ -141,7 +141,7 @@ def test_past_the_bound_everybody_is_refused(fences: Fences) -> None:
     decode = armed(Config(max_held=0.4, fence="off"))
     decode.give_up(*decode.expose(7, 41))
     decode.guard.tick()
-    assert decode.guard.refusing and decode.refused(OTHER)
+    assert decode.guard.relief.refusing and decode.refused(OTHER)
     assert REFUSAL in decode.answers[0]
     assert decode.guard.report()["refusing"] is True
 
@@ -374,7 +374,7 @@ def test_off_means_off(fences: Fences) -> None:
     poisoned(decode, 7, 90)
     for _ in range(3):
         decode.guard.tick()
-    assert decode.guard.refusing and not fences.switched
+    assert decode.guard.relief.refusing and not fences.switched
 
 
 def test_a_hold_that_has_its_proof_calls_for_no_fence(fences: Fences) -> None:
