@@ -1,8 +1,8 @@
 """What was proven here before, kept so that it need not be proven again for the same files.
 
 A proof attaches the fixes to the release's own classes. For that it imports what a scheduler
-imports, which takes ten seconds or more. It is kept for the files, the distributions and the
-environment that it was made with; any change of one of them asks for another.
+imports, which takes ten seconds or more. It is kept for the files, the distributions, the
+environment and the RDMA devices that it was made with; any change of one asks for another.
 """
 
 from __future__ import annotations
@@ -45,9 +45,11 @@ def folder() -> Path:
 
 
 def key(state: str, env: Mapping[str, str]) -> str:
-    """Of what a proof is one: `state` (see `loading_probe`) in the environment `env`."""
+    """Of what a proof is one: `state` (see `loading_probe`) in the environment `env`, with the RDMA
+    devices that this machine or container shows.
+    """
     variables = sorted((name, value) for name, value in env.items() if name not in _NO_MATTER)
-    return hashlib.sha256(repr((state, variables)).encode()).hexdigest()
+    return hashlib.sha256(repr((state, variables, machine.here.rdma())).encode()).hexdigest()
 
 
 def read(name: str) -> Proof | None:

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
-from sglang_scaling_fixes import child_process, loading, loading_probe, proof_store
+from sglang_scaling_fixes import child_process, loading, loading_probe, machine, proof_store
+from sglang_scaling_fixes.machine import Machine
 from sglang_scaling_fixes.paths import PACKAGE, ROOT
+from tests.machines import MACHINES
 
 SOUND = {
     "sglang": "0.5.23",
@@ -81,6 +83,18 @@ def test_other_files_or_another_environment_are_proven_anew(children: Children) 
     assert children.proves()
     assert children.proves(again=True)
     assert not children.proves()
+
+
+def test_another_machine_is_proven_anew(
+    children: Children, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Containers of one host may share this user's files, and not have the same devices."""
+    for name in ("no devices", "one HCA"):
+        root = MACHINES[name].under(tmp_path / name)
+        env = {"XDG_CACHE_HOME": str(tmp_path)}
+        monkeypatch.setattr(machine, "here", Machine(root, env, {}.get))
+        assert children.proves()
+        assert not children.proves()
 
 
 @pytest.mark.parametrize(
