@@ -10,6 +10,9 @@ in its answer, and nothing is freed for it:
     flush the cache     refused (with a time-out of its own, stock waits as long as that)
     HiCache storage     refused
 
+From 0.5.19 stock keeps the slots of an aborted request until its prefill has acknowledged, and is
+not idle either until then. It looks for that once a turn, so the wait looks in its place.
+
 All ranks get these operations in the same turn of their loops, so all wait and stop alike.
 """
 
@@ -122,11 +125,24 @@ class Maintenance:
         until = time.monotonic() + WAIT_S
         while True:
             self._tick()
+            self._let_stock_look()
+            idle = not self._stock_keeps() and not self._ledger.holding
             early = waits and time.monotonic() < until
-            nothing, early = self._group.all_true([not self._ledger.holding, early])
+            nothing, early = self._group.all_true([idle, early])
             if nothing or not early:
                 return nothing
             time.sleep(LOOK_AGAIN_S)
+
+    def _let_stock_look(self) -> None:
+        """Give back what stock keeps and may. A collective, as in stock's own loop."""
+        if self._stock_keeps():
+            self._scheduler.disagg_decode_transfer_queue.resolve_deferred_releases()
+
+    def _stock_keeps(self) -> bool:
+        """Whether stock itself still keeps slots of aborted requests: on all ranks or none."""
+        queue = getattr(self._scheduler, "disagg_decode_transfer_queue", None)
+        pending = getattr(queue, "has_pending_deferred_releases", None)
+        return pending is not None and bool(pending())
 
     def _idle_but_for_holds(self) -> bool:
         """Stock's own word: nobody else is kept waiting."""
@@ -139,6 +155,8 @@ class Maintenance:
 
     def _why(self) -> str:
         held = self._ledger.held
+        if not held and self._stock_keeps():
+            return "stock keeps the slots of aborted requests until prefill acknowledges; try again"
         if not held:
             return "another rank holds KV slots; try again later"
         oldest = held[0]

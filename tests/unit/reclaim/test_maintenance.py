@@ -62,6 +62,30 @@ def test_a_rank_that_holds_nothing_waits_for_one_that_does_and_ticks_like_it() -
     assert len(ticks) == 4
 
 
+class StocksQueue:
+    """Stock's transfer queue: what it keeps is let go at the look of this number."""
+
+    def __init__(self, look: int) -> None:
+        self.left = look
+
+    def resolve_deferred_releases(self) -> None:
+        self.left -= 1
+
+    def has_pending_deferred_releases(self) -> bool:
+        return self.left > 0
+
+
+def test_what_stock_itself_keeps_is_waited_for_and_looked_for() -> None:
+    """Stock's loop stands still meanwhile, and its release asserts that nothing is kept."""
+    queue = StocksQueue(look=3)
+    one = rank(TpGroup())
+    one._scheduler.disagg_decode_transfer_queue = queue
+    assert released(one, ["kv_cache"]) == "released" and queue.left == 0
+    one._scheduler.disagg_decode_transfer_queue = StocksQueue(look=1000)
+    answer = released(one, ["kv_cache"])
+    assert answer.rid.startswith(maintenance.NOT_RELEASED) and "stock keeps" in answer.rid
+
+
 def test_none_goes_on_alone_after_the_wait() -> None:
     group = OtherRank(looks=1000)
     answer = released(rank(group), ["kv_cache"])
