@@ -6,38 +6,53 @@ client's. Another attempt may follow while the client has no byte (`ClientReply.
 
 from __future__ import annotations
 
-import aiohttp
+from typing import Any
 
 from sglang_scaling_fixes.retry.budget import Budget
 from sglang_scaling_fixes.retry.pair import PairAttempt
 from sglang_scaling_fixes.retry.relay import Relay
+from sglang_scaling_fixes.retry.rendezvous import rendezvous
 from sglang_scaling_fixes.retry.reply import ClientReply
-from sglang_scaling_fixes.retry.request import ClientRequest
-from sglang_scaling_fixes.retry.routes import Pairs
-from sglang_scaling_fixes.retry.settings import ProxySettings, Target
-from sglang_scaling_fixes.retry.verdict import RETRYABLE
-from sglang_scaling_fixes.retry.worker_client import WorkerCall, WorkerClient
+from sglang_scaling_fixes.retry.request import ClientRequest, with_fields, without_routing
+from sglang_scaling_fixes.retry.settings import ProxySettings
+from sglang_scaling_fixes.retry.worker_client import Sessions, WorkerCall, WorkerClient
+from sglang_scaling_fixes.retry.workers import Team
 
 
 class Attempts:
     """Makes attempts. All of them share `budget`."""
 
-    def __init__(
-        self, session: aiohttp.ClientSession, settings: ProxySettings, budget: Budget
-    ) -> None:
-        client = WorkerClient(session, settings)
+    def __init__(self, sessions: Sessions, settings: ProxySettings, budget: Budget) -> None:
+        client = WorkerClient(sessions, settings)
         self._relay = Relay(client, settings)
         self._pairs = PairAttempt(client, self._relay, settings)
+        self._settings = settings
         self._budget = budget
 
-    async def run(self, request: ClientRequest, target: Target, reply: ClientReply) -> None:
-        """Returns when the client has its whole answer. Raises Failure."""
+    async def run(
+        self, request: ClientRequest, team: Team, reply: ClientReply, fields: dict[str, Any]
+    ) -> None:
+        """Returns when the client has its whole answer. Raises Failure.
+
+        `fields` are added to the body, if it is a JSON object.
+        """
+        body, facts = request.body, request.facts
+        if facts is not None:
+            added = {**without_routing(facts), **fields}
+            if team.prefill is not None:
+                added.update(rendezvous(facts, team.prefill.server))
+            body = with_fields(body, facts, added)
+
+        def call(url: str) -> WorkerCall:
+            return WorkerCall(url, body, self._settings.retry_status)
+
         lease = self._budget.lease()
         try:
-            if target.pair is not None and request.route.pairs is Pairs.BOTH:
-                await self._pairs.run(request, target.url, target.pair, reply, lease)
+            answering = call(team.answering.server.url)
+            if team.prefill is None:
+                await self._relay.answer(request, answering, reply, lease)
             else:
-                call = WorkerCall(target.url, request.body, RETRYABLE)
-                await self._relay.answer(request, call, reply, lease)
+                prefill = call(team.prefill.server.url)
+                await self._pairs.run(request, prefill, answering, reply, lease)
         finally:
             lease.resize(0)

@@ -2,17 +2,45 @@
 
 from __future__ import annotations
 
+import asyncio
+import random
 import time
+from dataclasses import dataclass, field, replace
 
 from sglang_scaling_fixes.retry.attempt import Attempts
 from sglang_scaling_fixes.retry.failure import Failure, Reason
+from sglang_scaling_fixes.retry.opinions import Opinions
 from sglang_scaling_fixes.retry.refusal import RETRY_AFTER_S, Refusal, send_failure
 from sglang_scaling_fixes.retry.reply import ClientReply
 from sglang_scaling_fixes.retry.request import ClientRequest
+from sglang_scaling_fixes.retry.retries import LostRequests, RetryBudget, wait_seconds
 from sglang_scaling_fixes.retry.routes import Pairs
+from sglang_scaling_fixes.retry.servers import Role
 from sglang_scaling_fixes.retry.settings import ProxySettings
 from sglang_scaling_fixes.retry.telemetry import Telemetry, log
-from sglang_scaling_fixes.retry.workers import Worker, Workers
+from sglang_scaling_fixes.retry.withdrawal import Withdrawals
+from sglang_scaling_fixes.retry.workers import Serves, Team, Tried, Worker, Workers
+
+MOST_LOST = 2
+"""So many workers may lose their connection over one request, and no third is asked."""
+
+
+@dataclass
+class _Progress:
+    """How one request has fared so far."""
+
+    opinions: Opinions
+    tried: Tried = field(default_factory=Tried)
+    team: Team | None = None
+    """The last that was asked."""
+    attempts: int = 0
+    failure: Failure | None = None
+    broke: list[Worker] = field(default_factory=list)
+    """Workers that broke, and are convicted if another one serves the request."""
+    lost: int = 0
+    """Attempts that a worker had, and no answer came."""
+    crashed: int = 0
+    """Attempts that ended with 500, which may be the request's own doing."""
 
 
 class Dispatcher:
@@ -22,108 +50,211 @@ class Dispatcher:
         workers: Workers,
         attempts: Attempts,
         telemetry: Telemetry,
+        withdrawals: Withdrawals,
     ) -> None:
         self._settings = settings
         self._workers = workers
         self._attempts = attempts
         self._telemetry = telemetry
+        self._withdrawals = withdrawals
+        self._lost = LostRequests(settings.refuse_seconds)
+        self._budget = RetryBudget()
+        self._chance = random.Random()
 
-    async def run(self, request: ClientRequest, reply: ClientReply) -> str:
+    async def run(self, request: ClientRequest, reply: ClientReply, requests: int) -> str:
         """The outcome, once the client has all it will get. Raises Refusal.
 
-        `ok`, `recovered` (after a retry), `failed` (503) or `broken` (after the first byte).
+        `requests`: how many are in flight. The outcome is `ok`, `recovered` (after a retry),
+        `rejected` (the worker says that the request is wrong), `failed` (an error before the
+        first byte) or `broken` (after it).
         """
         self._telemetry.time_first_byte(reply)
-        no_pairs = self._only_single_workers(request)
-        tried: list[Worker] = []
-        failure: Failure | None = None
-        while len(tried) < self._settings.attempts:
-            worker = self._workers.pick(tried, time.monotonic(), no_pairs=no_pairs)
-            if worker is None:
+        self._refuse_if_lost(request)
+        serves = self._who_serves(request)
+        progress = _Progress(Opinions(self._settings.secret, request.path))
+        while progress.attempts < self._settings.attempts:
+            team = self._workers.pick(
+                progress.tried, time.monotonic(), serves=serves, key=request.key
+            )
+            if team is None:
                 break
-            if failure is not None:
-                self._report(request, tried, failure, reply, "retried")
-            tried.append(worker)
-            newest = await self._try(request, worker, reply)
-            if newest is None:
-                if failure is None:
-                    return "ok"
-                if reply.stream is not None:
-                    self._telemetry.stream_restarted()
-                return "recovered"
-            failure = newest
-            if reply.started or not failure.elsewhere:
+            if progress.failure is None:
+                ended = await self._try(request, team, reply, progress)
+            else:
+                ended = await self._retry(request, team, reply, progress, requests)
+            if ended:
                 break
-        if failure is not None:
-            self._report(request, tried, failure, reply, "told")
+        if progress.failure is None and progress.attempts:
+            outcome = _outcome(reply)
+            return "recovered" if outcome == "ok" and progress.attempts > 1 else outcome
+        return await self._give_up(request, reply, progress)
+
+    async def _retry(
+        self,
+        request: ClientRequest,
+        team: Team,
+        reply: ClientReply,
+        progress: _Progress,
+        requests: int,
+    ) -> bool:
+        """Whether to ask nobody else. What a worker refuses is asked again within the budget."""
+        failure = progress.failure
+        assert failure is not None
+        if failure.reason is not Reason.UNAVAILABLE:
+            self._report(request, reply, progress, "retried")
+            return await self._try(request, team, reply, progress)
+        if not self._budget.take(requests):
+            self._telemetry.retry_refused()
+            return True
+        try:
+            self._report(request, reply, progress, "retried")
+            await asyncio.sleep(wait_seconds(progress.attempts, self._chance))
+            return await self._try(request, team, reply, progress)
+        finally:
+            self._budget.give_back()
+
+    async def _try(
+        self, request: ClientRequest, team: Team, reply: ClientReply, progress: _Progress
+    ) -> bool:
+        """One attempt, and what it says about its workers. Whether to ask nobody else."""
+        progress.attempts += 1
+        progress.team = team
+        progress.tried.teams.append(team)
+        for worker in team.members:
+            worker.in_flight += 1
+        fields = progress.opinions.fields(time.time())
+        try:
+            await self._attempts.run(request, team, reply, fields)
+        except Failure as failure:
+            self._blame(team, failure, progress)
+            progress.failure = failure
+            return reply.started or not failure.elsewhere or self._hopeless(request, progress)
+        finally:
+            for worker in team.members:
+                worker.in_flight -= 1
+        self._praise(team, reply, progress)
+        return True
+
+    def _praise(self, team: Team, reply: ClientReply, progress: _Progress) -> None:
+        for worker in team.members:
+            self._workers.served(worker)
+        if progress.failure is not None:
+            self._telemetry.recovered(streamed=reply.stream is not None)
+            # Now it is known that the request does not break whoever gets it.
+            for worker in progress.broke:
+                if self._workers.convicted(worker, time.monotonic()):
+                    log(event="down", worker=worker.name, reason="broke what others served")
+            if words := progress.opinions.to_withdraw(time.time()):
+                self._telemetry.false_alarm()
+                self._withdrawals.send(words)
+        progress.failure = None
+
+    def _blame(self, team: Team, failure: Failure, progress: _Progress) -> None:
+        now = time.monotonic()
+        longest = self._settings.avoid_seconds
+        culprits = _culprits(team, failure)
+        progress.tried.blamed.update(culprits)
+        progress.lost += failure.lost
+        progress.crashed += failure.status == 500
+        if failure.reason is Reason.ANOMALY:
+            self._telemetry.anomaly(team.answering)
+            progress.opinions.note(team, failure)
+            if progress.opinions.agreed:
+                progress.tried = Tried()  # no worker is at fault: each may be asked again
+        for worker in culprits or team.members:
+            if failure.reason is Reason.ANOMALY:
+                self._workers.avoid(worker, now + longest)
+            elif failure.reason is Reason.UNAVAILABLE:
+                # A worker that refuses everything has the fewest requests in flight. Without
+                # this it would always be picked next.
+                asked = failure.retry_after or RETRY_AFTER_S
+                self._workers.avoid(worker, now + min(longest, asked))
+            elif failure.broke:
+                self._workers.broke(worker, now)
+                progress.broke.append(worker)
+
+    def _hopeless(self, request: ClientRequest, progress: _Progress) -> bool:
+        """Whether the request itself is what fails."""
+        failure = progress.failure
+        assert failure is not None
+        if progress.opinions.settled:
+            progress.failure = replace(failure, final=True)
+            return True
+        if progress.lost < MOST_LOST and progress.crashed < MOST_LOST:
+            return False
+        if failure.lost:
+            self._lost.add(request.path, request.body, time.monotonic())
+            after = round(self._settings.refuse_seconds)
+            progress.failure = replace(failure, final=True, retry_after=after)
+        return True
+
+    def _refuse_if_lost(self, request: ClientRequest) -> None:
+        left = self._lost.refused_for(request.path, request.body, time.monotonic())
+        if left:
+            text = f"this request broke {MOST_LOST} workers a moment ago; it is not tried again yet"
+            after = max(RETRY_AFTER_S, round(left))
+            raise Refusal(503, "worker_lost", text, after, retryable=True, final=True)
+
+    def _who_serves(self, request: ClientRequest) -> Serves:
+        """Raises Refusal if nobody in the list can."""
+        if request.route.pairs is Pairs.DECODE:
+            return Serves.ALONE
+        refusal = _refusal_by_pairs(request)
+        if refusal is None:
+            return Serves.ALL
+        if all(worker.server.role is not Role.WORKER for worker in self._workers.all):
+            raise refusal
+        return Serves.WORKERS
+
+    async def _give_up(
+        self, request: ClientRequest, reply: ClientReply, progress: _Progress
+    ) -> str:
+        if progress.failure is not None:
+            self._report(request, reply, progress, "told")
         else:
             log(event="no_worker", request=request.name)
         broken = reply.started
-        await send_failure(reply, request.route.family, failure)
+        await send_failure(reply, request.route.family, progress.failure)
         return "broken" if broken else "failed"
 
-    async def _try(
-        self, request: ClientRequest, worker: Worker, reply: ClientReply
-    ) -> Failure | None:
-        """One attempt, and what it says about the worker. None: the client has its answer."""
-        worker.in_flight += 1
-        try:
-            await self._attempts.run(request, worker.target, reply)
-        except Failure as failure:
-            self._blame(worker, failure)
-            return failure
-        finally:
-            worker.in_flight -= 1
-        self._workers.answered(worker)
-        return None
-
-    def _blame(self, worker: Worker, failure: Failure) -> None:
-        now = time.monotonic()
-        longest = self._settings.avoid_seconds
-        if failure.reason is Reason.ANOMALY:
-            self._telemetry.anomaly(worker)
-            self._workers.avoid(worker, now + longest)
-        elif failure.reason is Reason.UNAVAILABLE:
-            # A worker that refuses everything has the fewest requests in flight. Without this
-            # it would always be picked next.
-            asked = failure.retry_after or RETRY_AFTER_S
-            self._workers.avoid(worker, now + min(longest, asked))
-        elif failure.broke and self._workers.broke(worker, now):
-            log(event="down", worker=worker.target.name, reason=failure.reason.value)
-
-    def _only_single_workers(self, request: ClientRequest) -> bool:
-        """Whether no pair can serve it. Raises Refusal if there are only pairs."""
-        pairs = [worker for worker in self._workers.all if worker.target.pair]
-        if not pairs:
-            return False
-        refusal = _refusal_by_pairs(request)
-        if refusal is not None and len(pairs) == len(self._workers.all):
-            raise refusal
-        return refusal is not None
-
     def _report(
-        self,
-        request: ClientRequest,
-        tried: list[Worker],
-        failure: Failure,
-        reply: ClientReply,
-        outcome: str,
+        self, request: ClientRequest, reply: ClientReply, progress: _Progress, outcome: str
     ) -> None:
-        """Count and log that the worker tried last has failed."""
+        """Count and log that the team tried last has failed."""
+        assert progress.failure is not None
+        assert progress.team is not None
         self._telemetry.attempt_failed(
             request,
-            tried[-1],
-            failure,
-            attempt=len(tried),
+            progress.team,
+            progress.failure,
+            attempt=progress.attempts,
             sent_bytes=reply.sent,
             outcome=outcome,
         )
 
 
+def _culprits(team: Team, failure: Failure) -> tuple[Worker, ...]:
+    """Who failed for certain. Of a pair either half may have been it."""
+    if team.prefill is None:
+        return (team.answering,)
+    if failure.half is Role.PREFILL:
+        return (team.prefill,)
+    return (team.answering,) if failure.half is Role.DECODE else ()
+
+
+def _outcome(reply: ClientReply) -> str:
+    """Of an answer that was passed on whole. An error is never `ok`, whoever it comes from."""
+    told = reply.stream.told if reply.stream is not None else None
+    status = told or reply.status
+    if status >= 500:
+        return "broken" if told else "failed"
+    if status >= 400:
+        return "rejected"
+    return "ok"
+
+
 def _refusal_by_pairs(request: ClientRequest) -> Refusal | None:
     """Why a prefill/decode pair cannot serve this request; None if it can."""
-    if request.route.pairs is Pairs.DECODE:
-        return None
     if request.route.pairs is Pairs.NONE:
         text = f"{request.path} needs a worker that is not half of a pair"
         return Refusal(501, "not_proxied", text)

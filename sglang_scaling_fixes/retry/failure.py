@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import enum
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from sglang_scaling_fixes.retry.routes import Family
+from sglang_scaling_fixes.retry.servers import Role
 
 DONE = b"data: [DONE]\n\n"
 
@@ -22,31 +24,51 @@ class Reason(enum.StrEnum):
     ANOMALY = "anomaly"
     """The worker's spec-guard aborted the generation."""
     UNAVAILABLE = "unavailable"
-    """The worker answered 502, 503 or 504, as a status or within a stream."""
+    """The worker answered 502, 503 or another status to retry, as such or within a stream."""
+    ABORTED = "aborted"
+    """The worker aborted the generation and gave no reason that is the client's."""
     REFUSED = "refused"
     """The worker could not be connected to."""
     LOST = "lost"
     """The connection ended before the answer did."""
     TIMEOUT = "timeout"
-    """The worker sent no byte for too long."""
+    """The worker sent nothing of the answer for too long."""
     UNREADABLE = "unreadable"
     """The answer is not HTTP, or is encoded so that the proxy cannot read it."""
     TOO_LARGE = "too_large"
     """More had to be held back than the limit of one response."""
     NO_MEMORY = "no_memory"
     """More had to be held back than the limit of all requests together."""
+    OWN_LIMIT = "own_limit"
+    """The proxy itself has no socket left for a connection to a worker."""
 
 
 TYPES = {
     Reason.ANOMALY: "kv_anomaly",
     Reason.UNAVAILABLE: "worker_unavailable",
+    Reason.ABORTED: "worker_aborted",
     Reason.REFUSED: "worker_lost",
     Reason.LOST: "worker_lost",
     Reason.TIMEOUT: "worker_timeout",
     Reason.UNREADABLE: "worker_unreadable",
     Reason.TOO_LARGE: "held_too_large",
     Reason.NO_MEMORY: "overloaded",
+    Reason.OWN_LIMIT: "overloaded",
 }
+_OURS = (Reason.TOO_LARGE, Reason.NO_MEMORY, Reason.OWN_LIMIT)
+"""What no other worker can help with."""
+_SUSPICION = re.compile(r"\[rule=(\w+) suspicion=([A-Za-z0-9_-]{1,64}) suspect_from=(\d{1,9})\]")
+"""How the guard ends the message of an abort."""
+
+
+@dataclass(frozen=True)
+class Suspicion:
+    """What the guard says of an abort: its rule, the suspicion's name, and from where on the
+    output is suspect, in tokens."""
+
+    rule: str
+    name: str
+    suspect_from: int
 
 
 @dataclass
@@ -54,13 +76,18 @@ class Failure(Exception):
     """An attempt that failed.
 
     `message` is for the client. `detail` is for the log only: it may name addresses.
-    `retry_after`: seconds, if the worker sent `Retry-After`.
+    `retry_after`: seconds, if the worker sent `Retry-After`. `half`: which half of a pair failed,
+    if that is certain. `status`: what the worker answered, if it did. `final`: the client gains
+    nothing if it tries again at once.
     """
 
     reason: Reason
     message: str
     retry_after: int | None = None
     detail: str = ""
+    half: Role | None = None
+    status: int | None = None
+    final: bool = False
 
     @property
     def type(self) -> str:
@@ -69,17 +96,30 @@ class Failure(Exception):
     @property
     def elsewhere(self) -> bool:
         """Whether another worker may succeed."""
-        return self.reason not in (Reason.TOO_LARGE, Reason.NO_MEMORY)
+        return self.reason not in _OURS
 
     @property
     def retryable(self) -> bool:
         """Whether the client may succeed later."""
-        return self.reason is not Reason.TOO_LARGE
+        return not (
+            self.reason is Reason.TOO_LARGE or (self.reason is Reason.ANOMALY and self.final)
+        )
 
     @property
     def broke(self) -> bool:
         """Whether the worker itself is in doubt, not only this answer."""
-        return self.reason in (Reason.REFUSED, Reason.LOST, Reason.TIMEOUT, Reason.UNREADABLE)
+        return self.reason is Reason.REFUSED or self.lost
+
+    @property
+    def lost(self) -> bool:
+        """Whether the worker had the request, and no answer came of it."""
+        return self.reason in (Reason.LOST, Reason.TIMEOUT, Reason.UNREADABLE)
+
+    @property
+    def suspicion(self) -> Suspicion | None:
+        """Of an anomaly, if the guard says it."""
+        found = _SUSPICION.search(self.message) if self.reason is Reason.ANOMALY else None
+        return Suspicion(found[1], found[2], int(found[3])) if found else None
 
 
 def error_body(family: Family, kind: str, message: str, code: int, retryable: bool) -> bytes:

@@ -24,6 +24,16 @@ HOP_BY_HOP = frozenset(
 )
 _REQUEST_ONLY = frozenset({"host", "content-length", "expect"})
 """Also dropped from a request: its body is complete by now, so the HTTP client states them anew."""
+_ROUTING = frozenset(
+    {
+        "x-data-parallel-rank",
+        "x-override-routed-dp-rank",
+        "x-override-disagg-prefill-dp-rank",
+        "x-sglang-scaling-fixes-word",
+    }
+)
+"""What a server takes from whoever balances: no client's reaches a worker."""
+REQUEST_ID = "x-request-id"
 
 
 def headers_for_worker(raw: Iterable[tuple[bytes, bytes]], inference: bool) -> CIMultiDict[str]:
@@ -33,21 +43,27 @@ def headers_for_worker(raw: Iterable[tuple[bytes, bytes]], inference: bool) -> C
     """
     pairs = [(name.decode("latin-1"), value.decode()) for name, value in raw]
     named = _named_hop_by_hop(value for name, value in pairs if name == "connection")
-    dropped = HOP_BY_HOP | _REQUEST_ONLY | named
+    dropped = HOP_BY_HOP | _REQUEST_ONLY | _ROUTING | named
     kept = CIMultiDict(pair for pair in pairs if pair[0] not in dropped)
     if inference and "accept-encoding" in kept:
         kept["accept-encoding"] = "identity"
     return kept
 
 
-def headers_for_client(response: aiohttp.ClientResponse) -> Headers:
-    """The worker's headers without those of its connection."""
+def headers_for_client(response: aiohttp.ClientResponse, url: str) -> Headers:
+    """The worker's headers without those of its connection, and without its address.
+
+    `url`: the worker's. A redirect to it is one to the proxy, whose client knows no worker.
+    """
     dropped = HOP_BY_HOP | _named_hop_by_hop(response.headers.getall("Connection", ()))
-    return [
-        (name, value)
-        for name, value in response.raw_headers
-        if name.decode("latin-1").lower() not in dropped
-    ]
+    kept = []
+    for name, value in response.raw_headers:
+        lower = name.decode("latin-1").lower()
+        if lower == "location" and value.startswith(url.encode()):
+            kept.append((name, value.removeprefix(url.encode()) or b"/"))
+        elif lower not in dropped:
+            kept.append((name, value))
+    return kept
 
 
 def is_event_stream(response: aiohttp.ClientResponse) -> bool:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from typing import TYPE_CHECKING
 
 from sglang_scaling_fixes.retry.budget import Lease
-from sglang_scaling_fixes.retry.headers import headers_for_worker
+from sglang_scaling_fixes.retry.headers import REQUEST_ID, headers_for_worker
 from sglang_scaling_fixes.retry.refusal import Refusal, overloaded
-from sglang_scaling_fixes.retry.request import ClientRequest
+from sglang_scaling_fixes.retry.request import BodyFacts, ClientRequest, TooMany, body_facts
 from sglang_scaling_fixes.retry.routes import READ, Route
 from sglang_scaling_fixes.retry.settings import ProxySettings
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope
+
+BODY_S = 30.0
+"""How long a body may take, and as long again for every `BODY_S * LEAST_RATE` bytes of it."""
+LEAST_RATE = 1 << 14
+"""Bytes per second. A client that is slower keeps memory that others want."""
+OFF_LOOP_BYTES = 1 << 18
+"""From this size on a body is looked at in a thread."""
 
 
 class ClientGone(Exception):
@@ -24,28 +32,47 @@ async def read_request(
     scope: Scope, receive: Receive, route: Route, lease: Lease, settings: ProxySettings
 ) -> ClientRequest:
     """The whole request; `lease` covers its body. Raises Refusal, ClientGone."""
-    try:
-        async with asyncio.timeout(settings.idle_timeout):
-            body = await _read_body(receive, lease, settings.max_body_bytes)
-    except TimeoutError:
-        raise Refusal(408, "request_timeout", "the request's body did not arrive") from None
     query: bytes = scope["query_string"]
-    if not scope["raw_path"].startswith(b"/"):
-        raise Refusal(400, "invalid_request_error", "the target is not a path")
     try:
         target = (scope["raw_path"] + (b"?" + query if query else b"")).decode("ascii")
         headers = headers_for_worker(scope["headers"], inference=route is not READ)
     except UnicodeDecodeError:
         text = "a header is not UTF-8, or the target not ASCII"
         raise Refusal(400, "invalid_request_error", text) from None
-    return ClientRequest(scope["method"], scope["path"], target, headers, body, route)
+    body = await _read_body(receive, lease, settings.max_body_bytes)
+    facts = await _facts(scope["path"], body) if route.json else None
+    encoded = headers.get("content-encoding", "identity") != "identity"
+    if route.json and facts is None and body and not encoded:
+        # A lenient reader may find in it what a strict one does not, such as a bootstrap address.
+        raise Refusal(400, "invalid_request_error", "the body is not a JSON object")
+    # So that one name finds a request in all logs: the client's, the proxy's and the worker's.
+    name = headers.get(REQUEST_ID) or (facts.rid if facts else None) or secrets.token_hex(16)
+    headers.setdefault(REQUEST_ID, name)
+    return ClientRequest(scope["method"], scope["path"], target, headers, body, route, facts, name)
+
+
+async def _facts(path: str, body: bytes) -> BodyFacts | None:
+    """Raises Refusal."""
+    try:
+        if len(body) < OFF_LOOP_BYTES:
+            return body_facts(path, body)
+        return await asyncio.to_thread(body_facts, path, body)
+    except TooMany as error:
+        raise Refusal(413, "request_too_large", str(error)) from None
 
 
 async def _read_body(receive: Receive, lease: Lease, limit: int) -> bytes:
+    """Raises Refusal, ClientGone."""
     parts: list[bytes] = []
     size, fits, room, more = 0, True, True, True
+    began = asyncio.get_running_loop().time()
     while more:
-        message = await receive()
+        try:
+            async with asyncio.timeout_at(began + BODY_S + size / LEAST_RATE):
+                message = await receive()
+        except TimeoutError:
+            text = "the request's body did not arrive in time"
+            raise Refusal(408, "request_timeout", text) from None
         if message["type"] == "http.disconnect":
             raise ClientGone
         part = message.get("body", b"")

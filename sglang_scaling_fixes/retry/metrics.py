@@ -18,6 +18,7 @@ RETRY_PROXY = Family(
             series=(
                 ("ok",),
                 ("recovered",),
+                ("rejected",),
                 ("failed",),
                 ("broken",),
                 ("disconnected",),
@@ -28,6 +29,12 @@ RETRY_PROXY = Family(
             "retries", "counter", "Attempts that failed, and what followed.", ("reason", "outcome")
         ),
         Metric("anomalies", "counter", "Generations a worker's guard aborted.", ("worker",)),
+        Metric(
+            "false_alarms",
+            "counter",
+            "Anomalies that two workers found in a sound request, answered without their guards.",
+        ),
+        Metric("retries_refused", "counter", "Retries that the retry budget had no room for."),
         Metric("worker_up", "gauge", "1 unless the worker is down.", ("worker",)),
         Metric("inflight", "gauge", "Requests in flight now."),
         Metric("held_bytes", "gauge", "Bytes of requests and responses held now."),

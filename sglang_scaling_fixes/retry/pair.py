@@ -17,12 +17,12 @@ from sglang_scaling_fixes.retry.headers import (
     retry_after,
 )
 from sglang_scaling_fixes.retry.relay import Relay
-from sglang_scaling_fixes.retry.rendezvous import with_rendezvous
 from sglang_scaling_fixes.retry.reply import ClientReply
 from sglang_scaling_fixes.retry.request import ClientRequest
-from sglang_scaling_fixes.retry.settings import Pair, ProxySettings
+from sglang_scaling_fixes.retry.servers import Role
+from sglang_scaling_fixes.retry.settings import ProxySettings
 from sglang_scaling_fixes.retry.stream import Stream
-from sglang_scaling_fixes.retry.verdict import PAIR_RETRYABLE, judge_body
+from sglang_scaling_fixes.retry.verdict import judge_body
 from sglang_scaling_fixes.retry.worker_client import WorkerCall, WorkerClient
 
 PREFILL_GRACE_S = 1.0
@@ -30,6 +30,8 @@ PREFILL_GRACE_S = 1.0
 ended the request."""
 ENDED = "safe-reclaim: prefill ended this request"
 """Stands in decode's error if it did. Prefill's own answer says why, and may be a refusal."""
+AILING = "safe-reclaim: this decode takes no requests of prefill"
+"""Stands in the refusal of a decode that is well, and whose prefill is not."""
 ERROR_BYTES = 1 << 20
 """How much of an error body is read to judge it."""
 
@@ -52,18 +54,14 @@ class PairAttempt:
     async def run(
         self,
         request: ClientRequest,
-        decode_url: str,
-        pair: Pair,
+        prefill_call: WorkerCall,
+        decode_call: WorkerCall,
         reply: ClientReply,
         lease: Lease,
     ) -> None:
         """Returns when the client has the whole answer. Raises Failure."""
-        assert request.facts is not None, "no pair is picked for a body that is no JSON object"
-        body = with_rendezvous(request.body, request.facts, pair)
-        prefill_call = WorkerCall(pair.prefill, body, PAIR_RETRYABLE)
-        decode_call = WorkerCall(decode_url, body, PAIR_RETRYABLE)
         prefill = asyncio.create_task(self._prefill(request, prefill_call))
-        decode = asyncio.create_task(self._relay.answer(request, decode_call, reply, lease))
+        decode = asyncio.create_task(self._decode(request, decode_call, reply, lease))
         try:
             await asyncio.wait({prefill, decode}, return_when=asyncio.FIRST_COMPLETED)
             if decode.done() and _ended_by_prefill(decode):
@@ -80,15 +78,31 @@ class PairAttempt:
         finally:
             await _cancel(decode, prefill)
 
+    async def _decode(
+        self, request: ClientRequest, call: WorkerCall, reply: ClientReply, lease: Lease
+    ) -> None:
+        try:
+            await self._relay.answer(request, call, reply, lease)
+        except Failure as failure:
+            if failure.broke:
+                raise replace(failure, half=Role.DECODE) from None
+            if AILING in failure.message:
+                raise replace(failure, half=Role.PREFILL) from None
+            raise
+
     async def _prefill(self, request: ClientRequest, call: WorkerCall) -> _PrefillRefusal | None:
         """Reads and drops prefill's answer, unless it is a refusal. Raises Failure."""
-        async with self._client.call(request, call) as response:
-            if response.status >= 400:
-                return await _refusal(response, call)
-            if is_event_stream(response):
-                await self._drain_stream(request, response, call)
-            else:
-                await _drain_body(response, call)
+        try:
+            async with self._client.call(request, call) as response:
+                if response.status >= 400:
+                    return await _refusal(response, call)
+                if is_event_stream(response):
+                    await self._drain_stream(request, response, call)
+                else:
+                    await _drain_body(response, call)
+        except Failure as failure:
+            words = f"prefill: {failure.message}"
+            raise replace(failure, message=words, half=Role.PREFILL) from None
         return None
 
     async def _drain_stream(
@@ -100,11 +114,11 @@ class PairAttempt:
             if not stream.ended:
                 stream.feed(chunk)
                 if stream.failure is not None:
-                    raise _of_prefill(stream.failure)
+                    raise stream.failure
         if not stream.ended:
             stream.close()
             if stream.failure is not None:
-                raise _of_prefill(stream.failure)
+                raise stream.failure
 
 
 def _ended_by_prefill(decode: asyncio.Task[None]) -> bool:
@@ -116,8 +130,10 @@ async def _refusal(response: aiohttp.ClientResponse, call: WorkerCall) -> _Prefi
     body = await _at_most(response, ERROR_BYTES)
     failure = judge_body(response.status, body, retry_after(response), call.retryable)
     if failure is not None:
-        raise _of_prefill(failure)
-    headers = [h for h in headers_for_client(response) if h[0].lower() != b"content-length"]
+        raise failure
+    headers = [
+        h for h in headers_for_client(response, call.url) if h[0].lower() != b"content-length"
+    ]
     headers.append((b"content-length", str(len(body)).encode()))
     return _PrefillRefusal(response.status, headers, body)
 
@@ -127,7 +143,7 @@ async def _drain_body(response: aiohttp.ClientResponse, call: WorkerCall) -> Non
     while await response.content.readany():
         pass
     if failure := judge_body(response.status, start, None, call.retryable):
-        raise _of_prefill(failure)
+        raise failure
 
 
 async def _at_most(response: aiohttp.ClientResponse, limit: int) -> bytes:
@@ -135,10 +151,6 @@ async def _at_most(response: aiohttp.ClientResponse, limit: int) -> bytes:
     while len(held) < limit and (chunk := await response.content.readany()):
         held += chunk
     return held
-
-
-def _of_prefill(failure: Failure) -> Failure:
-    return replace(failure, message=f"prefill: {failure.message}")
 
 
 async def _cancel(*tasks: asyncio.Task[Any]) -> None:

@@ -9,6 +9,7 @@ import aiohttp
 from sglang_scaling_fixes.retry.budget import Lease
 from sglang_scaling_fixes.retry.failure import Failure, Reason
 from sglang_scaling_fixes.retry.headers import headers_for_client, is_event_stream, retry_after
+from sglang_scaling_fixes.retry.patience import Patience
 from sglang_scaling_fixes.retry.reply import ClientReply
 from sglang_scaling_fixes.retry.request import ClientRequest
 from sglang_scaling_fixes.retry.settings import ProxySettings
@@ -18,6 +19,8 @@ from sglang_scaling_fixes.retry.worker_client import WorkerCall, WorkerClient
 
 AFTER_END_S = 5.0
 """How long a worker may take to end the response after its last event."""
+BLOCK_BYTES = 1 << 16
+"""Read and written at once: what one stopped client can keep in memory depends on it."""
 
 
 class Relay:
@@ -32,7 +35,7 @@ class Relay:
     ) -> None:
         """Returns when the client has the whole answer. Raises Failure.
 
-        `lease` covers what is held back.
+        `lease` covers what is held back, and what waits for a client that does not read.
         """
         async with self._client.call(request, call) as response:
             if response.status == 200 and is_event_stream(response):
@@ -43,46 +46,27 @@ class Relay:
                     request.generations if self._settings.hold_tokens else 1,
                     call.retryable,
                 )
-                await self._stream(response, stream, reply, lease)
+                passing = _PassingStream(self._settings, call.url, stream, reply, lease)
+                await passing.run(response)
             else:
-                await self._body(response, reply, lease, call.retryable)
-
-    async def _stream(
-        self, response: aiohttp.ClientResponse, stream: Stream, reply: ClientReply, lease: Lease
-    ) -> None:
-        content = response.content
-        while not stream.ended:
-            chunk = await content.readany()
-            released = stream.feed(chunk) if chunk else stream.close()
-            if released:
-                if reply.stream is None:
-                    reply.stream = stream
-                    await reply.start(response.status, headers_for_client(response))
-                await reply.body(released, more=True)
-            if stream.failure is not None:
-                raise stream.failure
-            if not lease.resize(stream.held):
-                raise Failure(Reason.NO_MEMORY, "the proxy has no memory left to hold more back")
-        while chunk := await _after_the_end(content):
-            await reply.body(stream.feed(chunk), more=True)
-        await reply.body(b"", more=False)
+                await self._body(call, response, reply, lease)
 
     async def _body(
         self,
+        call: WorkerCall,
         response: aiohttp.ClientResponse,
         reply: ClientReply,
         lease: Lease,
-        retryable: frozenset[int],
     ) -> None:
         """Holds the body until it is complete: a break in its middle can then be retried."""
         held: list[bytes] = []
-        while chunk := await response.content.readany():
+        while chunk := await response.content.read(BLOCK_BYTES):
             size = lease.size + len(chunk)
             if not reply.started and size <= self._settings.hold_bytes and lease.resize(size):
                 held.append(chunk)
                 continue
             if not reply.started:
-                await reply.start(response.status, headers_for_client(response))
+                await reply.start(response.status, headers_for_client(response, call.url))
                 for part in held:
                     await reply.body(part, more=True)
                 held.clear()
@@ -92,10 +76,73 @@ class Relay:
             await reply.body(b"", more=False)
             return
         body = b"".join(held)
-        if failure := judge_body(response.status, body, retry_after(response), retryable):
+        if failure := judge_body(response.status, body, retry_after(response), call.retryable):
             raise failure
-        await reply.start(response.status, headers_for_client(response))
+        await reply.start(response.status, headers_for_client(response, call.url))
         await reply.body(body, more=False)
+
+
+class _PassingStream:
+    """One stream on its way. It is given up if its worker sends comments only."""
+
+    def __init__(
+        self, settings: ProxySettings, url: str, stream: Stream, reply: ClientReply, lease: Lease
+    ) -> None:
+        self._settings = settings
+        self._url = url
+        self._stream = stream
+        self._reply = reply
+        self._lease = lease
+        self._patience = Patience()
+
+    async def run(self, response: aiohttp.ClientResponse) -> None:
+        """Returns when the client has all of it. Raises Failure."""
+        try:
+            await self._events(response)
+        except asyncio.CancelledError:
+            if not self._patience.over:
+                raise
+            which = "next" if self._stream.progress else "first"
+            text = f"the worker did not send the {which} event in time"
+            raise Failure(Reason.TIMEOUT, text) from None
+        finally:
+            self._patience.end()
+        while chunk := await _after_the_end(response.content):
+            await self._reply.body(self._stream.feed(chunk), more=True)
+        await self._reply.body(b"", more=False)
+
+    async def _events(self, response: aiohttp.ClientResponse) -> None:
+        stream, patience = self._stream, self._patience
+        between = self._settings.token_timeout
+        patience.wait(self._settings.first_token_timeout)
+        seen = 0
+        unread = 0  # bytes of the last block: the client may not have read it yet
+        while not stream.ended:
+            chunk = await response.content.read(BLOCK_BYTES)
+            released = stream.feed(chunk) if chunk else stream.close()
+            if released:
+                self._hold(stream.held + unread + len(released))
+                patience.pause()  # the client may read slowly
+                await self._give(response, released)
+                patience.resume()
+                unread = len(released)
+            if stream.progress != seen:
+                seen = stream.progress
+                patience.wait(between)
+            if stream.failure is not None:
+                raise stream.failure
+            self._hold(stream.held + unread)
+
+    async def _give(self, response: aiohttp.ClientResponse, released: bytes) -> None:
+        if self._reply.stream is None:
+            self._reply.stream = self._stream
+            await self._reply.start(response.status, headers_for_client(response, self._url))
+        await self._reply.body(released, more=True)
+
+    def _hold(self, size: int) -> None:
+        if not self._lease.resize(size):
+            text = "the proxy has no memory left to hold more back"
+            raise Failure(Reason.NO_MEMORY, text)
 
 
 async def _after_the_end(content: aiohttp.StreamReader) -> bytes:

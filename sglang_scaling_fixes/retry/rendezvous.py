@@ -5,37 +5,28 @@ from __future__ import annotations
 import random
 from typing import Any
 
-import orjson
-
 from sglang_scaling_fixes.retry.request import BodyFacts
-from sglang_scaling_fixes.retry.settings import Pair
+from sglang_scaling_fixes.retry.servers import Server
 
 _ROOMS = random.SystemRandom()
 LAST_ROOM = 2**63 - 2**16
 """SGLang adds a sample's number to a room, and rooms are signed 64-bit."""
 
 
-def with_rendezvous(body: bytes, facts: BodyFacts, pair: Pair) -> bytes:
-    """`body` with the pair's bootstrap address and a fresh random room for each prompt.
-
-    `facts` are those of `body`. The fields are appended; the client's own bytes before them
-    stay as they are. If the client sent the same fields, ours count: JSON readers take the
-    last value of a name.
-    """
+def rendezvous(facts: BodyFacts, prefill: Server) -> dict[str, Any]:
+    """The prefill's bootstrap address, and a fresh random room for each prompt."""
     count = facts.batch_size
-    fields: dict[str, Any] = {
-        "bootstrap_host": pair.host,
-        "bootstrap_port": pair.port,
-        "bootstrap_room": _room(),
-    }
-    if count is not None:
-        fields = {
-            "bootstrap_host": [pair.host] * count,
-            "bootstrap_port": [pair.port] * count,
-            "bootstrap_room": [_room() for _ in range(count)],
+    if count is None:
+        return {
+            "bootstrap_host": prefill.host,
+            "bootstrap_port": prefill.bootstrap_port,
+            "bootstrap_room": _room(),
         }
-    head = body.rstrip()[:-1]
-    return head + (b"" if facts.empty else b",") + orjson.dumps(fields)[1:]
+    return {
+        "bootstrap_host": [prefill.host] * count,
+        "bootstrap_port": [prefill.bootstrap_port] * count,
+        "bootstrap_room": [_room() for _ in range(count)],
+    }
 
 
 def _room() -> int:

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 class ClientReply:
     """Sends the answer and remembers what the client already has.
 
-    `started`: the client has the status. `complete`: the client has everything.
+    `extra`: headers of every answer, whoever gives it; they replace those of a worker.
+    `started`: the client has the status, which is then `status`. `complete`: the client has
+    everything.
     `sent`: body bytes so far.
     `stream`: the stream that is being passed on, if the answer is one; an error can then still
     be sent after the start, as an event.
@@ -24,8 +26,10 @@ class ClientReply:
     while there is none.
     """
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, extra: Headers | None = None) -> None:
         self._send = send
+        self.extra = extra or []
+        self.status = 0
         self.on_start: Callable[[], None] = _nothing
         self._time = asyncio.get_running_loop().time
         self.stream: Stream | None = None
@@ -36,7 +40,11 @@ class ClientReply:
 
     async def start(self, status: int, headers: Headers) -> None:
         self.started = True
+        self.status = status
         self.on_start()
+        if self.extra:
+            ours = {name for name, _ in self.extra}
+            headers = [*(h for h in headers if h[0].lower() not in ours), *self.extra]
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def body(self, data: bytes, more: bool) -> None:

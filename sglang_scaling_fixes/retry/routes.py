@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import re
 from dataclasses import dataclass
 
 
@@ -32,8 +33,11 @@ class Pairs(enum.Enum):
 
 @dataclass(frozen=True)
 class Route:
+    """`json`: the body is a JSON object."""
+
     family: Family = Family.OPENAI
     pairs: Pairs = Pairs.NONE
+    json: bool = True
 
 
 _PLAIN = Route()
@@ -47,7 +51,7 @@ INFERENCE: dict[str, Route] = {
     "/invocations": Route(Family.OPENAI, Pairs.BOTH),
     "/v1/messages": Route(Family.MESSAGES),
     "/vertex_generate": Route(Family.GENERATE),
-    "/v1/audio/transcriptions": _PLAIN,
+    "/v1/audio/transcriptions": Route(json=False),
     "/encode": _PLAIN,
     "/classify": _PLAIN,
     "/v1/embeddings": _PLAIN,
@@ -69,34 +73,39 @@ INFERENCE: dict[str, Route] = {
 Ollama's paths are left out: their streams cannot say that a generation was aborted.
 """
 
-READ = Route(pairs=Pairs.DECODE)
-"""A GET of any path that is not in CHANGING_GETS."""
+READ = Route(pairs=Pairs.DECODE, json=False)
+"""What any worker of the fleet answers alike."""
 
-CHANGING_GETS = frozenset(
+READS = frozenset(
     {
-        "/flush_cache",
-        "/start_profile",
-        "/stop_profile",
-        "/set_trace_level",
-        "/freeze_gc",
-        "/start_expert_distribution_record",
-        "/stop_expert_distribution_record",
-        "/dump_expert_distribution_record",
-        "/get_weights_by_name",
-        "/release_memory_occupation",
-        "/resume_memory_occupation",
-        "/weights_checker",
-        "/slow_down",
-        "/open_session",
-        "/close_session",
-        "/configure_logging",
+        "/get_model_info",
+        "/model_info",
+        "/get_weight_version",
+        "/weight_version",
+        "/v1/models",
+        "/ping",
     }
 )
-"""SGLang accepts these as GET too, and they change the worker that gets them."""
+"""The GETs that are passed on, and those of one model below `/v1/models/`. All others concern one
+worker: what it holds, how it is loaded, what it stored; or they change it. A new one of SGLang's
+is not passed on until somebody has decided."""
+MODEL = "/v1/models/"
+
+_PLAIN_PATH = re.compile(r"(?:/[A-Za-z0-9_~:@+-][A-Za-z0-9_.~:@+-]*)+")
+"""A path in the one spelling that no server on the way reads as another: no empty, `.` or `..`
+segment, no `;`, no escape, no slash at its end."""
 
 
 def route(method: str, path: str) -> Route | None:
-    """None: the call concerns one worker, and the proxy does not send it to all of them."""
-    if method in ("GET", "HEAD", "OPTIONS"):
-        return None if path in CHANGING_GETS else READ
+    """`path`: as it was sent, escapes and all. None: the call is not passed on.
+
+    OPTIONS is passed on where its path is: a browser asks before it posts.
+    """
+    if not _PLAIN_PATH.fullmatch(path):
+        return None
+    reads = path in READS or path.startswith(MODEL)
+    if method in ("GET", "HEAD"):
+        return READ if reads else None
+    if method == "OPTIONS":
+        return READ if reads or path in INFERENCE else None
     return INFERENCE.get(path) if method in ("POST", "PUT") else None

@@ -17,7 +17,7 @@ import re
 from sglang_scaling_fixes.retry.failure import Failure, Reason
 from sglang_scaling_fixes.retry.routes import Family
 from sglang_scaling_fixes.retry.sse import Cutter, TooLong, data_of, events
-from sglang_scaling_fixes.retry.verdict import RETRYABLE, EventVerdict, judge_event, remarkable
+from sglang_scaling_fixes.retry.verdict import EventVerdict, judge_event, remarkable
 
 _SEQUENCE = re.compile(rb'"sequence_number":\s*(\d+)')
 
@@ -30,8 +30,8 @@ class Stream:
         family: Family,
         hold_tokens: int,
         limit: int,
-        generations: int = 1,
-        retryable: frozenset[int] = RETRYABLE,
+        generations: int,
+        retryable: frozenset[int],
     ) -> None:
         self._family = family
         self._hold_tokens = hold_tokens
@@ -49,6 +49,10 @@ class Stream:
         """Whether the API's last event has arrived."""
         self.failure: Failure | None = None
         """Why the attempt has failed. Then nothing more may be fed."""
+        self.told: int | None = None
+        """The status of an error event of the worker that was passed on."""
+        self.progress = 0
+        """Grows with every event of the answer, and with no comment."""
 
     @property
     def held(self) -> int:
@@ -74,6 +78,7 @@ class Stream:
             return b""
         if not self._holding and not remarkable(block):
             self._last = block
+            self.progress += b"data:" in block
             return block
         return self._sift(block)
 
@@ -91,6 +96,8 @@ class Stream:
                 self.failure = verdict.failure
                 break
             self.ended = self.ended or verdict.end
+            self.told = self.told or verdict.error
+            self.progress += bool(data_of(event))
             self._held.append(event)
             self._held_bytes += len(event)
             if self._holding and not self._enough(event, verdict):

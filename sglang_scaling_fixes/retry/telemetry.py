@@ -12,7 +12,7 @@ from sglang_scaling_fixes.retry import metrics
 from sglang_scaling_fixes.retry.failure import Failure
 from sglang_scaling_fixes.retry.reply import ClientReply
 from sglang_scaling_fixes.retry.request import ClientRequest
-from sglang_scaling_fixes.retry.workers import Worker, Workers, WorkerState
+from sglang_scaling_fixes.retry.workers import Team, Worker, Workers
 
 logger = logging.getLogger("sglang_scaling_fixes.retry")
 
@@ -25,6 +25,7 @@ class Telemetry:
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
         self._metrics = metrics.retry_proxy(self._registry)
+        self._shown: set[str] = set()
 
     def request_ended(self, outcome: str) -> None:
         self._metrics["requests"].labels(outcome=outcome).inc()
@@ -38,7 +39,7 @@ class Telemetry:
     def attempt_failed(
         self,
         request: ClientRequest,
-        worker: Worker,
+        team: Team,
         failure: Failure,
         *,
         attempt: int,
@@ -51,7 +52,7 @@ class Telemetry:
             event="attempt_failed",
             outcome=outcome,
             request=request.name,
-            worker=worker.target.name,
+            worker=team.name,
             reason=failure.reason.value,
             attempt=attempt,
             sent_bytes=sent_bytes,
@@ -59,17 +60,31 @@ class Telemetry:
         )
 
     def anomaly(self, worker: Worker) -> None:
-        self._metrics["anomalies"].labels(worker=worker.target.name).inc()
+        self._metrics["anomalies"].labels(worker=worker.name).inc()
 
-    def stream_restarted(self) -> None:
-        self._metrics["stream_restarts"].inc()
+    def recovered(self, *, streamed: bool) -> None:
+        """A request was answered after a retry."""
+        if streamed:
+            self._metrics["stream_restarts"].inc()
+
+    def false_alarm(self) -> None:
+        self._metrics["false_alarms"].inc()
+
+    def retry_refused(self) -> None:
+        self._metrics["retries_refused"].inc()
 
     def exposition(self, workers: Workers, in_flight: int, held_bytes: int) -> bytes:
         """All metrics in Prometheus' text format."""
-        now = time.monotonic()
+        self._forget_gone(workers)
         for worker in workers.all:
-            up = worker.state(now) is not WorkerState.DOWN
-            self._metrics["worker_up"].labels(worker=worker.target.name).set(up)
+            self._metrics["worker_up"].labels(worker=worker.name).set(not worker.down)
         self._metrics["inflight"].set(in_flight)
         self._metrics["held_bytes"].set(held_bytes)
         return generate_latest(self._registry)
+
+    def _forget_gone(self, workers: Workers) -> None:
+        """A worker that left the list is not down: no alert is to wait for it."""
+        here = {worker.name for worker in workers.all}
+        for name in self._shown - here:
+            self._metrics["worker_up"].remove(name)
+        self._shown = here

@@ -16,11 +16,6 @@ from sglang_scaling_fixes.retry.sse import data_of
 ANOMALY = "kv_anomaly"
 """The `type` of spec-guard's errors; their messages begin with it."""
 
-RETRYABLE = frozenset({502, 503, 504})
-"""Statuses with which a server refuses any request, whatever its content."""
-PAIR_RETRYABLE = RETRYABLE | {500}
-"""A decode server answers 500 when its prefill server is lost."""
-
 _STOCK_TYPES = frozenset(
     {"SERVICE_UNAVAILABLE", "BAD_GATEWAY", "GATEWAY_TIMEOUT", "overloaded_error"}
 )
@@ -36,7 +31,8 @@ class EventVerdict:
     `failure`: why the attempt has failed. `end`: the stream has ended well.
     `tokens`: how many tokens a generation has by now, where the event says it.
     `more`: generations that have at least one token more, where it does not.
-    `finished`: generations that have ended well.
+    `finished`: generations that have ended well. `error`: the status of an error that is passed
+    on; 500 if it states none.
     """
 
     failure: Failure | None = None
@@ -44,6 +40,7 @@ class EventVerdict:
     tokens: dict[int, int] = field(default_factory=dict)
     more: tuple[int, ...] = ()
     finished: tuple[int, ...] = ()
+    error: int | None = None
 
 
 _CONTENT = EventVerdict()
@@ -67,9 +64,7 @@ def remarkable(block: bytes) -> bool:
     )
 
 
-def judge_event(
-    event: bytes, family: Family, retryable: frozenset[int] = RETRYABLE
-) -> EventVerdict:
+def judge_event(event: bytes, family: Family, retryable: frozenset[int]) -> EventVerdict:
     """`retryable`: an error event with one of these statuses fails the attempt."""
     data = data_of(event)
     if data == b"[DONE]":
@@ -79,7 +74,10 @@ def judge_event(
         return _CONTENT  # a comment, or no JSON object: it is passed on unchanged
     if (failure := _failure(said, retryable)) is not None:
         return EventVerdict(failure)
-    return _progress(said, family)
+    verdict = _progress(said, family)
+    if (status := _told(said)) is not None:
+        verdict.error = status
+    return verdict
 
 
 def _progress(said: dict[str, Any], family: Family) -> EventVerdict:
@@ -94,13 +92,15 @@ def _progress(said: dict[str, Any], family: Family) -> EventVerdict:
 
 
 def judge_body(
-    status: int, body: bytes, retry_after: int | None, retryable: frozenset[int] = RETRYABLE
+    status: int, body: bytes, retry_after: int | None, retryable: frozenset[int]
 ) -> Failure | None:
     """Why the attempt has failed. None: the body is the client's answer, perhaps a refusal.
 
     `retry_after`: seconds, from the answer's header.
     """
-    if 400 <= status < 500 or (status < 400 and b'"abort"' not in body):
+    if (400 <= status < 500 and status not in retryable) or (
+        status < 400 and b'"abort"' not in body
+    ):
         return None
     said = _loads(body)
     parts = said if isinstance(said, list) else [said]
@@ -111,10 +111,11 @@ def judge_body(
         return None
     for part in parts:
         if isinstance(part, dict) and (found := _failure(part, frozenset())) is not None:
-            return Failure(found.reason, found.message, retry_after)
+            return Failure(found.reason, found.message, retry_after, status=status)
     if status in retryable:
         words = _message(said) or body[:200].decode(errors="replace")
-        return Failure(Reason.UNAVAILABLE, f"status {status}: {words}", retry_after)
+        words = f"status {status}: {words}"
+        return Failure(Reason.UNAVAILABLE, words, retry_after, status=status)
     return None
 
 
@@ -159,6 +160,28 @@ def _failure(said: dict[str, Any], retryable: frozenset[int]) -> Failure | None:
     """The abort or error in one JSON object of any API, also in an inner `response`."""
     if (found := _abort(said, retryable)) is not None:
         return found
+    error = _error(said)
+    if error is None:
+        return None
+    message = str(error.get("message") or error.get("detail") or "")
+    if ANOMALY in (error.get("type"), error.get("code")) or message.startswith(ANOMALY):
+        return Failure(Reason.ANOMALY, message or ANOMALY)
+    code = _status(error.get("code"))
+    if code in retryable or (retryable and error.get("type") in _STOCK_TYPES):
+        return Failure(Reason.UNAVAILABLE, message or f"status {code}", status=code)
+    return None
+
+
+def _told(said: dict[str, Any]) -> int | None:
+    """The status of an error or abort that is the client's; None if this is neither."""
+    reason = _finish_reason(said)
+    if isinstance(reason, dict) and reason.get("type") == "abort":
+        return _status(reason.get("status_code")) or 500
+    error = _error(said)
+    return None if error is None else _status(error.get("code")) or 500
+
+
+def _error(said: dict[str, Any]) -> dict[str, Any] | None:
     error = said.get("error")
     if error is None and said.get("object") == "error":
         error = said
@@ -171,27 +194,39 @@ def _failure(said: dict[str, Any], retryable: frozenset[int]) -> Failure | None:
         error = said
     if isinstance(error, str):
         error = {"message": error}
-    if not isinstance(error, dict):
-        return None
-    message = str(error.get("message") or error.get("detail") or "")
-    if ANOMALY in (error.get("type"), error.get("code")) or message.startswith(ANOMALY):
-        return Failure(Reason.ANOMALY, message or ANOMALY)
-    code = _status(error.get("code"))
-    if code in retryable or (retryable and error.get("type") in _STOCK_TYPES):
-        return Failure(Reason.UNAVAILABLE, message or f"status {code}")
-    return None
+    return error if isinstance(error, dict) else None
+
+
+def _finish_reason(said: dict[str, Any]) -> Any:
+    meta = said.get("meta_info")
+    return meta.get("finish_reason") if isinstance(meta, dict) else None
 
 
 def _abort(said: dict[str, Any], retryable: frozenset[int]) -> Failure | None:
-    meta = said.get("meta_info")
-    reason = meta.get("finish_reason") if isinstance(meta, dict) else None
+    """An abort is never what a client of the proxy asked for, unless it blames the request.
+
+    (Its client aborts by leaving.) SGLang blames the request with a status of 4xx.
+    """
+    reason = _finish_reason(said)
     if not isinstance(reason, dict) or reason.get("type") != "abort":
-        return None
+        return _aborted_choice(said)
     message = str(reason.get("message") or "")
     if reason.get("err_type") == ANOMALY or message.startswith(ANOMALY):
         return Failure(Reason.ANOMALY, message or ANOMALY)
-    if _status(reason.get("status_code")) in retryable:
-        return Failure(Reason.UNAVAILABLE, message or "the worker aborted the request")
+    status = _status(reason.get("status_code"))
+    if status is not None and status in retryable:
+        words = message or "the worker aborted the request"
+        return Failure(Reason.UNAVAILABLE, words, status=status)
+    if status is not None and 400 <= status < 500:
+        return None
+    return Failure(Reason.ABORTED, message or "the worker aborted the request", status=status)
+
+
+def _aborted_choice(said: dict[str, Any]) -> Failure | None:
+    choices = said.get("choices")
+    for choice in choices if isinstance(choices, list) else ():
+        if isinstance(choice, dict) and choice.get("finish_reason") == "abort":
+            return Failure(Reason.ABORTED, "the worker aborted the request")
     return None
 
 

@@ -7,13 +7,14 @@ import contextlib
 import json
 import socket
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
 import uvicorn
 from yarl import URL
 
+from sglang_scaling_fixes.retry.listener import ClientProtocol
 from sglang_scaling_fixes.retry.proxy import RetryProxy
 from sglang_scaling_fixes.retry.settings import checked_settings
 from tests.retry.fake_worker import FakeWorker
@@ -30,12 +31,13 @@ PATHS = (
 
 @dataclass
 class Answer:
-    """`complete`: the body ended as HTTP says it does."""
+    """`complete`: the body ended as HTTP says it does. `name`: the request's, if it has one."""
 
     status: int
     headers: list[tuple[bytes, bytes]]
     body: bytes
     complete: bool = True
+    name: str | None = field(default=None, compare=False)
 
     @property
     def error(self) -> dict[str, Any]:
@@ -64,13 +66,23 @@ class Proxy:
 
 @contextlib.asynccontextmanager
 async def proxying(
-    workers: Sequence[FakeWorker | str] = (), pairs: Sequence[str] = (), **options: Any
+    workers: Sequence[FakeWorker | str] = (),
+    pairs: Sequence[str] = (),
+    *,
+    prefills: Sequence[FakeWorker] = (),
+    decodes: Sequence[FakeWorker] = (),
+    **options: Any,
 ) -> AsyncIterator[Proxy]:
-    urls = [worker if isinstance(worker, str) else worker.url for worker in workers]
-    app = RetryProxy(checked_settings(urls, pairs, **options))
+    given = {
+        "worker": [worker if isinstance(worker, str) else worker.url for worker in workers],
+        "pd": pairs,
+        "prefill": [prefill.url for prefill in prefills],
+        "decode": [decode.url for decode in decodes],
+    }
+    app = RetryProxy(checked_settings(given, **options))
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
-        app, lifespan="on", ws="none", log_config=None, access_log=False,
+        app, http=ClientProtocol, lifespan="on", ws="none", log_config=None, access_log=False,
         server_header=False, date_header=False, timeout_graceful_shutdown=1,
     )  # fmt: skip
     server = uvicorn.Server(config)
@@ -78,6 +90,8 @@ async def proxying(
     while not server.started:
         await asyncio.sleep(0.01)
     port = listener.getsockname()[1]
+    while any(not worker.answered and not worker.down for worker in app.workers.all):
+        await asyncio.sleep(0.01)  # the first probes decide who is asked first
     try:
         yield Proxy(f"http://127.0.0.1:{port}", port, app)
     finally:
@@ -101,7 +115,9 @@ async def _ask(method: str, url: str, data: bytes | None, headers: dict[str, str
         aiohttp.ClientSession(auto_decompress=False) as session,
         session.request(method, URL(url, encoded=True), data=data, headers=headers) as response,
     ):
-        answer = Answer(response.status, list(response.raw_headers), b"")
+        name = response.headers.get("X-Request-Id")
+        raw = [h for h in response.raw_headers if h[0].lower() != b"x-request-id"]
+        answer = Answer(response.status, raw, b"", name=name)
         pieces: list[bytes] = []
         try:
             while piece := await response.content.readany():

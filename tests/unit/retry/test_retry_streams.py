@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from sglang_scaling_fixes.retry.failure import TYPES, Failure, Reason, error_body, error_event
 from sglang_scaling_fixes.retry.routes import Family
+from sglang_scaling_fixes.retry.settings import RETRY_STATUS
 from sglang_scaling_fixes.retry.sse import Cutter, TooLong, data_of, events
 from sglang_scaling_fixes.retry.stream import Stream
 from sglang_scaling_fixes.retry.verdict import judge_body, judge_event, remarkable
@@ -95,25 +96,28 @@ def event(said: Any) -> bytes:
 @pytest.mark.parametrize(("family", "said"), ANOMALIES)
 def test_every_form_of_an_anomaly_is_known(family: Family, said: dict[str, Any]) -> None:
     for spelled in (event(said), event(said).replace(b": ", b":").replace(b", ", b",")):
-        verdict = judge_event(spelled, family)
+        verdict = judge_event(spelled, family, RETRY_STATUS)
         assert verdict.failure is not None and verdict.failure.reason is Reason.ANOMALY
         assert remarkable(spelled)
 
 
 def test_an_anomaly_is_known_beside_what_only_python_calls_json() -> None:
     said = {"text": "\ud800", "logprob": float("nan"), "meta_info": {"finish_reason": ABORT}}
-    assert judge_event(event(said), Family.GENERATE).failure is not None
-    assert judge_body(200, json.dumps(said).encode(), None) is not None
-    assert judge_event(b"data: " + b"[" * 100_000 + b"\n\n", Family.GENERATE).failure is None
+    assert judge_event(event(said), Family.GENERATE, RETRY_STATUS).failure is not None
+    assert judge_body(200, json.dumps(said).encode(), None, RETRY_STATUS) is not None
+    assert (
+        judge_event(b"data: " + b"[" * 100_000 + b"\n\n", Family.GENERATE, RETRY_STATUS).failure
+        is None
+    )
 
 
-@pytest.mark.parametrize("code", [502, 503, 504])
+@pytest.mark.parametrize("code", sorted(RETRY_STATUS))
 def test_an_error_that_says_not_here_fails_the_attempt(code: int) -> None:
     for said in (
         {"error": {"type": "x", "message": "queue is full", "code": code}},
         {"meta_info": {"finish_reason": {"type": "abort", "status_code": code, "message": ""}}},
     ):
-        verdict = judge_event(event(said), Family.GENERATE)
+        verdict = judge_event(event(said), Family.GENERATE, RETRY_STATUS)
         assert verdict.failure is not None and verdict.failure.reason is Reason.UNAVAILABLE
 
 
@@ -121,12 +125,11 @@ def test_an_error_that_says_not_here_fails_the_attempt(code: int) -> None:
     "said",
     [
         {"error": {"type": "BadRequestError", "message": "no", "code": 400}},
-        {"error": {"type": "InternalServerError", "message": "no", "code": 500}},
+        {"error": {"type": "InternalServerError", "message": "no", "code": 501}},
         {"error": None, "choices": []},
-        {"meta_info": {"finish_reason": {"type": "abort", "message": "asked for"}}},
+        {"meta_info": {"finish_reason": {"type": "abort", "status_code": 400, "message": "no"}}},
         {"meta_info": {"finish_reason": {"type": "stop", "matched": "kv_anomaly"}}},
         {"choices": [{"index": 0, "delta": {"content": 'kv_anomaly: "error" "abort" [DONE]'}}]},
-        {"choices": [{"index": 0, "delta": {"content": "x"}, "finish_reason": "abort"}]},
         {"type": "response.failed", "response": {"error": {"message": "asked for"}}},
         [1],
         7,
@@ -134,13 +137,49 @@ def test_an_error_that_says_not_here_fails_the_attempt(code: int) -> None:
 )
 def test_everything_else_is_the_clients(said: Any) -> None:
     for family in Family:
-        assert judge_event(event(said), family).failure is None
+        assert judge_event(event(said), family, RETRY_STATUS).failure is None
 
 
-def test_a_lost_prefill_is_its_pairs_failure_only() -> None:
-    lost = event({"error": {"type": "InternalServerError", "message": "transfer", "code": 500}})
-    assert judge_event(lost, Family.OPENAI).failure is None
-    assert judge_event(lost, Family.OPENAI, frozenset({500})).failure is not None
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"meta_info": {"finish_reason": {"type": "abort", "message": "gone"}}},
+        {"meta_info": {"finish_reason": {"type": "abort", "status_code": 500, "message": ""}}},
+        {"choices": [{"index": 0, "delta": {"content": "x"}, "finish_reason": "abort"}]},
+        {"choices": [{"finish_reason": None}, {"index": 1, "text": "", "finish_reason": "abort"}]},
+    ],
+)
+def test_an_abort_that_does_not_blame_the_request_is_nobodys_answer(said: Any) -> None:
+    for retryable in (RETRY_STATUS, frozenset[int]()):
+        verdict = judge_event(event(said), Family.OPENAI, retryable)
+        assert verdict.failure is not None
+        assert verdict.failure.reason in (Reason.ABORTED, Reason.UNAVAILABLE)
+    assert remarkable(event(said))
+
+
+@pytest.mark.parametrize(
+    ("said", "status"),
+    [
+        ({"error": {"type": "BadRequestError", "message": "no", "code": 400}}, 400),
+        ({"error": {"type": "x", "message": "no"}}, 500),
+        ({"meta_info": {"finish_reason": {"type": "abort", "status_code": 400}}}, 400),
+        ({"type": "response.failed", "response": {"error": {"message": "asked for"}}}, 500),
+        ({"meta_info": {"finish_reason": {"type": "stop"}}}, None),
+    ],
+)
+def test_an_error_that_is_passed_on_is_noticed(said: Any, status: int | None) -> None:
+    stream = Stream(Family.GENERATE, 0, 1000, 1, RETRY_STATUS)
+    assert stream.feed(event(said)) and stream.told == status
+
+
+def test_comments_are_no_progress() -> None:
+    stream = Stream(Family.OPENAI, 0, 1000, 1, RETRY_STATUS)
+    for chunk, expected in ((b": a\n\n", 0), (token(0), 1), (b": b\n\n", 1), (token(1), 2)):
+        stream.feed(chunk)
+        assert stream.progress == expected
+    assert Stream(Family.OPENAI, 9, 1000, 1, RETRY_STATUS).progress == 0
+    held = Stream(Family.OPENAI, 9, 1000, 1, RETRY_STATUS)
+    assert held.feed(b": a\n\n" + token(0)) == b"" and held.progress == 1
 
 
 @given(st.text(max_size=50))
@@ -150,7 +189,7 @@ def test_text_alone_is_never_more_than_content(text: str) -> None:
         {"choices": [{"index": 0, "delta": {"content": text + '{"error": {"code": 503}}'}}]},
         {"text": text + "data: [DONE]", "meta_info": {"finish_reason": None}},
     ):
-        verdict = judge_event(event(said), Family.OPENAI)
+        verdict = judge_event(event(said), Family.OPENAI, RETRY_STATUS)
         assert verdict.failure is None and not verdict.end
 
 
@@ -173,26 +212,28 @@ BODIES: list[tuple[int, Any, Reason | None]] = [
     (503, {"error": {"message": "queue"}}, Reason.UNAVAILABLE),
     (502, "not an object", Reason.UNAVAILABLE),
     (504, None, Reason.UNAVAILABLE),
-    (500, {"error": {"message": "bug"}}, None),
+    (500, {"error": {"message": "bug"}}, Reason.UNAVAILABLE),
+    (501, {"error": {"message": "not here"}}, None),
     (400, {"error": {"message": MESSAGE, "type": "kv_anomaly"}}, None),
     (429, {"error": {"message": "slow down"}}, None),
     (200, {"text": "abort", "meta_info": {"finish_reason": {"type": "stop"}}}, None),
-    (200, {"meta_info": {"finish_reason": {"type": "abort", "message": "asked for"}}}, None),
-    (200, {"choices": [{"finish_reason": "abort"}]}, None),
+    (200, {"meta_info": {"finish_reason": {"type": "abort", "status_code": 400}}}, None),
+    (200, {"meta_info": {"finish_reason": {"type": "abort", "message": "x"}}}, Reason.ABORTED),
+    (200, {"choices": [{"finish_reason": "abort"}]}, Reason.ABORTED),
 ]
 
 
 @pytest.mark.parametrize(("status", "said", "reason"), BODIES)
 def test_bodies(status: int, said: Any, reason: Reason | None) -> None:
-    found = judge_body(status, json.dumps(said).encode(), 7)
+    found = judge_body(status, json.dumps(said).encode(), 7, RETRY_STATUS)
     assert (found.reason if found else None) is reason
     if found and status >= 400:
         assert found.retry_after == 7
 
 
 def test_a_body_that_is_not_json_is_judged_by_its_status() -> None:
-    assert judge_body(200, b'"abort', None) is None
-    found = judge_body(503, b"<html>", None)
+    assert judge_body(200, b'"abort', None, RETRY_STATUS) is None
+    found = judge_body(503, b"<html>", None, RETRY_STATUS)
     assert found is not None and "<html>" in found.message
 
 
@@ -220,12 +261,12 @@ def given_out(stream: Stream, chunks: list[bytes]) -> list[int]:
 
 
 def test_nothing_held_back_flows_at_once_but_for_comments() -> None:
-    stream = Stream(Family.OPENAI, 0, 1000)
+    stream = Stream(Family.OPENAI, 0, 1000, 1, RETRY_STATUS)
     assert given_out(stream, [b": hello\n\n", token(0), token(1)]) == [1, 2]
 
 
 def test_tokens_are_counted_as_the_events_say() -> None:
-    stream = Stream(Family.GENERATE, 10, 1000)
+    stream = Stream(Family.GENERATE, 10, 1000, 1, RETRY_STATUS)
     assert given_out(stream, [generated(4), generated(9), generated(11)]) == [2]
 
 
@@ -234,25 +275,25 @@ def test_usage_counts_where_it_is_there() -> None:
         choice = {"index": 0, "delta": {"content": "x"}}
         return event({"choices": [choice], "usage": {"completion_tokens": count}})
 
-    stream = Stream(Family.OPENAI, 10, 10_000)
+    stream = Stream(Family.OPENAI, 10, 10_000, 1, RETRY_STATUS)
     assert given_out(stream, [with_usage(4), with_usage(8), with_usage(10)]) == [2]
 
 
 def test_without_a_count_an_event_with_content_is_one_token() -> None:
     role = event({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]})
-    stream = Stream(Family.OPENAI, 2, 10_000)
+    stream = Stream(Family.OPENAI, 2, 10_000, 1, RETRY_STATUS)
     assert given_out(stream, [role, token(0), role, token(1)]) == [3]
 
 
 def test_all_generations_count_and_finished_ones_are_enough() -> None:
-    stream = Stream(Family.GENERATE, 5, 10_000, generations=2)
+    stream = Stream(Family.GENERATE, 5, 10_000, generations=2, retryable=RETRY_STATUS)
     stop = {"type": "stop"}
     chunks = [generated(9, 0), generated(2, 1), generated(3, 1, stop)]
     assert given_out(stream, chunks) == [2]
 
 
 def test_a_generation_nobody_announced_counts_once_it_has_begun() -> None:
-    stream = Stream(Family.GENERATE, 5, 10_000)
+    stream = Stream(Family.GENERATE, 5, 10_000, 1, RETRY_STATUS)
     assert stream.feed(generated(2, 0) + generated(9, 1)) == b""
     assert stream.feed(generated(5, 0))
 
@@ -261,7 +302,7 @@ def test_a_generation_nobody_announced_counts_once_it_has_begun() -> None:
 @given(cuts=CUTS)
 def test_a_good_stream_comes_out_whole(hold: int, cuts: list[int]) -> None:
     sent = b"".join([token(i) for i in range(6)]) + DONE
-    stream = Stream(Family.OPENAI, hold, 10_000)
+    stream = Stream(Family.OPENAI, hold, 10_000, 1, RETRY_STATUS)
     out = [stream.feed(piece) for piece in pieces(sent, [cut * 7 for cut in cuts])]
     assert b"".join(out) == sent and stream.ended and stream.failure is None and stream.held == 0
 
@@ -270,7 +311,7 @@ def test_a_good_stream_comes_out_whole(hold: int, cuts: list[int]) -> None:
 def test_nothing_of_a_failing_event_comes_out(cuts: list[int], hold: int, failing: int) -> None:
     good = [token(i) for i in range(failing)]
     bad = event({"text": "GARBAGE", "meta_info": {"finish_reason": ABORT}})
-    stream, out = Stream(Family.OPENAI, hold, 10_000), b""
+    stream, out = Stream(Family.OPENAI, hold, 10_000, 1, RETRY_STATUS), b""
     for piece in pieces(b"".join(good) + bad + DONE, [cut * 7 for cut in cuts]):
         out += stream.feed(piece)
         if stream.failure is not None:
@@ -284,7 +325,7 @@ def test_nothing_of_a_failing_event_comes_out(cuts: list[int], hold: int, failin
 
 @pytest.mark.parametrize("family", Family)
 def test_a_stream_without_its_end_is_lost(family: Family) -> None:
-    stream = Stream(family, 0, 1000)
+    stream = Stream(family, 0, 1000, 1, RETRY_STATUS)
     stream.feed(token(0) + b"data: half")
     assert stream.close() == b"" and not stream.ended
     assert stream.failure is not None and stream.failure.reason is Reason.LOST
@@ -303,16 +344,16 @@ def test_a_stream_without_its_end_is_lost(family: Family) -> None:
 )
 def test_each_api_has_its_own_end(family: Family, end: bytes) -> None:
     for hold in (0, 50):
-        stream = Stream(family, hold, 1000)
+        stream = Stream(family, hold, 1000, 1, RETRY_STATUS)
         assert stream.feed(end) == end and stream.ended
 
 
 def test_too_much_to_hold_is_a_failure_of_this_request() -> None:
-    stream = Stream(Family.OPENAI, 100, 300)
+    stream = Stream(Family.OPENAI, 100, 300, 1, RETRY_STATUS)
     out = [stream.feed(token(i)) for i in range(5)]
     assert not any(out) and stream.failure is not None
     assert stream.failure.reason is Reason.TOO_LARGE and not stream.failure.elsewhere
-    stream = Stream(Family.OPENAI, 0, 300)
+    stream = Stream(Family.OPENAI, 0, 300, 1, RETRY_STATUS)
     assert stream.feed(b"data: " + b"x" * 400) == b"" and stream.failure is not None
 
 
@@ -334,7 +375,7 @@ def test_every_error_has_a_type_and_is_an_event_of_its_api(reason: Reason, famil
 
 
 def test_numbered_events_go_on_being_numbered() -> None:
-    stream = Stream(Family.RESPONSES, 0, 1000)
+    stream = Stream(Family.RESPONSES, 0, 1000, 1, RETRY_STATUS)
     stream.feed(event({"type": "response.output_text.delta", "sequence_number": 41}))
     stream.feed(b"data: ha")
     told = error_event(Family.RESPONSES, Failure(Reason.LOST, "x"), stream.next_sequence)

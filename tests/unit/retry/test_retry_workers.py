@@ -1,39 +1,51 @@
-"""Which worker is asked next, what the flags may say, and what the proxy knows of stock."""
+"""Which servers are asked next."""
 
 from __future__ import annotations
 
-import ast
-import importlib.util
-import json
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from multidict import CIMultiDict
 
-from sglang_scaling_fixes import cli
-from sglang_scaling_fixes.errors import ConfigError
-from sglang_scaling_fixes.retry import request as request_module
-from sglang_scaling_fixes.retry.budget import Budget
-from sglang_scaling_fixes.retry.rendezvous import LAST_ROOM, with_rendezvous
-from sglang_scaling_fixes.retry.request import BodyFacts, ClientRequest
-from sglang_scaling_fixes.retry.routes import CHANGING_GETS, INFERENCE, READ, route
-from sglang_scaling_fixes.retry.settings import Pair, Target, checked_settings
-from sglang_scaling_fixes.retry.workers import LONGEST_BACKOFF_S, Worker, Workers, WorkerState
+from sglang_scaling_fixes.retry.servers import Role, Server, from_flags
+from sglang_scaling_fixes.retry.workers import (
+    CONVICTED,
+    LONGEST_BACKOFF_S,
+    SUSPECT_S,
+    Serves,
+    Team,
+    Tried,
+    Worker,
+    Workers,
+    WorkerState,
+)
+
+NOW = 100.0
 
 
-def some(count: int) -> Workers:
-    return Workers(Target(f"http://w{i}:1") for i in range(count))
+def some(count: int, role: Role = Role.WORKER) -> Workers:
+    """All of them have answered."""
+    return known(Server(f"http://w{i}:1", role) for i in range(count))
 
 
-def pick(workers: Workers, tried: list[Worker] | None = None, now: float = 0.0) -> Worker:
-    worker = workers.pick(tried or [], now)
-    assert worker is not None
-    return worker
+def known(servers: Iterable[Server]) -> Workers:
+    workers = Workers(servers)
+    for worker in workers.all:
+        workers.served(worker)
+    return workers
+
+
+def pick(
+    workers: Workers, tried: Tried | None = None, now: float = NOW, key: bytes = b""
+) -> Worker:
+    team = workers.pick(tried or Tried(), now, key=key)
+    assert team is not None and team.prefill is None
+    return team.answering
+
+
+def after(*workers: Worker) -> Tried:
+    return Tried([Team(worker) for worker in workers])
 
 
 def test_ties_rotate_and_fewer_in_flight_go_first() -> None:
@@ -45,10 +57,10 @@ def test_ties_rotate_and_fewer_in_flight_go_first() -> None:
 
 def test_a_request_never_comes_to_the_same_worker_twice() -> None:
     workers = some(3)
-    tried: list[Worker] = []
-    while (worker := workers.pick(tried, 0.0)) is not None:
-        tried.append(worker)
-    assert sorted(tried, key=workers.all.index) == workers.all
+    asked: list[Worker] = []
+    while (team := workers.pick(after(*asked), NOW)) is not None:
+        asked.append(team.answering)
+    assert sorted(asked, key=workers.all.index) == workers.all
 
 
 def test_an_avoided_worker_is_the_last_resort_until_its_time_is_over() -> None:
@@ -58,293 +70,225 @@ def test_an_avoided_worker_is_the_last_resort_until_its_time_is_over() -> None:
     workers.avoid(bad, until=5.0)  # the longer one counts
     good.in_flight = 100
     assert pick(workers, now=29.9) is good and bad.state(29.9) is WorkerState.AVOIDED
-    assert pick(workers, [good], now=29.9) is bad
+    assert pick(workers, after(good), now=29.9) is bad
     assert pick(workers, now=30.0) is bad and bad.state(30.0) is WorkerState.UP
 
 
-def test_a_broken_worker_is_probed_with_a_back_off_that_doubles() -> None:
-    workers = some(1)
-    (worker,) = workers.all
-    assert workers.broke(worker, 0.0) and not workers.broke(worker, 0.1)  # one reason, not two
-    assert workers.pick([], 100.0) is None and not workers.live(100.0)
-    assert workers.due(0.4) == [] and workers.due(0.5) == [worker]
-    assert workers.due(100.0) == []  # it is being probed
-    waits, now = [], 0.5
+def test_one_that_never_answered_comes_after_those_that_did_and_is_not_live() -> None:
+    workers = Workers([Server("http://a:1"), Server("http://b:1")])
+    assert not workers.live(NOW) and pick(workers)
+    workers.probed(workers.all[1], True, NOW, 5.0)
+    assert workers.live(NOW) and [pick(workers) for _ in range(3)] == [workers.all[1]] * 3
+
+
+def test_every_worker_is_probed_from_the_start_and_all_the_time() -> None:
+    workers = Workers([Server("http://a:1"), Server("http://b:1")])
+    assert workers.due(0.0) == workers.all and workers.due(0.0) == []  # they are being probed
+    for worker in workers.all:
+        assert workers.probed(worker, True, 1.0, 5.0) is False
+    assert workers.due(5.9) == [] and workers.due(6.0) == workers.all
+
+
+def test_a_failed_probe_takes_a_worker_down_with_a_back_off_that_doubles() -> None:
+    workers = some(2)
+    worker, other = workers.all
+    now, waits = 0.0, []
     for _ in range(9):
-        workers.probed(worker, False, now)
-        assert worker.probe_at is not None
+        assert worker in workers.due(now)
+        workers.probed(worker, False, now, 5.0)
         waits.append(worker.probe_at - now)
         now = worker.probe_at
-        assert workers.due(now) == [worker]
-    assert waits == [1, 2, 4, 8, 16, *[LONGEST_BACKOFF_S] * 4]
-    workers.probed(worker, True, now)
-    assert workers.live(now) and pick(workers, now=now) is worker
+    assert waits == [0.5, 1, 2, 4, 8, 16, *[LONGEST_BACKOFF_S] * 3]
+    assert worker.down and {pick(workers, now=now) for _ in range(4)} == {other}
+    workers.due(now)
+    assert workers.probed(worker, True, now, 5.0) and not worker.down
+    # Probes alone forget nothing: it may answer them and still break every request.
+    workers.due(now + 5)
+    workers.probed(worker, False, now + 5, 5.0)
+    assert worker.probe_at == now + 5 + LONGEST_BACKOFF_S
+    workers.probed(worker, True, now, 5.0)
+    workers.served(worker)
+    workers.probed(worker, False, now, 5.0)
+    assert worker.probe_at == now + 0.5
 
 
-def test_only_a_good_answer_forgets_what_broke() -> None:
-    workers = some(1)
-    (worker,) = workers.all
-    for wait in (0.5, 1.0, 2.0):
-        workers.broke(worker, 0.0)
-        assert worker.probe_at == wait
-        workers.answered(worker)  # one that was still running says nothing
-        workers.probed(worker, True, wait)
-    workers.answered(worker)
-    workers.broke(worker, 0.0)
-    assert worker.probe_at == 0.5
+def test_a_broken_connection_is_a_reason_to_probe_and_no_verdict() -> None:
+    workers = some(2)
+    worker, other = workers.all
+    for each in workers.due(0.0):
+        workers.probed(each, True, 0.0, 1000.0)
+    for _ in range(50):  # one bad request after the other, and nobody served any
+        workers.broke(worker, NOW)
+    assert not worker.down and worker.state(NOW) is WorkerState.AVOIDED
+    assert pick(workers) is other and workers.due(NOW) == [worker]
+    assert pick(workers, now=NOW + SUSPECT_S) and worker.state(NOW + SUSPECT_S) is WorkerState.UP
 
 
-def test_what_a_pair_cannot_serve_goes_to_no_pair() -> None:
-    pair = Target("http://d:1", Pair("http://p:1", "p", 8998))
-    workers = Workers([pair, Target("http://w:1")])
-    assert workers.pick([], 0.0, no_pairs=True) is workers.all[1]
-    assert workers.pick([workers.all[1]], 0.0, no_pairs=True) is None
+def test_what_others_served_convicts_and_the_last_one_is_kept() -> None:
+    workers = some(2)
+    worker, other = workers.all
+    found = [workers.convicted(worker, NOW) for _ in range(CONVICTED)]
+    assert found == [*[False] * (CONVICTED - 1), True] and worker.down
+    assert not any(workers.convicted(other, NOW) for _ in range(50)) and not other.down
+    assert workers.probed(worker, True, NOW, 5.0) and not worker.down
+    assert workers.convicted(other, NOW) and other.down
 
 
-@given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from("bapf"), st.integers(0, 40))))
-def test_whoever_is_picked_is_live_and_untried(steps: list[tuple[int, str, int]]) -> None:
+def test_a_few_convictions_among_good_answers_are_forgiven() -> None:
+    workers = some(2)
+    worker = workers.all[0]
+    for _ in range(100):
+        assert not workers.convicted(worker, NOW)
+        workers.served(worker)
+        workers.served(worker)
+
+
+def test_if_all_are_down_the_request_is_still_asked_of_one() -> None:
+    workers = some(2)
+    for worker in workers.all:
+        workers.probed(worker, False, NOW, 5.0)
+    assert pick(workers) in workers.all and not workers.live(NOW)
+
+
+# Pairs and pools
+
+
+def halves(prefills: int, decodes: int) -> Workers:
+    servers = [Server(f"http://p{i}:1", Role.PREFILL) for i in range(prefills)]
+    return known([*servers, *(Server(f"http://d{i}:1", Role.DECODE) for i in range(decodes))])
+
+
+def name(team: Team | None) -> str:
+    assert team is not None
+    return team.name.replace("http://", "").replace(":1", "")
+
+
+def teams_of(workers: Workers, tried: Tried) -> list[str]:
+    """All that one request could be asked of, in order."""
+    found: list[str] = []
+    while (team := workers.pick(tried, NOW)) is not None:
+        found.append(name(team))
+        tried.teams.append(team)
+    return found
+
+
+@pytest.mark.parametrize(("prefills", "decodes"), [(1, 1), (3, 2), (2, 1), (8, 2)])
+def test_every_attempt_of_a_pool_pairs_what_it_has_not_tried(prefills: int, decodes: int) -> None:
+    found = teams_of(halves(prefills, decodes), Tried())
+    assert len(set(found)) == len(found) == prefills * decodes
+    first = found[: min(prefills, decodes)]
+    names = [name for team in first for name in team.split("+")]
+    assert len(set(names)) == len(names)
+
+
+def test_equal_halves_and_equal_pairs_take_turns() -> None:
+    for workers, found in (
+        (halves(2, 2), {"p0+d0", "p1+d1"}),
+        (known(two_pairs()), {"a+b", "c+d"}),
+    ):
+        names = [name(workers.pick(Tried(), NOW)) for _ in range(4)]
+        assert names[:2] == names[2:] and set(names) == found
+
+
+def two_pairs() -> list[Server]:
+    return from_flags({"pd": [f"prefill=http://{x}:1,decode=http://{y}:1" for x, y in PAIRS]})
+
+
+PAIRS = (("a", "b"), ("c", "d"))
+
+
+def test_a_half_that_failed_for_certain_is_not_asked_again() -> None:
+    workers = halves(2, 1)
+    team = workers.pick(Tried(), NOW)
+    assert team is not None and team.prefill is not None
+    tried = Tried([team], {team.prefill})
+    other = workers.pick(tried, NOW)
+    assert other is not None and other.answering is team.answering
+    assert other.prefill is not team.prefill
+    assert workers.pick(Tried([team], {team.answering}), NOW) is None
+
+
+def test_halves_of_a_pair_serve_with_each_other_only() -> None:
+    assert sorted(teams_of(known(two_pairs()), Tried())) == ["a+b", "c+d"]
+
+
+def test_what_a_half_cannot_serve_goes_to_no_half() -> None:
+    workers = halves(1, 1)
+    assert workers.pick(Tried(), NOW, serves=Serves.WORKERS) is None
+    team = workers.pick(Tried(), NOW, serves=Serves.ALONE)
+    assert team is not None and team.answering.server.role is Role.DECODE and team.prefill is None
+
+
+def test_a_pool_is_live_with_a_half_of_each_kind() -> None:
+    workers = halves(2, 1)
+    assert workers.live(NOW)
+    workers.probed(workers.all[0], False, NOW, 5.0)
+    assert workers.live(NOW)
+    workers.probed(workers.all[1], False, NOW, 5.0)
+    assert not workers.live(NOW)
+
+
+# The prefix cache
+
+
+def test_a_conversation_stays_with_its_worker_and_one_that_leaves_moves_its_own_only() -> None:
+    workers = some(4)
+    keys = [bytes([i]) for i in range(64)]
+    before = {key: pick(workers, key=key) for key in keys}
+    assert before == {key: pick(workers, key=key) for key in keys}
+    assert len(set(before.values())) == 4
+    gone = workers.all[1]
+    workers.replace([w.server for w in workers.all if w is not gone])
+    after_it = {key: pick(workers, key=key) for key in keys}
+    assert all(after_it[key] is was for key, was in before.items() if was is not gone)
+
+
+def test_a_conversation_moves_when_its_worker_is_much_busier_than_the_others() -> None:
+    workers = some(4)
+    home = pick(workers, key=b"k")
+    home.in_flight = 1
+    assert pick(workers, key=b"k") is not home  # 2 of 2, where the mean is 0.5
+    for worker in workers.all:
+        worker.in_flight = 10
+    assert pick(workers, key=b"k") is home
+    home.in_flight = 15
+    assert pick(workers, key=b"k") is not home
+
+
+# The list
+
+
+def test_a_new_list_keeps_the_state_of_those_that_stay() -> None:
+    workers = some(3)
+    stays = workers.all[1]
+    stays.in_flight = 7
+    came, went = workers.replace([Server("http://new:1"), stays.server, stays.server])
+    assert [s.url for s in came] == ["http://new:1"]
+    assert [s.url for s in went] == ["http://w0:1", "http://w2:1"]
+    assert workers.all[1] is stays and len(workers.all) == 2
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from("bcasf"), st.integers(0, 40))))
+def test_whoever_is_picked_is_untried_and_up_comes_first(
+    steps: list[tuple[int, str, int]],
+) -> None:
     workers, now = some(4), 0.0
     for index, what, seconds in steps:
         worker = workers.all[index]
         now += seconds
         if what == "b":
             workers.broke(worker, now)
+        elif what == "c":
+            workers.convicted(worker, now)
         elif what == "a":
             workers.avoid(worker, now + seconds)
         else:
             for due in workers.due(now):
-                workers.probed(due, what == "p", now)
-        tried: list[Worker] = []
-        while (picked := workers.pick(tried, now)) is not None:
-            assert picked.state(now) is not WorkerState.DOWN and picked not in tried
-            tried.append(picked)
-        up = [w for w in workers.all if w.state(now) is WorkerState.UP]
-        assert set(tried[: len(up)]) == set(up)
-        assert bool(tried) == workers.live(now)
-
-
-def test_a_budget_is_never_exceeded_and_comes_back() -> None:
-    budget = Budget(10)
-    one, other = budget.lease(), budget.lease()
-    assert one.resize(6) and not other.resize(5) and other.resize(4) and not one.resize(7)
-    assert one.resize(6) and budget.held == 10
-    one.resize(0)
-    other.resize(0)
-    assert budget.held == 0
-
-
-# Requests
-
-
-def asked(path: str, body: bytes, headers: dict[str, str] | None = None) -> ClientRequest:
-    found = route("POST", path) or READ
-    return ClientRequest("POST", path, path, CIMultiDict(headers or {}), body, found)
-
-
-def facts(path: str, said: dict[str, Any]) -> BodyFacts:
-    found = asked(path, json.dumps(said).encode()).facts
-    assert found is not None
-    return found
-
-
-@pytest.mark.parametrize(
-    ("path", "said", "batch", "count"),
-    [
-        ("/generate", {"text": "x"}, None, 1),
-        ("/generate", {"text": ["x"]}, 1, 1),
-        ("/generate", {"text": ["x", "y"], "sampling_params": {"n": 3}}, 2, 6),
-        ("/generate", {"text": ["x", "y"], "sampling_params": [{"n": 3}, {}]}, 2, 6),
-        ("/generate", {"input_ids": [1, 2]}, None, 1),
-        ("/generate", {"input_ids": [[1], [2]]}, 2, 2),
-        ("/generate", {"input_embeds": [[0.1], [0.2]]}, None, 1),
-        ("/generate", {"input_embeds": [[[0.1]], [[0.2]]]}, 2, 2),
-        ("/v1/completions", {"prompt": ["x", "y"], "n": 2}, 2, 4),
-        ("/v1/completions", {"prompt": [1, 2]}, None, 1),
-        ("/v1/chat/completions", {"messages": [], "n": 2}, None, 2),
-        ("/v1/chat/completions", {"n": "many"}, None, 1),
-        ("/v1/responses", {"input": ["x", "y"]}, None, 1),
-        ("/generate", {}, None, 1),
-        ("/generate", {"text": []}, None, 1),
-        ("/vertex_generate", {"instances": []}, None, 1),
-    ],
-)
-def test_how_many_prompts_and_generations(
-    path: str, said: dict[str, Any], batch: int | None, count: int
-) -> None:
-    assert (facts(path, said).batch_size, facts(path, said).generations) == (batch, count)
-
-
-def test_instances_are_prompts() -> None:
-    said = {"instances": [{"text": "x"}] * 3, "parameters": {"sampling_params": {"n": 2}}}
-    assert facts("/vertex_generate", said).generations == 6
-    assert facts("/vertex_generate", {"parameters": 7}).generations == 1
-
-
-@pytest.mark.parametrize("body", [b"", b"[1]", b"7", b"\xff", b'{"text": '])
-def test_what_is_no_json_object_has_no_facts(body: bytes) -> None:
-    request = asked("/generate", body)
-    assert request.facts is None and request.generations == 1 and request.name is None
-
-
-def test_a_body_is_parsed_once_and_only_if_it_must_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    parsed: list[bytes] = []
-
-    def counting(path: str, body: bytes) -> BodyFacts | None:
-        parsed.append(body)
-        return body_facts(path, body)
-
-    body_facts = request_module.body_facts
-    monkeypatch.setattr(request_module, "body_facts", counting)
-    body = b'{"rid": "r", "n": 2}'
-    request = asked("/v1/chat/completions", body, {"X-Request-Id": "h"})
-    assert request.name == "h" and parsed == []
-    request = asked("/v1/chat/completions", body)
-    assert (request.generations, request.name) == (2, "r") and request.facts is not None
-    assert parsed == [body]
-    request = asked("/v1/chat/completions", b"no JSON")
-    assert request.facts is None and request.name is None
-    assert parsed == [body, b"no JSON"]
-
-
-@pytest.mark.parametrize(
-    "body",
-    [b"{}", b' {"text": "x"} \n', b'{"bootstrap_room": 3, "text":"x", "a": 12345678901234567890}'],
-)
-def test_a_room_is_added_and_nothing_else_changed(body: bytes) -> None:
-    pair = Pair("http://p:1", "p", 9000)
-    said = json.loads(body)
-    known = asked("/generate", body).facts
-    assert known is not None
-    rooms = set()
-    for _ in range(20):
-        sent = with_rendezvous(body, known, pair)
-        assert sent.startswith(body.rstrip()[:-1])
-        got = json.loads(sent)
-        rooms.add(got["bootstrap_room"])
-        added = {"bootstrap_host": "p", "bootstrap_port": 9000}
-        assert got == {**said, **added, "bootstrap_room": got["bootstrap_room"]}
-    assert len(rooms) == 20 and all(0 <= room < LAST_ROOM for room in rooms)
-
-
-def test_the_clients_name_of_a_request() -> None:
-    assert asked("/generate", b'{"rid": "r"}', {"x-request-id": "h"}).name == "h"
-    assert asked("/generate", b'{"rid": "r"}').name == "r"
-    assert asked("/generate", b'{"rid": ["r", "s"]}').name == "r"
-    assert asked("/generate", b"{}").name is None and asked("/generate", b"\xff").name is None
-
-
-# Flags
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ([], "--worker"),
-        (["--worker", "http://a:1/", "--worker", "http://a:1"], "twice"),
-        (["--worker", "http://A:1", "--pd", "prefill=http://a:1,decode=http://b:1"], "twice"),
-        (["--pd", "prefill=http://a:1,decode=http://a:1"], "twice"),
-        (["--worker", "http://a:1/v1"], "path"),
-        (["--worker", "http://a:1?x=y"], "path"),
-        (["--worker", "a:1"], "http://HOST:PORT"),
-        (["--worker", "ftp://a:1"], "http://HOST:PORT"),
-        (["--worker", "http://a:x"], "http://HOST:PORT"),
-        (["--worker", "http://"], "http://HOST:PORT"),
-        (["--worker", "http://a b:1"], "http://HOST:PORT"),
-        (["--worker", "http://me:secret@a:1"], "user"),
-        (["--pd", "prefill=http://a:1"], "decode=URL"),
-        (["--pd", "prefill=http://a:1,decode=http://b:1,room=3"], "room=3"),
-        (["--pd", "prefill=http://a:1,decode=http://b:1,decode=http://c:1"], "decode is given"),
-        (["--pd", "prefill=http://a:1,decode=http://b:1,bootstrap-port=0"], "1 to 65535"),
-        (["--pd", "http://a:1"], "prefill=URL"),
-        (["--worker", "http://a:1", "--attempts", "0"], "--attempts '0'"),
-        (["--worker", "http://a:1", "--hold-tokens", "-1"], "--hold-tokens '-1'"),
-        (["--worker", "http://a:1", "--hold-tokens", "many"], "--hold-tokens 'many'"),
-        (["--worker", "http://a:1", "--idle-timeout", "0"], "--idle-timeout '0'"),
-        (["--worker", "http://a:1", "--idle-timeout", "nan"], "--idle-timeout 'nan'"),
-        (["--worker", "http://a:1", "--max-body-bytes", "0"], "--max-body-bytes '0'"),
-        (["--worker", "http://a:1", "--host", "192.0.2.1"], "--host 192.0.2.1"),
-    ],
-)
-def test_a_bad_flag_is_named_with_its_value_and_the_remedy(
-    flags: list[str], words: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert cli.main(["retry-proxy", *flags]) == 2
-    said = capsys.readouterr().err
-    assert words in said and said.count("\n") == 1
-
-
-def test_good_flags() -> None:
-    chosen = checked_settings(
-        ["http://[::1]:30000", "https://w"],
-        ["prefill=http://[fe80::1]:1,decode=http://d:2,bootstrap-port=9"],
-        attempts="5",
-        idle_timeout=2.5,
-    )
-    assert [target.name for target in chosen.targets] == [
-        "http://[::1]:30000",
-        "https://w:443",
-        "http://[fe80::1]:1+http://d:2",
-    ]
-    pair = chosen.targets[2].pair
-    assert pair is not None and (pair.host, pair.port) == ("[fe80::1]", 9)
-    assert (chosen.attempts, chosen.idle_timeout) == (5, 2.5)
-    with pytest.raises(ConfigError):
-        checked_settings(["http://a:1"], [], port=70_000)
-
-
-def test_the_command_line_imports_no_server() -> None:
-    code = "import sys, sglang_scaling_fixes.cli as c; c._parser(); print(*sys.modules)"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert not {"aiohttp", "uvicorn", "orjson"} & set(found.stdout.split())
-
-
-# Stock's paths
-
-
-def stock_routes() -> list[tuple[str, str]]:
-    """Of every route of the installed SGLang: its function's decorators, and its path."""
-    spec = importlib.util.find_spec("sglang")
-    assert spec is not None and spec.submodule_search_locations
-    folder = Path(next(iter(spec.submodule_search_locations)))
-    tree = ast.parse((folder / "srt/entrypoints/http_server.py").read_text())
-    found = []
-    for function in ast.walk(tree):
-        decorators = getattr(function, "decorator_list", [])
-        words = " ".join(ast.unparse(one) for one in decorators)
-        for one in decorators:
-            first = one.args[0] if isinstance(one, ast.Call) and one.args else None
-            if isinstance(first, ast.Constant) and str(first.value).startswith("/"):
-                found.append((words, first.value))
-    assert len(found) > 60
-    return found
-
-
-NOT_SPREAD = {
-    # of one worker's state, and open to everyone in stock
-    "/open_session",
-    "/close_session",
-    "/v1/responses/{response_id}/cancel",
-}
-
-
-def test_every_open_path_of_stock_is_known() -> None:
-    """What stock guards as administration is nobody's inference; the rest is decided here."""
-    for how, path in stock_routes():
-        posts = "app.post" in how or "'POST'" in how
-        if "ADMIN" in how or "{method}" in path:
-            assert path not in INFERENCE, path
-            if "'GET'" in how and "'POST'" in how:
-                assert path in CHANGING_GETS, path
-        elif posts and path not in NOT_SPREAD:
-            assert path in INFERENCE, path
-
-
-def test_paths_of_the_proxy_are_stocks() -> None:
-    stock = {path for _, path in stock_routes()} | {"/invocations", "/vertex_generate"}
-    assert set(INFERENCE) | CHANGING_GETS <= stock
-
-
-def test_reading_and_changing() -> None:
-    assert route("GET", "/v1/models") is READ and route("GET", "/flush_cache") is None
-    assert route("POST", "/generate") is route("PUT", "/generate") is INFERENCE["/generate"]
-    assert route("POST", "/flush_cache") is None and route("DELETE", "/generate") is None
+                workers.probed(due, what == "s", now, 5.0)
+        order = [WorkerState.UP, WorkerState.AVOIDED, WorkerState.DOWN]
+        tried = Tried()
+        while (team := workers.pick(tried, now)) is not None:
+            assert team not in tried.teams
+            tried.teams.append(team)
+        ranks = [order.index(team.answering.state(now)) for team in tried.teams]
+        assert ranks == sorted(ranks) and len(ranks) == 4
