@@ -18,7 +18,7 @@ Suspicion must not be a weapon. One cheap request may be called an anomaly for i
     who is moved    those whose first `BEGINNING` tokens are the accused request's: its first page
                     if that is larger, its whole prompt if that is shorter
     how often       a beginning gets one new namespace in `Limits.interval`. Meanwhile an accusation
-                    covers the accused request's whole prompt only, for a few prompts at most
+                    covers the accused request's whole prompt only, `Limits.paths` times at most
     not again       a request that ran in a namespace which is left already moves nobody
     how many        the oldest suspicion gives way at `Limits.suspicions`: nobody has read its path
                     for the longest time, so it is the likeliest to be evicted
@@ -60,8 +60,8 @@ that is left already; nothing, because the limit is reached."""
 
 @dataclass(frozen=True)
 class Limits:
-    """`interval` and `life` in forward passes; life None: no end. `paths`: whole prompts that may
-    become suspect in an interval, for one beginning."""
+    """`interval` and `life` in forward passes; life None: no end. `paths`: how often whole prompts
+    become suspect in an interval, of one beginning. `suspicions`: at a time."""
 
     interval: int = 2_000
     paths: int = 4
@@ -122,7 +122,7 @@ class Taint:
         self._wholes: dict[Key, Counter[int]] = {}
         """Lengths of suspect prompts, by their beginning."""
         self._opened: OrderedDict[Key, int] = OrderedDict()
-        """When a key got its last namespace, within the interval; oldest first."""
+        """When a beginning got its last namespace, within the interval; oldest first."""
         self._paths: Counter[Key] = Counter()
         """Whole prompts that became suspect since their beginning got its last namespace."""
 
@@ -198,9 +198,10 @@ class Taint:
         return "limited"
 
     def _may_open(self, keys: tuple[Key, ...], below: tuple[Key, ...]) -> bool:
-        if any(key in self._opened for key in keys):
-            return False
-        return all(self._paths[key] < self._limits.paths for key in below)
+        if not below:
+            return not any(key in self._opened for key in keys)
+        longer = not set(keys) <= set(below)
+        return longer and all(self._paths[key] < self._limits.paths for key in below)
 
     def withdraw(self, name: int) -> bool:
         """That accusation was a false alarm. Whether a suspicion ends with it.
@@ -242,10 +243,11 @@ class Taint:
         self._by_name[name] = suspicion
         for key in keys:
             self._by_key.setdefault(key, []).append(suspicion)
-            self._opened[key] = now
-            self._opened.move_to_end(key)
-            if not below and key[0] < self.beginning:
-                self._short[key[0]] += 1
+            if not below:
+                self._opened[key] = now
+                self._opened.move_to_end(key)
+                if key[0] < self.beginning:
+                    self._short[key[0]] += 1
             for beginning in below:
                 self._wholes.setdefault(beginning, Counter())[key[0]] += 1
         for beginning in below:
@@ -276,7 +278,7 @@ class Taint:
             self._end(oldest, "expired")
 
     def _forget(self, now: int) -> None:
-        """Which keys got a namespace before this interval."""
+        """Which beginnings got a namespace before this interval."""
         while self._opened:
             key, since = next(iter(self._opened.items()))
             if now - since < self._limits.interval:
