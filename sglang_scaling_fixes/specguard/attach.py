@@ -104,17 +104,18 @@ def _wrap_requests() -> None:
     wrap(points.MATCH_PREFIX, match)
 
 
-def _wrap_stores() -> None:
-    def prefetch(
-        stock: Callable[..., Any], scheduler: Any, req: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        guard = SpecGuard.current
-        if guard is not None:
-            guard.choose_namespace(req)
-            if guard.avoids_storage(req) and not settings.storage_is_namespaced():
-                return None  # these releases store by tokens alone
-        return stock(scheduler, req, *args, **kwargs)
+def _prefetch(
+    stock: Callable[..., Any], scheduler: Any, req: Any, *args: Any, **kwargs: Any
+) -> Any:
+    guard = SpecGuard.current
+    if guard is not None:
+        guard.choose_namespace(req)
+        if guard.avoids_storage(req) and not settings.storage_is_namespaced():
+            return None  # these releases store by tokens alone
+    return stock(scheduler, req, *args, **kwargs)
 
+
+def _wrap_stores() -> None:
     def offload(stock: Callable[..., Any], manager: Any, req: Any) -> Any:
         """Held back until the request has ended well, whole: before, it is not yet judged."""
         if SpecGuard.current is not None and SpecGuard.current.action == "abort":
@@ -127,7 +128,7 @@ def _wrap_stores() -> None:
             manager.offload_kv_cache(req)
         return stock(manager, req)
 
-    wrap(points.PREFETCH, prefetch)
+    wrap(points.PREFETCH, _prefetch)
     wrap(points.OFFLOAD, offload)
     wrap(points.FINALIZE_OFFLOAD, finalize)
 

@@ -32,6 +32,9 @@ PROMPT = prompt(450, seed=7)
 TOKENS = 120
 SECRET = b"0123456789abcdef0123456789abcdef"
 FOR_EVER = 2**33
+ANOMALOUS = (22, 23, 25, 28)
+"""Seeds of prompts with which no kind of corruption is made good by copying (see the docs). Each
+test has its own: a beginning is moved once in a while only."""
 AFTER = 10
 JUDGED = "64"  # sooner than by default: a corrupt request takes a step per token
 OBSERVE = Options(
@@ -96,7 +99,7 @@ def right(aborting: Served) -> list[int]:
 def test_a_corrupt_request_ends_with_503_and_its_retry_here_is_right(
     aborting: Served, kind: str
 ) -> None:
-    asked = prompt(450, seed=20 + KINDS.index(kind))
+    asked = prompt(450, seed=ANOMALOUS[KINDS.index(kind)])
     right = clean(aborting, f"before {kind}", asked)["output_ids"]
     answer = generate(aborting, corrupted(kind, "once"), asked)
     assert answer.status == 503
@@ -117,7 +120,7 @@ def test_a_repetition_moves_those_who_share_its_beginning_once_and_a_false_alarm
 ) -> None:
     """Others find what they share cached again, however often somebody is called an anomaly."""
     shared = prompt(300, seed=30)
-    other, loud = [*shared, *prompt(60, seed=31)], [*shared, *prompt(60, seed=32)]
+    other, loud = [*shared, *prompt(60, seed=31)], [*shared, *PROMPT[300:]]
     clean(aborting, "warm", other)
     names = []
     for number, cached in enumerate((0, 300, 300)):
@@ -153,7 +156,7 @@ def test_the_proxys_words_reach_the_guard_through_every_api(aborting: Served, pa
     """Stock lets them through to the scheduler, whatever else it makes of a namespace."""
     server = aborting.servers[0]
     model = server.get("/v1/models").body["data"][0]["id"]
-    asked = prompt(450, seed=40)
+    asked = PROMPT
     bodies: dict[str, dict[str, Any]] = {
         "/generate": greedy(asked, TOKENS),
         "/v1/completions": {"prompt": asked, "max_tokens": TOKENS},
@@ -279,7 +282,7 @@ def push_out(served: Served) -> None:
 
 def test_a_prefix_in_the_host_tier_is_suspect_too(aborting: Served) -> None:
     """HiCache writes a prompt through as soon as it is computed, before anything is known of it."""
-    asked = prompt(450, seed=50)
+    asked = prompt(450, seed=ANOMALOUS[-1])
     right = clean(aborting, "cached", asked)["output_ids"]
     push_out(aborting)
     assert clean(aborting, "read", asked)["meta_info"]["cached_tokens_details"]["host"] > 0

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sglang_scaling_fixes.specguard import baseline, tellings, words
+from sglang_scaling_fixes.specguard import attach, baseline, settings, tellings, words
 from sglang_scaling_fixes.specguard.detector import Rules
 from sglang_scaling_fixes.specguard.guard import (
     CAPS,
@@ -320,6 +320,36 @@ def test_a_word_that_is_over_is_worth_nothing_behind_the_process_with_the_clock(
     found = words.find(SECRET, words.settled(SECRET, both, 500))
     assert found is not None and found.kind == FRESH
     assert words.settled(SECRET, "ssf.fresh.x", 1) == "ssf.fresh.x"
+
+
+@pytest.mark.parametrize("namespaced", [False, True])
+def test_a_store_that_keeps_kv_by_tokens_alone_is_not_read(
+    monkeypatch: pytest.MonkeyPatch, namespaced: bool
+) -> None:
+    monkeypatch.setattr(SpecGuard, "current", guard("observe"))
+    monkeypatch.setattr(settings, "storage_is_namespaced", lambda: namespaced)
+
+    def prefetched(key: str | None) -> bool:
+        return attach._prefetch(lambda *_: "read", None, Request(PROMPT, key)) == "read"
+
+    assert prefetched(None) and prefetched("tenant")  # the control
+    assert prefetched(word(FRESH)) == prefetched(word(UNGUARDED)) == namespaced
+
+
+def test_the_main_process_settles_words_before_the_schedulers_see_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def tokenized(key: str | None) -> Any:
+        made = SimpleNamespace(extra_key=key)
+        return attach._tokenized(lambda *_: made, None, "the request").extra_key
+
+    late, valid = word(UNGUARDED, expires=1), word(UNGUARDED, expires=2**33)
+    assert tokenized(late) == late  # without a secret no word counts anyway
+    monkeypatch.setattr(attach, "_secret", SECRET)
+    assert tokenized(late) == late.replace(UNGUARDED, FRESH)
+    assert (tokenized(valid), tokenized(None), tokenized("x")) == (valid, None, "x")
+    embedding = SimpleNamespace()
+    assert attach._tokenized(lambda *_: embedding, None) is embedding
 
 
 # -- tellings ------------------------------------------------------------------------------------

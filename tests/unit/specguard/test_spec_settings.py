@@ -12,7 +12,7 @@ import pytest
 from sglang_scaling_fixes import machine
 from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.errors import ConfigError
-from sglang_scaling_fixes.specguard import settings
+from sglang_scaling_fixes.specguard import FIX, attach, settings
 from sglang_scaling_fixes.specguard.detector import SETS, Rules
 from sglang_scaling_fixes.specguard.guard import depth_of
 
@@ -141,6 +141,24 @@ def test_ngrams_are_not_judged_by_a_low_accept_length_unless_asked() -> None:
     assert settings.rules(Config(), server(speculative_algorithm="NGRAM")).min_length == 1.0
     asked = Config(guard_min_length=1.1)
     assert settings.rules(asked, server(speculative_algorithm="NGRAM")).min_length == 1.1
+
+
+def test_a_bare_plugin_says_why_it_guards_nothing_where_acceptance_is_simulated(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(machine, "here", SimpleNamespace(env={settings.SIMULATED: "3"}))
+    monkeypatch.setattr(attach, "nothing_to_judge", None)
+    assert FIX.report() is None
+    attach.bind(SimpleNamespace(), server(), Config(fixes=("spec-guard",)))
+    report = FIX.report()
+    assert report is not None and report["spec_guard"]["action"] == "none"
+    assert f"{settings.SIMULATED}=3" in report["spec_guard"]["reason"]
+    assert "spec-guard is inactive" in caplog.text
+    monkeypatch.setattr(attach, "nothing_to_judge", None)
+    attach.bind(
+        SimpleNamespace(), server(speculative_algorithm=None), Config(fixes=("spec-guard",))
+    )
+    assert FIX.report() is None  # the control: nobody expects anything there
 
 
 ABORT = Config(fixes=("spec-guard",), guard="abort", named=("spec-guard",))
