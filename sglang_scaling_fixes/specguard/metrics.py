@@ -58,7 +58,8 @@ SPEC_GUARD = Family(
         Metric(
             "notifications_received",
             "counter",
-            "Notifications from decode servers: taken, of a room that is not known, or not signed.",
+            "Notifications from decode servers: taken, of a room that is not known to this "
+            "scheduler, or not signed.",
             ("outcome",),
             series=(("taken",), ("unknown",), ("refused",)),
         ),
