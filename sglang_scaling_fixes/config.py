@@ -29,6 +29,8 @@ class Config:
     max_held: float = 0.5
     fence: str = "auto"
     guard: str = "observe"
+    guard_rules: str = "windowed"
+    guard_secret_file: str = ""
     guard_after: int = 128
     guard_min_length: float = 1.4
     guard_max_rate: float = 0.96

@@ -15,7 +15,7 @@ wherever the plugin is installed, whether or not a fix is asked for.
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sglang_scaling_fixes.config import Config, Setting
     from sglang_scaling_fixes.readiness import Report
     from sglang_scaling_fixes.refusals import Edit
+    from sglang_scaling_fixes.routes import Answer
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,10 @@ class Fix(abc.ABC):
         """Why a server with a scheduler that reports this takes no request, None if it does."""
         del report
         return None
+
+    def routes(self) -> Mapping[str, Answer]:
+        """What the server's own port answers to a POST beside stock's paths, by path."""
+        return {}
 
     def error_edits(self) -> Sequence[Edit]:
         """What its 503s must say in HTTP that stock would not let them say."""

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from sglang_scaling_fixes import points, readiness, refusals
 from sglang_scaling_fixes.attach import wrap
+from sglang_scaling_fixes.routes import Answer, Routes
 
 
 def attach(
-    edits: Sequence[refusals.Edit], judges: Sequence[readiness.Judge], report_key: str
+    edits: Sequence[refusals.Edit],
+    judges: Sequence[readiness.Judge],
+    report_key: str,
+    routes: Mapping[str, Answer],
 ) -> None:
     """Add it right before the application is run. `report_key`: ours in a scheduler's state."""
 
@@ -21,6 +25,7 @@ def attach(
         app.add_middleware(refusals.Refusals, edits=edits)
         ask = partial(readiness.schedulers, report_key)
         app.add_middleware(readiness.Readiness, ask=ask, judges=judges)
+        app.add_middleware(Routes, answers=routes)
         return stock(*args, **kwargs)
 
     wrap(points.RUN_HTTP, run)

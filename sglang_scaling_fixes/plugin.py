@@ -246,7 +246,8 @@ def _attach(config: Config, server_args: Any, *, again: bool) -> None:
         stop(_instead(line, held, server_args))
     if launches and not again:
         edits = [edit for fix in fixes.FIXES for edit in fix.error_edits()]
-        http.attach(edits, [fix.unready for fix in fixes.FIXES], REPORT_KEY)
+        routes = {path: answer for fix in fixes.FIXES for path, answer in fix.routes().items()}
+        http.attach(edits, [fix.unready for fix in fixes.FIXES], REPORT_KEY, routes)
 
 
 def _once(hook: str) -> bool:

@@ -4,6 +4,7 @@ python -m benchmarks.spec_guard            # record, then report: docs/spec-guar
 python -m benchmarks.spec_guard record     # one lab server, real text, clean and corrupt KV
 python -m benchmarks.spec_guard report     # replay a recording through the detector
 python -m benchmarks.spec_guard text       # how often real text repeats itself
+python -m benchmarks.spec_guard honest     # what sound text is called an anomaly, simulated
 python -m benchmarks.spec_guard cost       # microseconds per request and decoding step
 """
 
@@ -54,6 +55,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     making.set_defaults(run=_record)
     telling.set_defaults(run=lambda args: _report(args.recording, args.figure))
     commands.add_parser("text", help="how often real text repeats itself").set_defaults(run=_text)
+    commands.add_parser("honest", help="what sound text is ended").set_defaults(run=_honest)
     commands.add_parser("cost", help="what a step costs").set_defaults(run=_cost)
     return parser.parse_args(argv)
 
@@ -83,6 +85,12 @@ def _text(_args: argparse.Namespace) -> None:
     from benchmarks.spec_guard import repeats, texts
 
     print(repeats.report(texts.documents()))
+
+
+def _honest(_args: argparse.Namespace) -> None:
+    from benchmarks.spec_guard import honest
+
+    print(honest.report())
 
 
 def _cost(_args: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ from benchmarks.spec_guard import replay
 from benchmarks.spec_guard.recording import Record, Recording
 from benchmarks.spec_guard.replay import Count, Verdict, percentile
 from sglang_scaling_fixes.lab.faults.corrupt import KINDS
-from sglang_scaling_fixes.specguard.detector import Rules, repetition
+from sglang_scaling_fixes.specguard.detector import SETS, Rules, repetition
 
 PERCENTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 LENGTHS = (1.05, 1.1, 1.2, 1.3, 1.4, 1.6)
@@ -37,6 +37,8 @@ def report(recording: Recording) -> str:
         false_alarms(groups, high_settings()),
         "## Detection at the default, by corruption\n",
         detection(replay.verdicts(corrupt, twins, replay.DEFAULT)),
+        "## The rules by name\n",
+        by_name(groups, corrupt, twins),
         "## Detection by setting\n",
         by_setting(corrupt, twins),
         "## The low threshold, all of the context overwritten, otherwise the default\n",
@@ -160,6 +162,21 @@ def detection(found: Sequence[Verdict]) -> str:
     for name, of in sorted(_split(found, lambda v: f"all of class {v.record.group}")):
         rows.append([name, *summary(of)])
     return markdown_table(["overwritten", *SUMMARY], rows)
+
+
+def by_name(groups: Groups, corrupt: Sequence[Record], twins: dict[str, Record]) -> str:
+    """What `--spec-guard-rules` takes: false alarms, and detection of a whole context."""
+    short = [r for name, records in groups.items() if name != "long" for r in records]
+    whole = [r for r in corrupt if r.corruption is not None and r.corruption.share == 1.0]
+    rows = []
+    for name, rules in SETS.items():
+        alarms = (replay.alarms(short, rules), replay.alarms(groups.get("long", []), rules))
+        for onset, of in _split(
+            replay.verdicts(whole, twins, rules), lambda v: f"100%, at {v.after}"
+        ):
+            rows.append([name, *alarms, onset, *summary(of)])
+    head = ["rules", "clean, called anomalous", "clean and long", "overwritten"]
+    return markdown_table([*head, *SUMMARY], rows)
 
 
 def by_setting(corrupt: Sequence[Record], twins: dict[str, Record]) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sglang_scaling_fixes.fix import Armed, Fix
@@ -13,6 +14,7 @@ from sglang_scaling_fixes.specguard.metrics import SPEC_GUARD
 if TYPE_CHECKING:
     from sglang_scaling_fixes.config import Config
     from sglang_scaling_fixes.refusals import Edit
+    from sglang_scaling_fixes.routes import Answer
 
 
 class AnomalyGuard(Fix):
@@ -39,8 +41,9 @@ class AnomalyGuard(Fix):
 
     def arm(self, config: Config) -> Armed:
         from sglang_scaling_fixes.attach import require_wrapped
-        from sglang_scaling_fixes.specguard import attach, probe
+        from sglang_scaling_fixes.specguard import attach, probe, settings
 
+        attach.use(settings.secret(config))
         attach.attach()
         (absent,) = (point for point in attach.FINISH if point != attach.finish_point())
         require_wrapped(point for point in points.ATTACH_POINTS if point != absent)
@@ -53,10 +56,18 @@ class AnomalyGuard(Fix):
         attach.bind(scheduler, server_args, config)
 
     def report(self) -> dict[str, Any] | None:
+        from sglang_scaling_fixes.specguard import attach
         from sglang_scaling_fixes.specguard.guard import SpecGuard
 
-        guard = SpecGuard.current
-        return None if guard is None else {"spec_guard": guard.report()}
+        if (guard := SpecGuard.current) is not None:
+            return {"spec_guard": guard.report()}
+        why = attach.nothing_to_judge
+        return None if why is None else {"spec_guard": {"action": "none", "reason": why}}
+
+    def routes(self) -> Mapping[str, Answer]:
+        from sglang_scaling_fixes.specguard import attach, notify
+
+        return {notify.WITHDRAWAL_PATH: partial(notify.withdraw, secret=attach.secret)}
 
     def error_edits(self) -> Sequence[Edit]:
         from sglang_scaling_fixes.specguard import error_type

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import secrets
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable
 from typing import Any
 
 from sglang_scaling_fixes import metrics
@@ -21,17 +23,22 @@ from sglang_scaling_fixes.attach import (
 from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.errors import ConfigError
 from sglang_scaling_fixes.ranks import TpGroup
-from sglang_scaling_fixes.specguard import notify, points, settings
+from sglang_scaling_fixes.specguard import notify, points, settings, tellings, words
 from sglang_scaling_fixes.specguard.guard import (
     ERROR_TYPE,
     DraftCounters,
+    Sharing,
     SpecGuard,
     depth_of,
     tainted,
 )
 from sglang_scaling_fixes.specguard.metrics import SPEC_GUARD
-from sglang_scaling_fixes.specguard.reporting import Notify, Reporting
-from sglang_scaling_fixes.specguard.taint import Taint
+from sglang_scaling_fixes.specguard.reporting import Reporting
+from sglang_scaling_fixes.specguard.rooms import Rooms
+from sglang_scaling_fixes.specguard.taint import Limits, Taint
+from sglang_scaling_fixes.specguard.tellings import Telling
+
+logger = logging.getLogger(__name__)
 
 FINISH = (points.FINISH, points.FINISH_BEFORE)
 """Where a request's end is decided: the first since 0.5.13, the second before."""
@@ -58,6 +65,7 @@ def attach() -> None:
     _wrap_requests()
     _wrap_stores()
     _wrap_errors()
+    wrap(points.TOKENIZED, _tokenized)
     wrap(points.SET_STATE, _set_internal_state)
     wrap(points.BOOTSTRAP_ROUTES, _setup_routes)
 
@@ -82,6 +90,7 @@ def _wrap_requests() -> None:
         # `tree_cache` is None for a continued prefill chunk; then there is no cache lookup.
         if SpecGuard.current is not None and tree_cache is not None:
             SpecGuard.current.choose_namespace(req)
+            SpecGuard.current.note(req)
         return stock(req, tree_cache, *args, **kwargs)
 
     def match(stock: Callable[..., Any], queue: Any, req: Any) -> Any:
@@ -95,17 +104,18 @@ def _wrap_requests() -> None:
     wrap(points.MATCH_PREFIX, match)
 
 
-def _wrap_stores() -> None:
-    def prefetch(
-        stock: Callable[..., Any], scheduler: Any, req: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        guard = SpecGuard.current
-        if guard is not None:
-            guard.choose_namespace(req)
-            if guard.was_moved(req) and not settings.storage_is_namespaced():
-                return None  # these releases store by tokens alone
-        return stock(scheduler, req, *args, **kwargs)
+def _prefetch(
+    stock: Callable[..., Any], scheduler: Any, req: Any, *args: Any, **kwargs: Any
+) -> Any:
+    guard = SpecGuard.current
+    if guard is not None:
+        guard.choose_namespace(req)
+        if guard.avoids_storage(req) and not settings.storage_is_namespaced():
+            return None  # these releases store by tokens alone
+    return stock(scheduler, req, *args, **kwargs)
 
+
+def _wrap_stores() -> None:
     def offload(stock: Callable[..., Any], manager: Any, req: Any) -> Any:
         """Held back until the request has ended well, whole: before, it is not yet judged."""
         if SpecGuard.current is not None and SpecGuard.current.action == "abort":
@@ -118,7 +128,7 @@ def _wrap_stores() -> None:
             manager.offload_kv_cache(req)
         return stock(manager, req)
 
-    wrap(points.PREFETCH, prefetch)
+    wrap(points.PREFETCH, _prefetch)
     wrap(points.OFFLOAD, offload)
     wrap(points.FINALIZE_OFFLOAD, finalize)
 
@@ -137,12 +147,39 @@ def _wrap_errors() -> None:
         wrap(point, typed)
 
 
+_secret: bytes | None = None
+"""The one that this process was started with."""
+
+
+def use(secret: bytes | None) -> None:
+    global _secret  # noqa: PLW0603
+    _secret = secret
+
+
+def secret() -> bytes | None:
+    return _secret
+
+
+def _tokenized(stock: Callable[..., Any], manager: Any, *args: Any, **kwargs: Any) -> Any:
+    """The one process that has every request and a clock judges what a word is worth now."""
+    made = stock(manager, *args, **kwargs)
+    key = getattr(made, "extra_key", None)
+    if _secret is not None and isinstance(key, str):
+        made.extra_key = words.settled(_secret, key, time.time())
+    return made
+
+
 def _set_internal_state(stock: Callable[..., Any], scheduler: Any, request: Any) -> Any:
-    known = notify.from_fields(request.server_args)
-    if known and SpecGuard.current is not None:
-        SpecGuard.current.notified(known)
+    if not any(name.startswith(tellings.FIELD) for name in request.server_args):
+        return stock(scheduler, request)
+    if (guard := SpecGuard.current) is None:
         return _updated()
-    return stock(scheduler, request)
+    try:
+        telling = tellings.from_fields(request.server_args, guard.sharing.secret)
+    except ValueError:
+        telling = None
+    guard.told(telling)
+    return _updated()
 
 
 def _updated() -> Any:
@@ -157,7 +194,7 @@ def _updated() -> Any:
 
 def _setup_routes(stock: Callable[..., Any], server: Any) -> Any:
     result = stock(server)
-    notify.add_route(server)
+    notify.add_route(server, secret)
     return result
 
 
@@ -165,33 +202,59 @@ def bind(scheduler: Any, server_args: Any, config: Config) -> None:
     """After stock built its scheduler: make the guard. ConfigError where it cannot judge."""
     settings.check(server_args, config)  # again: what stock made of the arguments is known now
     role = str(getattr(server_args, "disaggregation_mode", "null"))
-    judges = settings.algorithm(server_args) is not None
+    judges = settings.judges(server_args)
     if not judges:
         unwrap([finish_point()])
     if config.guard != "abort" or not (judges or role == "prefill"):
         unwrap(PLACES)  # nothing becomes suspect here
     if not judges and role != "prefill":
-        return  # a bare --plugin on a server without speculation: nothing to judge
+        _nothing_to_judge(server_args)
+        return
     require_in_place(points.NAME, role, "both")
     if config.guard == "abort" and type(scheduler.tree_cache).__name__ == "RadixCacheCpp":
         raise ConfigError(
             "--spec-guard abort with SGLANG_EXPERIMENTAL_CPP_RADIX_TREE: that tree knows no "
             "namespaces; unset it, or use --spec-guard observe"
         )
+    known = settings.secret(config)
     reporting = Reporting(
         worker=f"{server_args.host}:{server_args.port}",
         metrics=metrics.of_scheduler(SPEC_GUARD, scheduler, server_args),
         is_reporting_rank=metrics.is_reporting_rank(scheduler),
     )
     if role == "decode" and config.guard == "abort" and reporting.is_reporting_rank:
-        reporting.notify = _notifier(reporting)
+        reporting.prefill = _PrefillServers(reporting, known)
+    stores = settings.resolved(server_args, "hicache_storage_backend")
     SpecGuard.current = SpecGuard(
         settings.rules(config, server_args),
         config.guard,
-        Taint(_page_size(scheduler), _origin(scheduler)),
+        Taint(
+            _page_size(scheduler),
+            _origin(scheduler),
+            lambda: int(scheduler.forward_ct),
+            # What is stored does not grow old.
+            Limits(life=None) if stores else Limits(),
+            lambda reason: reporting.increment("suspicions_ended", reason),
+        ),
         DraftCounters(depth_of(scheduler, server_args) if judges else 1, accepted_field()),
         reporting,
+        sharing=Sharing(
+            known,
+            not stores or settings.storage_is_namespaced(),
+            Rooms() if role == "prefill" and config.guard == "abort" else None,
+        ),
     )
+
+
+nothing_to_judge: str | None = None
+"""Why a bare --plugin guards nothing in this scheduler, although it verifies drafts."""
+
+
+def _nothing_to_judge(server_args: Any) -> None:
+    global nothing_to_judge  # noqa: PLW0603
+    if settings.algorithm(server_args) is not None:
+        nothing_to_judge = settings.why_simulated()
+        logger.warning("sglang-scaling-fixes: spec-guard is inactive: %s", nothing_to_judge)
 
 
 def _page_size(scheduler: Any) -> int:
@@ -211,19 +274,24 @@ def _origin(scheduler: Any) -> str:
     return name
 
 
-def _notifier(reporting: Reporting) -> Notify:
-    from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
+class _PrefillServers:
+    """The prefill servers of this decode server, each found by a request that it had."""
 
-    def count(outcome: str) -> None:
-        reporting.metrics.inc("notifications", outcome)
+    def __init__(self, reporting: Reporting, known: bytes | None) -> None:
+        def count(outcome: str) -> None:
+            reporting.metrics.inc("notifications", outcome)
 
-    notifier = notify.Notifier(count)
+        self._notifier = notify.Notifier(count, known)
 
-    def notify_prefill(req: Any, tokens: Sequence[int]) -> None:
-        if req.bootstrap_host and req.bootstrap_host != FAKE_BOOTSTRAP_HOST:
-            notifier.notify(str(req.bootstrap_host), int(req.bootstrap_port), tokens)
+    def accuse(self, req: Any, name: int) -> None:
+        from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
 
-    return notify_prefill
+        host, room = req.bootstrap_host, req.bootstrap_room
+        if host and host != FAKE_BOOTSTRAP_HOST and room is not None:
+            self._notifier.accuse(str(host), int(req.bootstrap_port), Telling(name, int(room)))
+
+    def withdraw(self, name: int) -> None:
+        self._notifier.withdraw(name)
 
 
 def accepted_field() -> str:

@@ -20,6 +20,10 @@ lifetime hides a corruption that begins after thousands of good tokens:
 
 The high rule also needs repetition. A long copy, a quotation or boilerplate has the accept rate of
 a loop, but it is right. `Rules.repetition = 0` is the published rule, which uses the rate alone.
+
+A stretch of sound text that no draft can guess, and a table of equal cells, break a rule too, but
+they end. `Rules.persistence` waits for that end. A request whose drafts were never accepted from
+its beginning is found without waiting: no sound stretch came before.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ import math
 from array import array
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 STRIDE = 16
@@ -48,7 +52,8 @@ Scope = Literal["life", "window"]
 class Rules:
     """Thresholds. `after` and `window` in tokens; window 0: none.
 
-    `repetition` is a share of n-grams; 0: the high rule does not need any.
+    `repetition` is a share of n-grams; 0: the high rule does not need any. `persistence` is the
+    tokens for which a rule must stay broken; 0: it fires at once.
     """
 
     after: int = 128
@@ -56,6 +61,15 @@ class Rules:
     max_rate: float = 0.96
     window: int = 256
     repetition: float = 0.7
+    persistence: int = 0
+
+
+SETS = {
+    "windowed": Rules(),
+    "persistent": Rules(persistence=512),
+    "published": Rules(window=0, repetition=0.0),
+}
+"""Rules by the name that an operator gives."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +85,7 @@ class Anomaly:
     verifications: int  # of drafts, in the scope
     accepted: int  # drafts in the scope
     possible: int  # drafts that could have been accepted in the scope
+    suspect_from: int = 0  # of `tokens`, those before the scope in which the rule first broke
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -80,8 +95,11 @@ class Watch:
     """The counters of one request. Call `observe` after each verification."""
 
     __slots__ = (
+        "_broken",
         "_next_tail",
+        "_repeated",
         "_samples",
+        "_was_sound",
         "accepted",
         "drafted",
         "found",
@@ -100,6 +118,9 @@ class Watch:
         # `observe` need not be called before.
         self.next_check = min(STRIDE, rules.after)
         self._next_tail = 0
+        self._repeated = 0.0  # share of repeated n-grams when it was last counted
+        self._was_sound = False  # at some check
+        self._broken: tuple[Kind, int, int] | None = None  # rule, since when, `suspect_from`
         # (tokens, drafted, accepted, possible) at the checks within the window, oldest first.
         length = max(-(-rules.window // STRIDE), 1)
         self._samples: deque[tuple[int, int, int, int]] = deque([(0, 0, 0, 0)], maxlen=length)
@@ -111,21 +132,27 @@ class Watch:
         accepted: int,
         depth: int,
         output: Sequence[int],
+        *,
+        offered: tuple[int, int] | None = None,
     ) -> Anomaly | None:
         """The request's first anomaly, once; None before and after.
 
         `verifications` and `accepted` are totals of the request. `accepted` counts drafts, without
         the token that each verification adds itself. `depth` is how many drafts one verification
         can accept at present: the length of a path in the draft tree, not the tree's size.
-        `output` is the tokens generated so far.
+        `output` is the tokens generated so far. `offered`, where verifications are offered fewer
+        drafts than `depth`: the totals of verifications that had a draft, and of their drafts.
         """
         # An adaptive depth may be read one step late, so at least the accepted drafts were
         # possible. At depth 0 nothing is drafted, and a verification tells nothing.
-        steps = verifications - self.verifications
-        possible = max(steps * depth, accepted - self.accepted)
-        if possible:
-            self.possible += possible
-            self.drafted += steps
+        if offered is not None:
+            self.drafted, self.possible = offered[0], max(offered[1], accepted)
+        else:
+            steps = verifications - self.verifications
+            possible = max(steps * depth, accepted - self.accepted)
+            if possible:
+                self.possible += possible
+                self.drafted += steps
         self.verifications = verifications
         self.accepted = accepted
         tokens = verifications + accepted
@@ -133,11 +160,26 @@ class Watch:
             return None
         self.next_check = tokens + STRIDE
         if tokens >= rules.after:
-            self.found = self._judge(rules, tokens, output)
+            self.found = self._persistent(rules, self._judge(rules, tokens, output))
         else:
             self.next_check = min(self.next_check, rules.after)
         self._samples.append((tokens, self.drafted, accepted, self.possible))
         return self.found
+
+    def _persistent(self, rules: Rules, anomaly: Anomaly | None) -> Anomaly | None:
+        """The anomaly, once its rule has stayed broken for as long as `rules` ask."""
+        if not rules.persistence:
+            return anomaly
+        if anomaly is None:
+            self._was_sound, self._broken = True, None
+            return None
+        if self._broken is None or self._broken[0] != anomaly.kind:
+            self._broken = (anomaly.kind, anomaly.tokens, anomaly.suspect_from)
+        _, since, suspect_from = self._broken
+        never_sound = anomaly.kind == "low_accept_length" and not self._was_sound
+        if never_sound or anomaly.tokens - since >= rules.persistence:
+            return replace(anomaly, suspect_from=suspect_from)
+        return None
 
     def _judge(self, rules: Rules, tokens: int, output: Sequence[int]) -> Anomaly | None:
         life = (tokens, self.drafted, self.accepted, self.possible)
@@ -148,14 +190,16 @@ class Watch:
         for scope, (_, drafted, accepted, possible) in scopes:
             length = 1 + accepted / drafted if drafted else math.inf
             if length < rules.min_length:
-                counts = (tokens, drafted, accepted, possible)
+                begin = oldest[0] if scope == "window" else 0
+                counts = (tokens, drafted, accepted, possible, begin)
                 return Anomaly("low_accept_length", scope, length, rules.min_length, None, *counts)
         for scope, (_, drafted, accepted, possible) in scopes:
             rate = accepted / possible if possible else 0.0
             if rate > rules.max_rate:
                 repeated = self._repetition(rules, tokens, output)
                 if repeated is None or repeated >= rules.repetition:
-                    counts = (tokens, drafted, accepted, possible)
+                    begin = oldest[0] if scope == "window" else 0
+                    counts = (tokens, drafted, accepted, possible, begin)
                     return Anomaly(
                         "high_accept_rate", scope, rate, rules.max_rate, repeated, *counts
                     )
@@ -163,7 +207,7 @@ class Watch:
         return None
 
     def _repetition(self, rules: Rules, tokens: int, output: Sequence[int]) -> float | None:
-        """None if the rule does not use it; 0 while it is too early to count again.
+        """None if the rule does not use it; as counted last while it is too early to count again.
 
         In a loop the last n-gram also stands earlier. If it does not, there is no loop, and
         counting is not needed.
@@ -171,12 +215,13 @@ class Watch:
         if not rules.repetition:
             return None
         if tokens < self._next_tail:
-            return 0.0
+            return self._repeated
         raw, width = _tail(output)
         if raw.find(raw[-NGRAM * width :]) == len(raw) - NGRAM * width:
             return 0.0
         self._next_tail = tokens + PATIENCE
-        return _repetition(raw, width)
+        self._repeated = _repetition(raw, width)
+        return self._repeated
 
 
 def repetition(tokens: Sequence[int]) -> float:

@@ -16,6 +16,21 @@ ACTION = Setting(
 SETTINGS = (
     ACTION,
     Setting(
+        "--spec-guard-rules",
+        "guard_rules",
+        "Which rules find an anomaly. windowed: over the request and a sliding window, and a loop "
+        "must repeat itself. persistent: those, but broken for 512 tokens unless from the "
+        "beginning; for servers without a retry proxy. published: as with GLM-5.1's deployment.",
+        choices=("windowed", "persistent", "published"),
+    ),
+    Setting(
+        "--spec-guard-secret-file",
+        "guard_secret_file",
+        "File with the secret shared with the retry proxy and the servers of a pair. Without it "
+        "no word of the proxy counts, and no suspicion can be withdrawn.",
+        metavar="FILE",
+    ),
+    Setting(
         "--spec-guard-after",
         "guard_after",
         "Generated tokens before a request is judged.",
@@ -62,7 +77,7 @@ SETTINGS = (
         "guard_overrides",
         "JSON file with other thresholds for models whose name (--served-model-name, or else "
         '--model-path) matches a pattern: {"*GLM-5*": {"min_length": 1.3}}. The last match wins; '
-        "keys: after, min_length, max_rate, window, repetition.",
+        "keys: after, min_length, max_rate, window, repetition, persistence.",
         metavar="FILE",
     ),
 )

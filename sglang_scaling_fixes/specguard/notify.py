@@ -1,4 +1,4 @@
-"""Decode notifies prefill that the KV of a prompt is suspect there too.
+"""Decode notifies prefill that the KV of a request is suspect there too, or is not after all.
 
     decode scheduler -> POST http://bootstrap host:port/sglang_scaling_fixes/kv_anomaly
         -> prefill's main process -> stock's set_internal_state -> all its schedulers, in one step
@@ -8,32 +8,38 @@ before it ends the request, and prefill answers once the message is on its way t
 There it is ahead of every later request, because both use the same queues.
 
 The bootstrap server is the one address of a prefill server that decode knows in every release.
-A notification holds digests of the prompt's first page, one for each page size, and no tokens. A
-stock prefill server answers 404. That is counted and logged, because its cached prompt stays
-readable there.
+A notification names the request's room, and no tokens. With a secret, prefill takes only what is
+signed. Without one, knowing the room is the proof: whoever served the request knows it. A stock
+prefill server answers 404. That is counted and logged, because its cached prompt stays readable
+there.
+
+The retry proxy withdraws an accusation at decode's own port, and takes the second half of the way.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import queue
 import threading
 import time
 import urllib.error
 import urllib.request
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from http import HTTPStatus
 from typing import Any
 
-from sglang_scaling_fixes.specguard.taint import PAGES, beginnings
+from sglang_scaling_fixes.specguard import tellings
+from sglang_scaling_fixes.specguard.tellings import HEADER, Telling
+from sglang_scaling_fixes.vouch import FALSE_ALARM, vouched
 
 logger = logging.getLogger(__name__)
 
 PATH = "/sglang_scaling_fixes/kv_anomaly"
-FIELD = "sglang_scaling_fixes_kv_anomaly_"
-"""The name of a number in set_internal_state: this and a page size. The number is a digest."""
+WITHDRAWAL_PATH = "/sglang_scaling_fixes/false_alarm"
+"""On a server's own port, for the retry proxy."""
 QUICK_S = 0.25
 """Seconds that a scheduler waits for prefill at most, once per anomaly. A few ms are usual."""
 TIMEOUT_S = 5.0
@@ -45,7 +51,8 @@ PAUSE_S = 10.0
 Notifications to it fail at once meanwhile."""
 LIMIT = 1024
 """Notifications that may wait for the thread. At the limit a new one is lost, and counted so."""
-_LARGEST_BODY = 4096
+PER_SECOND = 64
+"""Notifications that a prefill server passes on to its schedulers: each interrupts them."""
 
 
 class Notifier:
@@ -54,41 +61,52 @@ class Notifier:
     `count(outcome)` is called once for each notification: `delivered`, `failed` or `lost`.
     """
 
-    def __init__(self, count: Callable[[str], None]) -> None:
+    def __init__(self, count: Callable[[str], None], secret: bytes | None = None) -> None:
         self._count = count
-        self._waiting: queue.Queue[tuple[str, bytes]] = queue.Queue(LIMIT)
+        self._secret = secret
+        self._told: OrderedDict[int, str] = OrderedDict()
+        """Which server was told of the last accusations."""
+        self._waiting: queue.Queue[tuple[str, Telling]] = queue.Queue(LIMIT)
         self._silent: dict[str, float] = {}
         threading.Thread(target=self._run, name="kv-anomaly-notifier", daemon=True).start()
 
-    def notify(self, host: str, port: int, tokens: Any) -> None:
-        """`host` and `port`: prefill's bootstrap server. `tokens`: the suspect prompt."""
-        known = beginnings(tokens)
-        if not known:
-            return
+    def accuse(self, host: str, port: int, telling: Telling) -> None:
+        """`host` and `port`: prefill's bootstrap server."""
         host = f"[{host}]" if ":" in host and not host.startswith("[") else host
-        url, body = f"http://{host}:{port}{PATH}", json.dumps(known).encode()
+        url = self._told[telling.name] = f"http://{host}:{port}{PATH}"
+        if len(self._told) > LIMIT:
+            self._told.popitem(last=False)
+        self._notify(url, telling)
+
+    def withdraw(self, name: int) -> None:
+        """Tell the server that was told of this accusation, if one was."""
+        if (url := self._told.pop(name, None)) is not None:
+            self._notify(url, Telling(name))
+
+    def _notify(self, url: str, telling: Telling) -> None:
         with contextlib.suppress(Exception):  # the thread tries again, and logs what fails
-            if time.monotonic() >= self._silent.get(url, 0.0) and _post(url, body, QUICK_S) == 200:
+            quick = time.monotonic() >= self._silent.get(url, 0.0)
+            if quick and self._post(url, telling, QUICK_S) == HTTPStatus.OK:
                 self._count("delivered")
                 return
         try:
-            self._waiting.put_nowait((url, body))
+            self._waiting.put_nowait((url, telling))
         except queue.Full:
             self._count("lost")
 
     def _run(self) -> None:
         while True:
-            url, body = self._waiting.get()
-            self._count(self._send(url, body))
+            url, telling = self._waiting.get()
+            self._count(self._send(url, telling))
 
-    def _send(self, url: str, body: bytes) -> str:
+    def _send(self, url: str, telling: Telling) -> str:
         """The outcome. A server that does not answer must not delay the others for long."""
         if time.monotonic() < self._silent.get(url, 0.0):
             return "failed"
         problem = ""
         for _ in range(ATTEMPTS):
             try:
-                status = _post(url, body, TIMEOUT_S)
+                status = self._post(url, telling, TIMEOUT_S)
             except Exception as error:  # also for an answer that is not HTTP, or a bad address
                 problem = repr(error)
                 continue
@@ -98,6 +116,9 @@ class Notifier:
             problem = f"it answered {status}"
             if status in (404, 405):
                 break  # the plugin does not run there
+            if status == HTTPStatus.FORBIDDEN:
+                problem += ": it has another --spec-guard-secret-file than this server"
+                break
         self._silent[url] = time.monotonic() + PAUSE_S
         logger.warning(
             "sglang-scaling-fixes: the prefill server was not notified of a KV anomaly (%s: %s); a "
@@ -107,87 +128,100 @@ class Notifier:
         )
         return "failed"
 
-
-def _post(url: str, body: bytes, timeout: float) -> int:
-    """The status of the answer. Raises any error of the network or of the other side."""
-    request = urllib.request.Request(url, body, {"Content-Type": "application/json"}, method="POST")
-    # The environment's proxies are not used: the address is on the servers' own network.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(request, timeout=timeout) as answer:
-            return int(answer.status)
-    except urllib.error.HTTPError as error:
-        with error:
-            return int(error.code)
-
-
-def read(body: bytes) -> dict[int, int]:
-    """A notification's digests by page size. ValueError if it is not one."""
-    if len(body) > _LARGEST_BODY:
-        raise ValueError(f"the body is longer than {_LARGEST_BODY} bytes")
-    read = json.loads(body)
-    if not isinstance(read, dict) or not read:
-        raise ValueError("the body is not an object of digests by page size")
-    return {_page(page): _digest(beginning) for page, beginning in read.items()}
+    def _post(self, url: str, telling: Telling, timeout: float) -> int:
+        """The status of the answer. Raises any error of the network or of the other side."""
+        headers = {"Content-Type": "application/json"}
+        if self._secret is not None:
+            headers[HEADER] = telling.word(self._secret, time.time())
+        request = urllib.request.Request(url, telling.body(), headers, method="POST")
+        # The environment's proxies are not used: the address is on the servers' own network.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with opener.open(request, timeout=timeout) as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as error:
+            with error:
+                return int(error.code)
 
 
-def _page(text: str) -> int:
-    if text not in map(str, PAGES):
-        raise ValueError(f"{text!r} is not a page size")
-    return int(text)
+# -- the main process --------------------------------------------------------------------------
 
 
-def _digest(value: Any) -> int:
-    if type(value) is not int or not 0 <= value < 2**63:
-        raise ValueError(f"{value!r} is not a digest of a page of tokens")
-    return value
+class Pace:
+    """At most `limit` in any second that begins with one."""
+
+    def __init__(self, limit: int = PER_SECOND) -> None:
+        self._limit = limit
+        self._began = float("-inf")
+        self._count = 0
+
+    def allows(self, now: float) -> bool:
+        """`now` in seconds of any clock that does not go back."""
+        if now - self._began >= 1.0:
+            self._began, self._count = now, 0
+        self._count += 1
+        return self._count <= self._limit
 
 
-def to_fields(known: Mapping[int, int]) -> dict[str, int]:
-    """The digests as fields of set_internal_state."""
-    return {f"{FIELD}{page}": beginning for page, beginning in known.items()}
-
-
-def from_fields(fields: Mapping[str, Any]) -> dict[int, int]:
-    """The digests in a set_internal_state request; empty if it is not a notification.
-
-    Every client that may set a server's state may send one, so it is checked like a body.
-    """
-    found: dict[int, int] = {}
-    for name, value in fields.items():
-        if name.startswith(FIELD):
-            with contextlib.suppress(ValueError):
-                found[_page(name.removeprefix(FIELD))] = _digest(value)
-    return found
-
-
-# -- prefill's main process ----------------------------------------------------------------
-
-
-def add_route(server: Any) -> None:
-    """Let a stock bootstrap server accept notifications."""
+def add_route(server: Any, secret: Callable[[], bytes | None]) -> None:
+    """Let a stock bootstrap server accept notifications. `secret`: that of this process, now."""
     from aiohttp import web
+
+    pace = Pace()
 
     async def accept(request: Any) -> Any:
         try:
-            known = read(await request.read())
-        except ValueError as error:
-            return web.Response(status=400, text=f"{error}\n")
-        try:
-            await asyncio.wait_for(asyncio.wrap_future(_pass_on(known)), TIMEOUT_S)
-        except Exception as error:  # the sender tries again, and logs it if that fails too
-            logger.warning("sglang-scaling-fixes: a KV anomaly was not passed on: %r", error)
-            return web.Response(status=503, text="not passed on to the schedulers\n")
-        return web.Response(text="notified\n")
+            telling = tellings.read(await request.read())
+        except (ValueError, RecursionError) as error:
+            return web.Response(status=HTTPStatus.BAD_REQUEST, text=f"{error}\n")
+        status, why = _judge(telling, request.headers.get(HEADER, ""), secret())
+        if status == HTTPStatus.OK and not pace.allows(time.monotonic()):
+            status, why = HTTPStatus.TOO_MANY_REQUESTS, "too many of them in this second"
+        if status == HTTPStatus.OK:
+            status, why = await pass_on(telling, secret())
+        return web.Response(status=status, text=f"{why}\n")
 
     server.app.router.add_post(PATH, accept)
+
+
+def _judge(telling: Telling, word: str, secret: bytes | None) -> tuple[HTTPStatus, str]:
+    """Whether a notification may go on to the schedulers, which know its room or do not."""
+    if secret is None and telling.room is None:
+        return HTTPStatus.FORBIDDEN, "nobody can withdraw: no --spec-guard-secret-file here"
+    if secret is not None and not telling.is_signed(secret, word, time.time()):
+        return HTTPStatus.FORBIDDEN, "not signed with the secret of this server"
+    return HTTPStatus.OK, "notified"
+
+
+async def withdraw(
+    headers: Mapping[str, str], secret: Callable[[], bytes | None]
+) -> tuple[HTTPStatus, str]:
+    """The answer to `POST WITHDRAWAL_PATH`."""
+    known = secret()
+    if known is None:
+        return HTTPStatus.NOT_IMPLEMENTED, "no --spec-guard-secret-file here"
+    word = vouched(known, headers.get(HEADER, ""), time.time())
+    if word is None or word.kind != FALSE_ALARM:
+        return HTTPStatus.FORBIDDEN, f"{HEADER}: no valid word"
+    status, why = await pass_on(Telling(tellings.number(word.subject)), known)
+    return (HTTPStatus.NO_CONTENT, "") if status == HTTPStatus.OK else (status, why)
+
+
+async def pass_on(telling: Telling, secret: bytes | None) -> tuple[HTTPStatus, str]:
+    """Send it to all schedulers of this server."""
+    try:
+        await asyncio.wait_for(asyncio.wrap_future(_broadcast(telling, secret)), TIMEOUT_S)
+    except Exception as error:  # the sender tries again, and logs it if that fails too
+        logger.warning("sglang-scaling-fixes: a KV anomaly was not passed on: %r", error)
+        return HTTPStatus.SERVICE_UNAVAILABLE, "not passed on to the schedulers"
+    return HTTPStatus.OK, "notified"
 
 
 _under_way: set[asyncio.Task[Any]] = set()
 
 
-def _pass_on(known: Mapping[int, int]) -> Any:
-    """Send to all schedulers of this server, by stock's broadcast. A future: done when sent."""
+def _broadcast(telling: Telling, secret: bytes | None) -> Any:
+    """By stock's broadcast to its schedulers. A future: done when sent."""
     from sglang.srt.entrypoints.http_server import _global_state
     from sglang.srt.managers.io_struct import SetInternalStateReq
 
@@ -195,7 +229,7 @@ def _pass_on(known: Mapping[int, int]) -> Any:
     manager_loop = getattr(manager, "event_loop", None)
     if manager_loop is None:
         raise RuntimeError("this server has had no request yet")
-    request = SetInternalStateReq(server_args=to_fields(known))
+    request = SetInternalStateReq(server_args=telling.fields(secret))
 
     async def send() -> None:
         # A task of its own that is never cancelled: up to 0.5.15, stock's broadcast serves no

@@ -46,9 +46,23 @@ MATCH_PREFIX = _decode(
 PREFETCH = _both(
     f"{_SCHEDULER}._prefetch_kvcache",
     ("req",),
-    uses=("page_size", "attn_tp_cpu_group", "tp_cpu_group", "draft_worker"),
+    uses=("page_size", "attn_tp_cpu_group", "tp_cpu_group", "draft_worker", "forward_ct"),
 )
-SET_STATE = _prefill(f"{_SCHEDULER}.set_internal_state", ("recv_req",))
+SET_STATE = _both(f"{_SCHEDULER}.set_internal_state", ("recv_req",))
+# Its own: how many drafts each verification of a request was offered.
+CAPS = _both(
+    f"{_REQUEST}.update_spec_cap_lens_histogram",
+    ("cap_len",),
+    uses=("spec_cap_lens_histogram",),
+    first="0.5.16",
+    wrapped=False,
+)
+TOKENIZED = AttachPoint(
+    NAME,
+    "server",
+    "sglang.srt.managers.tokenizer_manager:TokenizerManager._create_tokenized_object",
+    ("obj", "input_text"),
+)
 OFFLOAD = _decode(f"{_OFFLOAD}.offload_kv_cache", ("req",))
 FINALIZE_OFFLOAD = _decode(f"{_OFFLOAD}.finalize_release_on_finish", ("req",))
 BOOTSTRAP_ROUTES = _prefill(

@@ -52,6 +52,12 @@ def _prove(field: str) -> None:
         reason.status_code is HTTPStatus.SERVICE_UNAVAILABLE and reason.err_type == ERROR_TYPE,
         "the abort does not carry status 503 and its type",
     )
+    told = reason.to_json()
+    check(
+        told["message"].startswith(f"{ERROR_TYPE}: ")
+        and told["message"].endswith(f" suspicion={told['suspicion']} suspect_from=0]"),
+        "the abort does not name its suspicion",
+    )
     check(bool(corrupt.skip_radix_cache_insert), "an aborted request may enter the prefix cache")
     later, other = _request(_PROMPT), _request([*reversed(_PROMPT)])
     check(later.extra_key not in (None, sound.extra_key), "a later request may read suspect KV")

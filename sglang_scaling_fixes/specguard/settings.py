@@ -8,28 +8,44 @@ import importlib
 import json
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sglang_scaling_fixes import machine
+from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.errors import ConfigError
-from sglang_scaling_fixes.specguard.detector import Rules
+from sglang_scaling_fixes.specguard.detector import SETS, Rules
 from sglang_scaling_fixes.specguard.points import NAME
-
-if TYPE_CHECKING:
-    from sglang_scaling_fixes.config import Config
+from sglang_scaling_fixes.vouch import read_secret
 
 FLAG = "--spec-guard-overrides"
+SECRET_FLAG = "--spec-guard-secret-file"
+SIMULATED = "SGLANG_SIMULATE_ACC_LEN"
+"""Stock's variable: above 0, it accepts so many tokens whatever was drafted."""
+THRESHOLDS = {
+    "after": "guard_after",
+    "min_length": "guard_min_length",
+    "max_rate": "guard_max_rate",
+    "window": "guard_window",
+    "repetition": "guard_repetition",
+}
+"""Of `Rules`, and the fields of `Config` that set them."""
 
 
 def rules(config: Config, server_args: Any) -> Rules:
     """The thresholds for this server's model; ConfigError for an unusable overrides file."""
-    found = Rules(
-        config.guard_after,
-        config.guard_min_length,
-        config.guard_max_rate,
-        config.guard_window,
-        config.guard_repetition,
-    )
+    found = SETS[config.guard_rules]
+    given = {
+        name: getattr(config, field)
+        for name, field in THRESHOLDS.items()
+        if getattr(config, field) != getattr(Config, field)
+    }
+    if given and config.guard_rules == "published":
+        flag = THRESHOLDS[next(iter(given))].replace("guard", "--spec-guard").replace("_", "-")
+        raise ConfigError(
+            f"{flag} with --spec-guard-rules published, whose thresholds are fixed; drop one of "
+            "the two"
+        )
+    found = replace(found, **given)
     if algorithm(server_args) == "NGRAM" and found.min_length == Rules.min_length:
         # N-grams of the prompt draft nothing for new text: a low accept length is the rule there.
         found = replace(found, min_length=1.0)
@@ -42,7 +58,14 @@ def rules(config: Config, server_args: Any) -> Rules:
     return found
 
 
-_SMALLEST = {"after": 1, "min_length": 1.0, "max_rate": 0.0, "window": 0, "repetition": 0.0}
+_SMALLEST = {
+    "after": 1,
+    "min_length": 1.0,
+    "max_rate": 0.0,
+    "window": 0,
+    "repetition": 0.0,
+    "persistence": 0,
+}
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
@@ -92,6 +115,30 @@ def algorithm(server_args: Any) -> str | None:
     return None if not name else str(name).upper()
 
 
+def simulated() -> bool:
+    """Whether stock makes up what it accepts."""
+    with contextlib.suppress(ValueError):
+        return float(machine.here.env.get(SIMULATED) or -1) > 0
+    return False
+
+
+def why_simulated() -> str:
+    value = machine.here.env[SIMULATED]
+    return f"acceptance is simulated ({SIMULATED}={value}), so it says nothing of the KV cache"
+
+
+def judges(server_args: Any) -> bool:
+    """Whether acceptance on this server says anything."""
+    return algorithm(server_args) is not None and not simulated()
+
+
+def secret(config: Config) -> bytes | None:
+    """What is shared with the retry proxy and with the other servers of a pair."""
+    if not config.guard_secret_file:
+        return None
+    return read_secret(SECRET_FLAG, config.guard_secret_file)
+
+
 def depth(server_args: Any) -> int:
     """How many drafts one verification can accept: the longest path of the tree of drafts.
 
@@ -115,6 +162,9 @@ def check(server_args: Any, config: Config) -> None:
     """Raise `ConfigError` where the guard was asked for and could not keep its word."""
     role = resolved(server_args, "disaggregation_mode") or "null"
     rules(config, server_args)
+    secret(config)
+    if simulated() and NAME in config.named and role != "prefill":
+        raise ConfigError(f"{why_simulated()}; unset it, or start without spec-guard")
     if algorithm(server_args) is None and NAME in config.named and role != "prefill":
         raise ConfigError(
             "speculative decoding is off, so there is nothing to judge by; add "

@@ -50,6 +50,12 @@ PD = ("--disaggregation-mode", "decode", "--disaggregation-transfer-backend")
         (("--plugin", "layer-split"), {}, ["layer-split", "not in force", "not starting"]),
         (("--plugin", "--spec-guard", "abort"), {}, ["spec-guard", "--speculative-algorithm"]),
         (("--plugin", "--spec-guard", "end"), {}, ["--spec-guard", "'end'", "abort"]),
+        (("--plugin", "--spec-guard-rules", "x"), {}, ["--spec-guard-rules", "'x'", "published"]),
+        (
+            ("--plugin", "--spec-guard-secret-file", "/none"),
+            {},
+            ["--spec-guard-secret-file /none", "cannot be read"],
+        ),
         (("--plugin", "--safe-reclaim-peer", "x"), {}, ["--safe-reclaim-peer", "'x'", "require"]),
         (
             ("--plugin", *PD, "nixl"),
@@ -64,6 +70,8 @@ PD = ("--disaggregation-mode", "decode", "--disaggregation-transfer-backend")
         "not-built",
         "no-drafts",
         "unknown-action",
+        "unknown-rules",
+        "no-secret",
         "bad-setting",
         "backend",
         "tcp-v1",

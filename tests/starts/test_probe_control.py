@@ -71,7 +71,7 @@ import json
 from unittest import mock
 from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.errors import AttachError
-from sglang_scaling_fixes.specguard import FIX, attach, detector, guard, probe, taint
+from sglang_scaling_fixes.specguard import FIX, abort, attach, detector, guard, probe, taint
 
 def verdict():
     try:
@@ -80,9 +80,16 @@ def verdict():
         return str(error)
     return "armed"
 
-def plain(self, req, anomaly):
+def plain(anomaly, name, generated):
     from sglang.srt.managers.schedule_batch import FINISH_ABORT
-    req.to_finish = FINISH_ABORT("an anomaly")
+    return FINISH_ABORT("an anomaly")
+
+def nameless(anomaly, name, generated):
+    made = reason(anomaly, name, generated)
+    made.message = made.message.partition(" [")[0]
+    return made
+
+reason = abort.reason
 
 always = detector.Anomaly("low_accept_length", "life", 1.0, 1.6, None, 256, 256, 0, 768)
 
@@ -91,10 +98,11 @@ found = {"nothing": verdict()}
 for name, owner, attribute, broken in (
     ("look", guard.SpecGuard, "inspect", lambda self, req: None),
     ("judge", detector.Watch, "_judge", lambda *a: always),
-    ("status", guard.SpecGuard, "_abort", plain),
-    ("keep", guard.SpecGuard, "_taint_request", lambda self, req: None),
+    ("status", abort, "reason", plain),
+    ("name", abort, "reason", nameless),
+    ("keep", guard.SpecGuard, "_taint_request", lambda self, req, name, **unshared: None),
     ("place", guard.SpecGuard, "choose_namespace", lambda self, req: None),
-    ("everybody", taint.Taint, "namespace", lambda self, *prompts: "kv-anomaly"),
+    ("everybody", taint.Taint, "number", lambda self, own, forms: 1),
 ):
     with mock.patch.object(owner, attribute, broken):
         found[name] = verdict()
@@ -139,6 +147,7 @@ def test_the_guards_probe_notices_each_missing_part(
         "look": "probe: a request without an accepted draft was not aborted",
         "judge": "probe: a sound request was aborted",
         "status": "probe: the abort does not carry status 503 and its type",
+        "name": "probe: the abort does not name its suspicion",
         "keep": "probe: an aborted request may enter the prefix cache",
         "place": "probe: a later request may read suspect KV",
         "everybody": "probe: a request with another beginning was moved",

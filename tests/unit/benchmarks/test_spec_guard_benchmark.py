@@ -10,7 +10,17 @@ from xml.etree import ElementTree
 import pytest
 
 from benchmarks.spec_guard import __main__ as command
-from benchmarks.spec_guard import figure, plan, record, recording, repeats, replay, report, texts
+from benchmarks.spec_guard import (
+    figure,
+    honest,
+    plan,
+    record,
+    recording,
+    repeats,
+    replay,
+    report,
+    texts,
+)
 from benchmarks.spec_guard.plan import Request
 from benchmarks.spec_guard.recording import Corruption, Record, Recording
 from sglang_scaling_fixes.lab.faults import corrupt
@@ -282,3 +292,28 @@ def test_the_rules_are_counted_apart() -> None:
         for rules in settings.values():
             alarmed = [r for r in groups["prose"] if replay.watch(r, rules) is not None]
             assert alarmed == found
+
+
+def test_the_rules_by_name_are_compared() -> None:
+    table = report.by_name(report.clean_groups(small().records), [], {})
+    assert table.count("\n") == 2  # nothing was overwritten: a head and no row
+    whole = [r for r in small().records if r.corruption is not None]
+    twins = {r.name: r for r in small().records if r.role == "twin"}
+    table = report.by_name(report.clean_groups(small().records), whole, twins)
+    names = [line.split(" | ")[0] for line in table.splitlines()[2:]]
+    assert [*dict.fromkeys(names)] == ["| windowed", "| persistent", "| published"]
+
+
+def test_simulated_acceptance_has_the_accept_length_asked_for() -> None:
+    for depth in (1, 3, 5):
+        p = honest.chance(1.5, depth)
+        drawn = list(honest.steps(random.Random(1), depth, p, 20_000))
+        assert 1 + sum(drawn) / len(drawn) == pytest.approx(1.5, abs=0.02)
+        assert max(drawn) <= depth
+
+
+def test_sound_text_is_counted_as_ended_or_not() -> None:
+    never = honest.ended(Rules(min_length=1.0, max_rate=1.0), lambda draw: iter([0] * 500))
+    always = honest.ended(Rules(), lambda draw: iter([0] * 500))
+    assert (never.hits, always.hits) == (0, honest.SEEDS)
+    assert all(len(repeats.pieces(text, 4)) >= 192 for text in honest.honest_texts().values())

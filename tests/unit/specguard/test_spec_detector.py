@@ -167,6 +167,80 @@ def test_the_whole_request_is_judged_at_least_every_stride(steps: list[int]) -> 
         assert naive is not None and naive <= found.tokens
 
 
+def test_the_error_names_the_look_before_which_all_was_well() -> None:
+    good, bad = [2] * 200, [0] * 600
+    found, _ = run([*good, *bad])
+    assert found is not None and found.scope == "window"
+    assert found.tokens - Rules.window - detector.STRIDE <= found.suspect_from <= 600
+    whole, _ = run([0] * 200)
+    assert whole is not None and whole.suspect_from == 0
+
+
+# -- persistence ----------------------------------------------------------------------------------
+
+PERSISTENT = detector.SETS["persistent"]
+
+
+def stretch(length: int) -> list[int]:
+    """Sound text around so many tokens that no draft can guess."""
+    return [*([2] * 300), *([0] * length), *([2] * 300)]
+
+
+@pytest.mark.parametrize(("length", "left_alone"), [(487, True), (560, True), (900, False)])
+def test_a_stretch_that_no_draft_can_guess_ends(length: int, left_alone: bool) -> None:
+    """20 UUIDs are 487 tokens. The control: without persistence each of them is ended."""
+    assert (run(stretch(length), PERSISTENT)[0] is None) == left_alone
+    assert run(stretch(length))[0] is not None
+
+
+def test_a_corruption_that_stays_is_found_later_and_dated_as_early() -> None:
+    steps = [*([2] * 300), *([0] * 2000)]
+    at_once, _ = run(steps)
+    late, _ = run(steps, PERSISTENT)
+    assert at_once is not None and late is not None
+    waited = late.tokens - at_once.tokens
+    assert PERSISTENT.persistence <= waited < PERSISTENT.persistence + detector.STRIDE
+    assert late.suspect_from == at_once.suspect_from
+
+
+def test_a_request_that_was_never_sound_does_not_wait() -> None:
+    found, _ = run([0] * 200, PERSISTENT)
+    assert found is not None and found.tokens == Rules.after
+
+
+@pytest.mark.parametrize(("cells", "left_alone"), [(100, True), (500, False)])
+def test_a_table_of_equal_cells_ends_and_a_loop_does_not(cells: int, left_alone: bool) -> None:
+    table = [number % 5 for number in range(5 * cells)]
+    output = [*range(1000, 1400), *table, *range(2000, 3000)]
+    found, _ = run([3] * (len(output) // 4), PERSISTENT, output)
+    assert (found is None) == left_alone
+    assert run([3] * (len(output) // 4), output=output)[0] is not None  # the control
+
+
+def test_another_rule_begins_to_wait_anew() -> None:
+    """An answer that copies, then cannot be guessed, has broken neither for long."""
+    output = [number % 5 for number in range(2000)]
+    steps = [*([3] * 140), *([0] * 420), *([3] * 140)]
+    assert run(steps, PERSISTENT, output)[0] is None
+
+
+# -- verifications that were offered fewer drafts --------------------------------------------------
+
+
+def test_what_was_offered_is_what_counts() -> None:
+    rules = Rules()
+    found = {}
+    for known in (True, False):
+        watch = Watch(rules)
+        for number in range(1, 400):
+            drafted = number // 10  # one verification of ten has a draft, which is accepted
+            offered = (drafted, drafted) if known else None
+            watch.observe(rules, number, drafted, DEPTH, NEW_TEXT[:number], offered=offered)
+        found[known] = watch.found
+    assert found[True] is None
+    assert found[False] is not None and found[False].kind == "low_accept_length"
+
+
 def test_repetition_of_what_is_new_is_none_and_of_a_loop_nearly_all() -> None:
     assert repetition(list(range(1000))) == 0.0
     assert repetition([]) == repetition([1] * (detector.NGRAM - 1)) == 0.0
