@@ -192,6 +192,7 @@ class _Serving:
         return Server(
             uvicorn.Config(
                 app,
+                interface="asgi3",
                 http=ClientProtocol,
                 h11_max_incomplete_event_size=HEADER_BYTES,
                 lifespan=lifespan,

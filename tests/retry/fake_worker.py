@@ -4,6 +4,10 @@ The request's body says what to do: `tokens` (10), `prompt`, `size` (bytes of pa
 event), `delay` (seconds before each event), and `plans`: by worker name, how that worker
 fails (`fail`) and after how many tokens (`after`), or that its end waits for `may_end`
 (`late`). A worker without a plan does well. With `mark` (true) every token begins with its name.
+
+An anomaly's `rule` is said in its message. With `listens` there is none if the request is vouched
+for with `SECRET`. `comments` sends nothing else from then on. `reused` closes a connection that
+has served a request before.
 """
 
 from __future__ import annotations
@@ -13,13 +17,18 @@ import asyncio
 import contextlib
 import json
 import socket
+import time
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from sglang_scaling_fixes import vouch
+from sglang_scaling_fixes.retry.withdrawal import PATH as FALSE_ALARM
+from sglang_scaling_fixes.retry.withdrawal import WORD_HEADER
 from tests.retry.progress import moves
 
 ANOMALY = "kv_anomaly: accept length 1.02 of 3.1 expected"
+SECRET = b"the secret of the fake workers"
 GARBAGE = "GARBAGE"
 DONE = b"data: [DONE]\n\n"
 PIECE = 1 << 18
@@ -45,7 +54,7 @@ class Seen:
 
 
 class FakeWorker:
-    """Serves until closed.
+    """Serves until closed, or nobody while it is `frozen`.
 
     `sent` counts the bytes whose sending has ended; `blocked` the answers that wait for their
     client to read. Answers whose plan is `late` wait for `may_end`.
@@ -58,6 +67,7 @@ class FakeWorker:
         self.blocked = 0
         self.may_end = asyncio.Event()
         self.healthy = True
+        self.frozen = False
         self.seen: list[Seen] = []
         self._connections: set[asyncio.Task[None]] = set()
 
@@ -67,7 +77,13 @@ class FakeWorker:
 
     @property
     def generations(self) -> list[Seen]:
-        return [one for one in self.seen if one.target != "/health"]
+        return [one for one in self.seen if one.target not in ("/health", FALSE_ALARM)]
+
+    @property
+    def withdrawn(self) -> list[vouch.Word | None]:
+        """The words of the false alarms that it was told of."""
+        told = [dict(one.headers) for one in self.seen if one.target == FALSE_ALARM]
+        return [vouch.vouched(SECRET, said[WORD_HEADER], time.time()) for said in told]
 
     async def __aenter__(self) -> FakeWorker:
         listener = socket.create_server(("127.0.0.1", self.port))
@@ -87,21 +103,29 @@ class FakeWorker:
         assert task is not None
         self._connections.add(task)
         try:
-            while await self._request(reader, writer):
-                pass
+            served = 0
+            while await self._request(reader, writer, served):
+                served += 1
         except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass
         finally:
             self._connections.discard(task)
             writer.transport.abort() if writer.transport.is_closing() else writer.close()
 
-    async def _request(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+    async def _request(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, served: int
+    ) -> bool:
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
         method, target, _ = head[0].split(" ")
         pairs = [line.partition(": ")[::2] for line in head[1:] if line]
         length = int({k.lower(): v for k, v in pairs}.get("content-length", 0))
         one = Seen(method, target, pairs, await reader.readexactly(length))
         self.seen.append(one)
+        while self.frozen:
+            await asyncio.sleep(0.01)
+        plan = one.said.get("plans", {}).get(self.name, {})
+        if plan.get("fail") == "reused" and served:
+            return False
         answer = asyncio.create_task(self._answer(one, writer))
         ended = asyncio.create_task(reader.read(1))
         await asyncio.wait({answer, ended}, return_when=asyncio.FIRST_COMPLETED)
@@ -131,6 +155,8 @@ class FakeWorker:
         fail, after = plan.get("fail"), plan.get("after", 0)
         if fail in ("status", "not_http"):
             return await self._refuse(fail, plan, writer)
+        if fail == "anomaly" and plan.get("listens") and _vouched_for(said):
+            plan = {}
         if fail == "hang" and not after:
             await asyncio.Event().wait()
         if fail == "close" and not after:
@@ -146,6 +172,7 @@ class FakeWorker:
             data = body.encode() if isinstance(body, str) else json.dumps(body).encode()
             after = plan.get("retry_after")
             headers = [("Retry-After", str(after))] if after else []
+            headers += [("Location", plan["location"])] if "location" in plan else []
             await self._send(writer, whole(data, plan.get("status", 503), headers))
             return True
         await self._send(writer, b"hello there\r\n\r\n")
@@ -158,7 +185,7 @@ class FakeWorker:
         tokens = [self._token(said, i) for i in range(said.get("tokens", 10))]
         finish: dict[str, Any] = {"type": "stop"}
         if plan.get("fail") == "anomaly":
-            finish = abort()
+            finish = abort(plan)
         answer: Any = {"text": "".join(tokens), "meta_info": {"finish_reason": finish}}
         if isinstance(said.get("text"), list):
             answer = [{"text": "", "meta_info": {"finish_reason": {"type": "stop"}}}, answer]
@@ -195,8 +222,13 @@ class FakeWorker:
                     return False
                 if fail == "hang":
                     await asyncio.Event().wait()
+                if fail == "comments":
+                    while True:
+                        writer.write(chunk(b": still here\n\n"))
+                        await writer.drain()  # not `_send`: comments are no progress
+                        await asyncio.sleep(0.02)
                 if fail == "anomaly":
-                    await self._send(writer, chunk(ABORTS[path](text)))
+                    await self._send(writer, chunk(ABORTS[path](text, plan)))
                     await self._send(writer, b"0\r\n\r\n")
                     return True
                 if fail == "abort_event":
@@ -246,8 +278,15 @@ def chunk(data: bytes) -> bytes:
     return f"{len(data):x}\r\n".encode() + data + b"\r\n"
 
 
-def abort() -> dict[str, Any]:
-    return {"type": "abort", "status_code": 503, "err_type": "kv_anomaly", "message": ANOMALY}
+def abort(plan: dict[str, Any] | None = None) -> dict[str, Any]:
+    rule = (plan or {}).get("rule")
+    said = f"{ANOMALY} [rule={rule} suspicion={rule}-1 suspect_from=7]" if rule else ANOMALY
+    return {"type": "abort", "status_code": 503, "err_type": "kv_anomaly", "message": said}
+
+
+def _vouched_for(said: dict[str, Any]) -> bool:
+    word = vouch.vouched(SECRET, said.get("extra_key", ""), time.time())
+    return word is not None and word.kind == vouch.UNGUARDED
 
 
 def _data(value: Any, name: str = "") -> bytes:
@@ -277,7 +316,11 @@ def _openai_end(text: str, count: int) -> bytes:
     return _data({"choices": [{"index": 0, "finish_reason": "stop"}]}) + DONE
 
 
-def _openai_abort(text: str) -> bytes:
+def _generate_abort(text: str, plan: dict[str, Any]) -> bytes:
+    return _data({"text": text, "meta_info": {"finish_reason": abort(plan)}}) + DONE
+
+
+def _openai_abort(text: str, plan: dict[str, Any]) -> bytes:
     error = {"object": "error", "type": "SERVICE_UNAVAILABLE", "message": ANOMALY}
     return _data({"error": {**error, "code": 503, "param": None}}) + DONE
 
@@ -293,7 +336,7 @@ def _responses_end(text: str, count: int) -> bytes:
     return _data({"type": kind, "response": response, "sequence_number": count}, kind)
 
 
-def _responses_abort(text: str) -> bytes:
+def _responses_abort(text: str, plan: dict[str, Any]) -> bytes:
     kind = "response.failed"
     response = {"status": "failed", "error": {"code": "server_error", "message": ANOMALY}}
     return _data({"type": kind, "response": response, "output_text": text}, kind)
@@ -308,7 +351,7 @@ def _messages_end(text: str, count: int) -> bytes:
     return _data({"type": "message_stop"}, "message_stop")
 
 
-def _messages_abort(text: str) -> bytes:
+def _messages_abort(text: str, plan: dict[str, Any]) -> bytes:
     error = {"type": "overloaded_error", "message": ANOMALY}
     return _data({"type": "error", "error": error}, "error") + _messages_end(text, 0)
 
@@ -328,7 +371,7 @@ ENDS = {
     "/v1/messages": _messages_end,
 }
 ABORTS = {
-    "/generate": lambda text: _data({"text": text, "meta_info": {"finish_reason": abort()}}) + DONE,
+    "/generate": _generate_abort,
     "/v1/chat/completions": _openai_abort,
     "/v1/completions": _openai_abort,
     "/v1/responses": _responses_abort,

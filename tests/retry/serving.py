@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import socket
+import sys
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +22,8 @@ from sglang_scaling_fixes.retry.settings import checked_settings
 from tests.retry.fake_worker import FakeWorker
 from tests.retry.progress import moves
 
+NAMES = ("a", "b", "c")
+"""Of the workers in most tests."""
 PATHS = (
     "/generate",
     "/v1/chat/completions",
@@ -99,6 +103,43 @@ async def proxying(
         await task
 
 
+@dataclass
+class Command:
+    """The command in a process of its own. `admin`: its other port's URL, if it has one."""
+
+    process: asyncio.subprocess.Process
+    url: str
+    admin: str | None
+
+
+@contextlib.asynccontextmanager
+async def command(*flags: str, files: int | None = None) -> AsyncIterator[Command]:
+    """`files`: its limit of open files. At the end it is stopped, and its exit status is 0."""
+    line = [sys.executable, "-m", "sglang_scaling_fixes.cli", "retry-proxy", "--port", "0", *flags]
+    if files is not None:
+        line = ["bash", "-c", f'ulimit -n {files}; exec "$@"', "bash", *line]
+    process = await asyncio.create_subprocess_exec(*line, stderr=asyncio.subprocess.PIPE)
+    assert process.stderr is not None
+    said = (await process.stderr.readline()).decode()
+    rest = asyncio.create_task(process.stderr.read())
+    try:
+        first, *others = re.findall(r"http://\S+?(?=[,\s])", said)
+        yield Command(process, first, others[0] if others else None)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+        assert await process.wait() == 0, said + (await rest).decode()
+        await rest
+
+
+@contextlib.asynccontextmanager
+async def fleet(names: str, **options: Any) -> AsyncIterator[tuple[Proxy, list[FakeWorker]]]:
+    """The proxy before workers that are called by the letters of `names`."""
+    async with contextlib.AsyncExitStack() as stack:
+        workers = [await stack.enter_async_context(FakeWorker(name)) for name in names]
+        yield await stack.enter_async_context(proxying(workers, **options)), workers
+
+
 async def post(
     url: str, said: dict[str, Any] | bytes, headers: dict[str, str] | None = None
 ) -> Answer:
@@ -128,3 +169,17 @@ async def _ask(method: str, url: str, data: bytes | None, headers: dict[str, str
             answer.complete = False
         answer.body = b"".join(pieces)
         return answer
+
+
+def everywhere(fail: str, **plan: Any) -> dict[str, Any]:
+    return {"tokens": 4, "plans": {name: {"fail": fail, **plan} for name in NAMES}}
+
+
+async def innocent(proxy: Proxy, count: int = 4) -> list[int]:
+    return await innocent_at(proxy.url, count)
+
+
+async def innocent_at(url: str, count: int = 4) -> list[int]:
+    """The statuses of requests that do nothing to anybody, sent at once."""
+    answers = [post(url + "/generate", {"tokens": 2}) for _ in range(count)]
+    return [answer.status for answer in await asyncio.gather(*answers)]

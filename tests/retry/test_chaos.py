@@ -16,7 +16,7 @@ import aiohttp
 
 from tests.retry.fake_worker import DONE, ENDS, EVENTS
 from tests.retry.progress import moves, run
-from tests.retry.serving import Answer, get
+from tests.retry.serving import Answer, command, get
 from tests.retry.test_requests import free_port
 
 SEED = 20
@@ -53,23 +53,11 @@ class Victim:
 
 @contextlib.asynccontextmanager
 async def proxy(victims: list[Victim]) -> AsyncIterator[str]:
-    """The command itself, in a process of its own."""
-    command = ["-m", "sglang_scaling_fixes.cli", "retry-proxy", "--port", "0"]
-    command += ["--hold-tokens", "4", "--idle-timeout", "20"]
+    flags = ["--hold-tokens", "4", "--idle-timeout", "20"]
     for victim in victims:
-        command += ["--worker", victim.url]
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, *command, stderr=asyncio.subprocess.PIPE
-    )
-    assert process.stderr is not None
-    line = (await process.stderr.readline()).decode()
-    rest = asyncio.create_task(process.stderr.read())
-    try:
-        yield line.split()[1].rstrip(",")
-    finally:
-        process.terminate()
-        assert await process.wait() == 0
-        await rest
+        flags += ["--worker", victim.url]
+    async with command(*flags) as running:
+        yield running.url
 
 
 async def torment(victims: list[Victim], chance: random.Random) -> None:
