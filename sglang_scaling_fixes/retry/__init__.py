@@ -14,6 +14,8 @@
     sse            server-sent events, cut out of the chunks in which they arrive
     verdict        what an event or a body says about its generation
     stream         one worker's stream: held back, passed on, or failed
+    names          one name for an answer that several workers wrote
+    trail          a stream that another worker can go on with
     headers        which HTTP headers are passed on
     reply          the client's answer, as far as it has been sent
     refusal        answers of the proxy's own
@@ -31,6 +33,6 @@
     listener       sockets, limits of open files, the clients' HTTP protocol
     proxy          the ASGI application
 
-The modules down to `stream` do no I/O, except `command` and the reading of files. The plugin
+The modules down to `trail` do no I/O, except `command` and the reading of files. The plugin
 imports none of them.
 """

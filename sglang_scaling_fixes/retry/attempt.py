@@ -15,6 +15,7 @@ from sglang_scaling_fixes.retry.rendezvous import rendezvous
 from sglang_scaling_fixes.retry.reply import ClientReply
 from sglang_scaling_fixes.retry.request import ClientRequest, with_fields, without_routing
 from sglang_scaling_fixes.retry.settings import ProxySettings
+from sglang_scaling_fixes.retry.trail import NotResumable
 from sglang_scaling_fixes.retry.worker_client import Sessions, WorkerCall, WorkerClient
 from sglang_scaling_fixes.retry.workers import Team
 
@@ -36,6 +37,17 @@ class Attempts:
 
         `fields` are added to the body, if it is a JSON object.
         """
+        while True:
+            more = reply.so_far.fields() if reply.so_far is not None else {}
+            try:
+                await self._once(request, team, reply, {**fields, **more})
+                return
+            except NotResumable:
+                pass  # once: then it is off
+
+    async def _once(
+        self, request: ClientRequest, team: Team, reply: ClientReply, fields: dict[str, Any]
+    ) -> None:
         body, facts = request.body, request.facts
         if facts is not None:
             added = {**without_routing(facts), **fields}

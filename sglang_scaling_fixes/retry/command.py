@@ -69,6 +69,14 @@ _NUMBERS = {
     "admin_port": ("PORT", "another port for /metrics, and a /health that names the workers"),
     "attempts": ("N", "most workers to ask for one request, the first included"),
     "hold_tokens": ("N", "hold a stream back until it has N tokens, so that it can be retried"),
+    "migrations": (
+        "N",
+        "continue a stream that breaks on up to N other workers; they need the fix resume",
+    ),
+    "trail_tokens": (
+        "N",
+        "stay N tokens behind all the time, so that what an anomaly spoiled can be written again",
+    ),
     "hold_bytes": ("BYTES", "most bytes of one response to hold back"),
     "max_inflight": (
         "N",

@@ -18,6 +18,7 @@ from sglang_scaling_fixes.retry.routes import Pairs
 from sglang_scaling_fixes.retry.servers import Role
 from sglang_scaling_fixes.retry.settings import ProxySettings
 from sglang_scaling_fixes.retry.telemetry import Telemetry, log
+from sglang_scaling_fixes.retry.trail import continuation
 from sglang_scaling_fixes.retry.withdrawal import Withdrawals
 from sglang_scaling_fixes.retry.workers import Serves, Team, Tried, Worker, Workers
 
@@ -34,6 +35,8 @@ class _Progress:
     team: Team | None = None
     """The last that was asked."""
     attempts: int = 0
+    migrations: int = 0
+    """Attempts that went on with a stream of which the client has the beginning."""
     failure: Failure | None = None
     broke: list[Worker] = field(default_factory=list)
     """Workers that broke, and are convicted if another one serves the request."""
@@ -72,7 +75,10 @@ class Dispatcher:
         self._refuse_if_lost(request)
         serves = self._who_serves(request)
         progress = _Progress(Opinions(self._settings.secret, request.path))
-        while progress.attempts < self._settings.attempts:
+        if self._settings.migrations:
+            trail, hold = self._settings.trail_tokens, self._settings.hold_tokens
+            reply.so_far = continuation(request, trail, hold)
+        while progress.attempts - progress.migrations < self._settings.attempts:
             team = self._workers.pick(
                 progress.tried, time.monotonic(), serves=serves, key=request.key
             )
@@ -128,7 +134,7 @@ class Dispatcher:
         except Failure as failure:
             self._blame(team, failure, progress)
             progress.failure = failure
-            return reply.started or not failure.elsewhere or self._hopeless(request, progress)
+            return self._is_over(request, reply, progress)
         finally:
             for worker in team.members:
                 worker.in_flight -= 1
@@ -173,6 +179,21 @@ class Dispatcher:
                 self._workers.broke(worker, now)
                 progress.broke.append(worker)
 
+    def _is_over(self, request: ClientRequest, reply: ClientReply, progress: _Progress) -> bool:
+        """Whether to ask nobody else. If not, the answer so far is one to go on with."""
+        failure, so_far = progress.failure, reply.so_far
+        assert failure is not None
+        if not failure.elsewhere or self._hopeless(request, progress):
+            return True
+        sound = so_far is not None and so_far.go_back(failure)
+        if not reply.started:
+            return False
+        if not sound or progress.migrations >= self._settings.migrations:
+            return True
+        progress.migrations += 1
+        self._telemetry.migrated(failure)
+        return False
+
     def _hopeless(self, request: ClientRequest, progress: _Progress) -> bool:
         """Whether the request itself is what fails."""
         failure = progress.failure
@@ -214,7 +235,10 @@ class Dispatcher:
         else:
             log(event="no_worker", request=request.name)
         broken = reply.started
-        await send_failure(reply, request.route.family, progress.failure)
+        failure, so_far = progress.failure, reply.so_far
+        if failure is not None and broken and so_far is not None and so_far.off:
+            failure = replace(failure, message=f"{failure.message} (not resumed: {so_far.off})")
+        await send_failure(reply, request.route.family, failure)
         return "broken" if broken else "failed"
 
     def _report(

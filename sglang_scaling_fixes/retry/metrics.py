@@ -34,6 +34,12 @@ RETRY_PROXY = Family(
             "counter",
             "Anomalies that two workers found in a sound request, answered without their guards.",
         ),
+        Metric(
+            "migrations",
+            "counter",
+            "Streams that another worker went on with after their client had a byte.",
+            ("reason",),
+        ),
         Metric("retries_refused", "counter", "Retries that the retry budget had no room for."),
         Metric("worker_up", "gauge", "1 unless the worker is down.", ("worker",)),
         Metric("inflight", "gauge", "Requests in flight now."),

@@ -9,7 +9,7 @@ from typing import Any
 import aiohttp
 
 from sglang_scaling_fixes.retry.budget import Lease
-from sglang_scaling_fixes.retry.failure import Failure
+from sglang_scaling_fixes.retry.failure import Failure, Reason
 from sglang_scaling_fixes.retry.headers import (
     Headers,
     headers_for_client,
@@ -22,6 +22,7 @@ from sglang_scaling_fixes.retry.request import ClientRequest
 from sglang_scaling_fixes.retry.servers import Role
 from sglang_scaling_fixes.retry.settings import ProxySettings
 from sglang_scaling_fixes.retry.stream import Stream
+from sglang_scaling_fixes.retry.trail import refuse_resume
 from sglang_scaling_fixes.retry.verdict import judge_body
 from sglang_scaling_fixes.retry.worker_client import WorkerCall, WorkerClient
 
@@ -60,17 +61,22 @@ class PairAttempt:
         lease: Lease,
     ) -> None:
         """Returns when the client has the whole answer. Raises Failure."""
+        before = reply.sent
         prefill = asyncio.create_task(self._prefill(request, prefill_call))
         decode = asyncio.create_task(self._decode(request, decode_call, reply, lease))
         try:
             await asyncio.wait({prefill, decode}, return_when=asyncio.FIRST_COMPLETED)
             if decode.done() and _ended_by_prefill(decode):
                 await asyncio.wait({prefill}, timeout=PREFILL_GRACE_S)
-            # Once the client has a byte, decode has the KV, and prefill no longer matters.
-            if prefill.done() and not reply.started:
+            # Once the client has a byte of it, decode has the KV, and prefill no longer matters.
+            if prefill.done() and reply.sent == before:
                 refusal = await prefill
                 if refusal is not None:
                     await _cancel(decode)
+                    refuse_resume(reply.so_far, refusal.status, refusal.body)
+                    if reply.started:
+                        text = f"prefill: status {refusal.status} in the middle of a stream"
+                        raise Failure(Reason.ABORTED, text, half=Role.PREFILL)
                     await reply.whole(refusal.status, refusal.headers, refusal.body)
                     return
             await decode

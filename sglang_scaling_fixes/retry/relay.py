@@ -14,6 +14,12 @@ from sglang_scaling_fixes.retry.reply import ClientReply
 from sglang_scaling_fixes.retry.request import ClientRequest
 from sglang_scaling_fixes.retry.settings import ProxySettings
 from sglang_scaling_fixes.retry.stream import Stream
+from sglang_scaling_fixes.retry.trail import (
+    RESUMED_HEADER,
+    Continuation,
+    TrailStream,
+    refuse_resume,
+)
 from sglang_scaling_fixes.retry.verdict import judge_body
 from sglang_scaling_fixes.retry.worker_client import WorkerCall, WorkerClient
 
@@ -39,17 +45,29 @@ class Relay:
         """
         async with self._client.call(request, call) as response:
             if response.status == 200 and is_event_stream(response):
-                stream = Stream(
-                    request.route.family,
-                    self._settings.hold_tokens,
-                    self._settings.hold_bytes,
-                    request.generations if self._settings.hold_tokens else 1,
-                    call.retryable,
-                )
+                stream = self._new_stream(request, call, response, reply.so_far)
                 passing = _PassingStream(self._settings, call.url, stream, reply, lease)
                 await passing.run(response)
             else:
                 await self._body(call, response, reply, lease)
+
+    def _new_stream(
+        self,
+        request: ClientRequest,
+        call: WorkerCall,
+        response: aiohttp.ClientResponse,
+        so_far: Continuation | None,
+    ) -> Stream | TrailStream:
+        """Raises Failure if the worker begins an answer that the client has the beginning of."""
+        family, limit = request.route.family, self._settings.hold_bytes
+        if so_far is not None and not so_far.off:
+            if RESUMED_HEADER in response.headers:
+                return TrailStream(family, so_far, limit, call.retryable)
+            so_far.off = "its worker has not got the fix resume"
+            if so_far.begun:
+                raise Failure(Reason.ABORTED, "the worker cannot go on with a stream")
+        generations = request.generations if self._settings.hold_tokens else 1
+        return Stream(family, self._settings.hold_tokens, limit, generations, call.retryable)
 
     async def _body(
         self,
@@ -58,7 +76,12 @@ class Relay:
         reply: ClientReply,
         lease: Lease,
     ) -> None:
-        """Holds the body until it is complete: a break in its middle can then be retried."""
+        """Holds the body until it is complete: a break in its middle can then be retried.
+
+        Raises Failure, and NotResumable.
+        """
+        if reply.started:
+            raise Failure(Reason.ABORTED, f"status {response.status} in the middle of a stream")
         held: list[bytes] = []
         while chunk := await response.content.read(BLOCK_BYTES):
             size = lease.size + len(chunk)
@@ -76,6 +99,7 @@ class Relay:
             await reply.body(b"", more=False)
             return
         body = b"".join(held)
+        refuse_resume(reply.so_far, response.status, body)
         if failure := judge_body(response.status, body, retry_after(response), call.retryable):
             raise failure
         await reply.start(response.status, headers_for_client(response, call.url))
@@ -86,7 +110,12 @@ class _PassingStream:
     """One stream on its way. It is given up if its worker sends comments only."""
 
     def __init__(
-        self, settings: ProxySettings, url: str, stream: Stream, reply: ClientReply, lease: Lease
+        self,
+        settings: ProxySettings,
+        url: str,
+        stream: Stream | TrailStream,
+        reply: ClientReply,
+        lease: Lease,
     ) -> None:
         self._settings = settings
         self._url = url
@@ -134,8 +163,8 @@ class _PassingStream:
             self._hold(stream.held + unread)
 
     async def _give(self, response: aiohttp.ClientResponse, released: bytes) -> None:
-        if self._reply.stream is None:
-            self._reply.stream = self._stream
+        self._reply.stream = self._stream
+        if not self._reply.started:
             await self._reply.start(response.status, headers_for_client(response, self._url))
         await self._reply.body(released, more=True)
 

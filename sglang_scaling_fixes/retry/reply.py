@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from sglang_scaling_fixes.retry.headers import Headers
 from sglang_scaling_fixes.retry.stream import Stream
+from sglang_scaling_fixes.retry.trail import Continuation, TrailStream
 
 if TYPE_CHECKING:
     from starlette.types import Send
@@ -21,7 +22,8 @@ class ClientReply:
     everything.
     `sent`: body bytes so far.
     `stream`: the stream that is being passed on, if the answer is one; an error can then still
-    be sent after the start, as an event.
+    be sent after the start, as an event. `so_far`: what another worker can go on with, if that
+    was asked for.
     `blocked_since`: when the write now under way began, in seconds of the loop's clock; None
     while there is none.
     """
@@ -32,7 +34,8 @@ class ClientReply:
         self.status = 0
         self.on_start: Callable[[], None] = _nothing
         self._time = asyncio.get_running_loop().time
-        self.stream: Stream | None = None
+        self.stream: Stream | TrailStream | None = None
+        self.so_far: Continuation | None = None
         self.blocked_since: float | None = None
         self.started = False
         self.complete = False

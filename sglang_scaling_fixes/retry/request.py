@@ -43,6 +43,7 @@ class _Body(msgspec.Struct):
     sampling_params: Raw = _NOTHING
     n: Raw = _NOTHING
     rid: Raw = _NOTHING
+    stream: Raw = _NOTHING
     bootstrap_host: Raw = _NOTHING
     bootstrap_port: Raw = _NOTHING
     bootstrap_room: Raw = _NOTHING
@@ -82,6 +83,7 @@ class BodyFacts:
 
     empty: bool
     """The body is `{}`."""
+    stream: bool
     batch_size: int | None
     """How many prompts the body lists; None if it has a single prompt and no list."""
     generations: int
@@ -131,6 +133,7 @@ def body_facts(path: str, body: bytes) -> BodyFacts | None:
         return None
     # An array decodes to no struct, so the body is an object.
     return BodyFacts(
+        stream=bytes(memoryview(found.stream)[:5]) == b"true",
         empty=_EMPTY.match(body) is not None,
         batch_size=_batch_size(path, found),
         generations=_generations(path, found),

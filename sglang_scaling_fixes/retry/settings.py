@@ -32,6 +32,8 @@ class ProxySettings:
     admin_port: int | None = None
     attempts: int = 3
     hold_tokens: int = 0
+    migrations: int = 0
+    trail_tokens: int = 0
     hold_bytes: int = 8 << 20
     max_inflight: int = 0
     max_body_bytes: int = 64 << 20
@@ -53,6 +55,8 @@ NUMBERS: dict[str, tuple[float, float]] = {
     "admin_port": (0, 65535),
     "attempts": (1, 100),
     "hold_tokens": (0, 1_000_000),
+    "migrations": (0, 100),
+    "trail_tokens": (0, 1_000_000),
     "hold_bytes": (1024, 1 << 40),
     "max_inflight": (0, 1_000_000),
     "max_body_bytes": (1, 1 << 40),
@@ -86,6 +90,11 @@ def checked_settings(
     """
     found = all_servers(given, workers_file)
     checked = {n: _number(n, value) for n, value in numbers.items() if value is not None}
+    if checked.get("trail_tokens") and not checked.get("migrations"):
+        raise ConfigError(
+            f"--trail-tokens {checked['trail_tokens']}: no stream is continued without "
+            "--migrations; add --migrations 1"
+        )
     return ProxySettings(
         tuple(found),
         workers_file=workers_file,

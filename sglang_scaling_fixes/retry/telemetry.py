@@ -67,6 +67,9 @@ class Telemetry:
         if streamed:
             self._metrics["stream_restarts"].inc()
 
+    def migrated(self, failure: Failure) -> None:
+        self._metrics["migrations"].labels(reason=failure.reason.value).inc()
+
     def false_alarm(self) -> None:
         self._metrics["false_alarms"].inc()
 

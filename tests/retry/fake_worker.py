@@ -8,6 +8,9 @@ fails (`fail`) and after how many tokens (`after`), or that its end waits for `m
 An anomaly's `rule` is said in its message. With `listens` there is none if the request is vouched
 for with `SECRET`. `comments` sends nothing else from then on. `reused` closes a connection that
 has served a request before.
+
+It resumes streams unless `resumes` is None (it knows nothing of that) or False (it refuses). Then
+its events have names of its own, and token i has the id 1000 + i.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from functools import cached_property
 from typing import Any
 
 from sglang_scaling_fixes import vouch
+from sglang_scaling_fixes.retry.trail import FIELD
 from sglang_scaling_fixes.retry.withdrawal import PATH as FALSE_ALARM
 from sglang_scaling_fixes.retry.withdrawal import WORD_HEADER
 from tests.retry.progress import moves
@@ -68,6 +72,7 @@ class FakeWorker:
         self.may_end = asyncio.Event()
         self.healthy = True
         self.frozen = False
+        self.resumes: bool | None = True
         self.seen: list[Seen] = []
         self._connections: set[asyncio.Task[None]] = set()
 
@@ -161,6 +166,10 @@ class FakeWorker:
             await asyncio.Event().wait()
         if fail == "close" and not after:
             return False
+        if self.resumes is False and FIELD in said:
+            message = f"{FIELD}: this request cannot be resumed; leave the field out"
+            await self._send(writer, whole(json.dumps({"error": message}).encode(), 400))
+            return True
         answer = self._stream if said.get("stream") else self._whole
         return await answer(path, said, plan, writer)
 
@@ -199,18 +208,29 @@ class FakeWorker:
     async def _stream(
         self, path: str, said: dict[str, Any], plan: dict[str, Any], writer: asyncio.StreamWriter
     ) -> bool:
-        fail, after = plan.get("fail"), plan.get("after", 0)
+        fail, after, garbage = plan.get("fail"), plan.get("after", 0), plan.get("garbage", 3)
+        resume = said.get(FIELD) if self.resumes else None
+        begin = len(resume["output_ids"]) if resume else 0
+        resumed = f"X-SGLang-Scaling-Fixes-Resumed: {begin}\r\n" if resume else ""
         await self._send(
             writer,
             b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n"
-            b"X-Worker: " + self.name.encode() + b"\r\nTransfer-Encoding: chunked\r\n\r\n",
+            b"X-Worker: "
+            + self.name.encode()
+            + b"\r\n"
+            + resumed.encode()
+            + b"Transfer-Encoding: chunked\r\n\r\n",
         )
         count = said.get("tokens", 10)
-        text = ""
-        for i in range(count):
+        if resume:
+            said = {**said, "id": f"{self.name}-{len(self.seen)}"}
+            assert resume["output_ids"] == [1000 + i for i in range(begin)]
+            await self._send(writer, _created(path, said))
+        text = "".join(self._token(said, i) for i in range(begin))
+        for i in range(begin, count):
             await asyncio.sleep(said.get("delay", 0))
             token = self._token(said, i)
-            if fail in ("anomaly", "hang", "close", "truncate") and i >= after - 3:
+            if fail in ("anomaly", "hang", "close", "truncate") and i >= after - garbage:
                 token = GARBAGE
             text += token
             if fail and i == after:
@@ -223,10 +243,7 @@ class FakeWorker:
                 if fail == "hang":
                     await asyncio.Event().wait()
                 if fail == "comments":
-                    while True:
-                        writer.write(chunk(b": still here\n\n"))
-                        await writer.drain()  # not `_send`: comments are no progress
-                        await asyncio.sleep(0.02)
+                    await self._comment(writer)
                 if fail == "anomaly":
                     await self._send(writer, chunk(ABORTS[path](text, plan)))
                     await self._send(writer, b"0\r\n\r\n")
@@ -238,11 +255,19 @@ class FakeWorker:
                 if fail == "no_done":
                     await self._send(writer, b"0\r\n\r\n")
                     return True
-            await self._send(writer, chunk(EVENTS[path](text, token, i, said)))
+            event = EVENTS[path](text, token, i, said)
+            comment = _comment_of(range(max(begin, i - 2), i + 1)) if resume else b""
+            await self._send(writer, chunk(event + comment))
         if plan.get("late"):
             await self.may_end.wait()
-        await self._send(writer, chunk(ENDS[path](text, count)) + b"0\r\n\r\n")
+        await self._send(writer, chunk(ENDS[path](text, count, said)) + b"0\r\n\r\n")
         return True
+
+    async def _comment(self, writer: asyncio.StreamWriter) -> None:
+        while True:
+            writer.write(chunk(b": still here\n\n"))
+            await writer.drain()  # not `_send`: comments are no progress
+            await asyncio.sleep(0.02)
 
     def _token(self, said: dict[str, Any], i: int) -> str:
         mark = f"{self.name}:" if said.get("mark", True) else ""
@@ -280,8 +305,24 @@ def chunk(data: bytes) -> bytes:
 
 def abort(plan: dict[str, Any] | None = None) -> dict[str, Any]:
     rule = (plan or {}).get("rule")
-    said = f"{ANOMALY} [rule={rule} suspicion={rule}-1 suspect_from=7]" if rule else ANOMALY
+    begin = (plan or {}).get("suspect_from", 7)
+    said = f"{ANOMALY} [rule={rule} suspicion={rule}-1 suspect_from={begin}]" if rule else ANOMALY
     return {"type": "abort", "status_code": 503, "err_type": "kv_anomaly", "message": said}
+
+
+def _created(path: str, said: dict[str, Any]) -> bytes:
+    """What comes before the first token, and is not said again by who goes on."""
+    if path != "/v1/responses" or said[FIELD]["output_ids"]:
+        return b""
+    kind = "response.created"
+    return chunk(_data({"type": kind, "response": _named(said)}, kind))
+
+
+def _comment_of(tokens: range) -> bytes:
+    """Of three tokens at a time, as when several are generated at once."""
+    if tokens[-1] % 3:
+        return b""
+    return f": {FIELD}_ids [{','.join(str(1000 + i) for i in tokens)}]\n\n".encode()
 
 
 def _vouched_for(said: dict[str, Any]) -> bool:
@@ -295,25 +336,31 @@ def _data(value: Any, name: str = "") -> bytes:
 
 
 def _generate(text: str, token: str, i: int, said: dict[str, Any]) -> bytes:
-    meta = {"finish_reason": None, "completion_tokens": i + 1}
+    meta = {"finish_reason": None, "completion_tokens": i + 1, **_named(said)}
     return _data({"text": text, "meta_info": meta, "pad": "x" * said.get("size", 0)})
 
 
-def _generate_end(text: str, count: int) -> bytes:
-    meta = {"finish_reason": {"type": "stop"}, "completion_tokens": count}
+def _named(said: dict[str, Any]) -> dict[str, Any]:
+    return {"id": said["id"]} if "id" in said else {}
+
+
+def _generate_end(text: str, count: int, said: dict[str, Any]) -> bytes:
+    meta = {"finish_reason": {"type": "stop"}, "completion_tokens": count, **_named(said)}
     return _data({"text": text, "meta_info": meta}) + DONE
 
 
 def _chat(text: str, token: str, i: int, said: dict[str, Any]) -> bytes:
-    return _data({"choices": [{"index": 0, "delta": {"content": token}}], "id": "x"})
+    return _data(
+        {"choices": [{"index": 0, "delta": {"content": token}}], "id": "x", **_named(said)}
+    )
 
 
 def _completion(text: str, token: str, i: int, said: dict[str, Any]) -> bytes:
-    return _data({"choices": [{"index": 0, "text": token}], "id": "x"})
+    return _data({"choices": [{"index": 0, "text": token}], "id": "x", **_named(said)})
 
 
-def _openai_end(text: str, count: int) -> bytes:
-    return _data({"choices": [{"index": 0, "finish_reason": "stop"}]}) + DONE
+def _openai_end(text: str, count: int, said: dict[str, Any]) -> bytes:
+    return _data({"choices": [{"index": 0, "finish_reason": "stop"}], **_named(said)}) + DONE
 
 
 def _generate_abort(text: str, plan: dict[str, Any]) -> bytes:
@@ -327,13 +374,18 @@ def _openai_abort(text: str, plan: dict[str, Any]) -> bytes:
 
 def _responses(text: str, token: str, i: int, said: dict[str, Any]) -> bytes:
     kind = "response.output_text.delta"
-    return _data({"type": kind, "delta": token, "sequence_number": i}, kind)
+    item = {"item_id": f"item-{said['id']}", "output_index": 0} if "id" in said else {}
+    # A resumed response numbers its own events.
+    number = i - len(said[FIELD]["output_ids"]) if "id" in said else i
+    return _data({"type": kind, "delta": token, "sequence_number": number, **item}, kind)
 
 
-def _responses_end(text: str, count: int) -> bytes:
+def _responses_end(text: str, count: int, said: dict[str, Any]) -> bytes:
     kind = "response.completed"
-    response = {"status": "completed"}
-    return _data({"type": kind, "response": response, "sequence_number": count}, kind)
+    number = count - len(said[FIELD]["output_ids"]) if "id" in said else count
+    output = [{"id": f"item-{said['id']}"}] if "id" in said else []
+    response = {"status": "completed", "output": output, **_named(said)}
+    return _data({"type": kind, "response": response, "sequence_number": number}, kind)
 
 
 def _responses_abort(text: str, plan: dict[str, Any]) -> bytes:
@@ -347,13 +399,13 @@ def _messages(text: str, token: str, i: int, said: dict[str, Any]) -> bytes:
     return _data({"type": kind, "delta": {"type": "text_delta", "text": token}}, kind)
 
 
-def _messages_end(text: str, count: int) -> bytes:
+def _messages_end(text: str, count: int, said: dict[str, Any]) -> bytes:
     return _data({"type": "message_stop"}, "message_stop")
 
 
 def _messages_abort(text: str, plan: dict[str, Any]) -> bytes:
     error = {"type": "overloaded_error", "message": ANOMALY}
-    return _data({"type": "error", "error": error}, "error") + _messages_end(text, 0)
+    return _data({"type": "error", "error": error}, "error") + _messages_end(text, 0, {})
 
 
 EVENTS = {

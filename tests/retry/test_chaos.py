@@ -89,7 +89,7 @@ def right(path: str, prompt: str) -> list[bytes]:
     """The events of the whole answer."""
     tokens = [f"{prompt}{i} " for i in range(TOKENS)]
     parts = [EVENTS[path]("".join(tokens[: i + 1]), token, i, {}) for i, token in enumerate(tokens)]
-    return b"".join([*parts, ENDS[path]("".join(tokens), TOKENS)]).split(b"\n\n")[:-1]
+    return b"".join([*parts, ENDS[path]("".join(tokens), TOKENS, {})]).split(b"\n\n")[:-1]
 
 
 def verdict(path: str, prompt: str, stream: bool, answer: Answer) -> str:

@@ -1,0 +1,92 @@
+"""One name for an answer that several workers wrote: ids, times and numbers of its events.
+
+The first worker's are the answer's. A later worker's are replaced by them, in whole JSON objects:
+
+    /generate                  meta_info.id
+    completions, chat          id, created
+    messages                   message.id
+    responses                  response.id and created_at, item ids by output_index, call ids,
+                               sequence_number
+
+Events of the first worker are not changed by a byte.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+
+from sglang_scaling_fixes.retry.sse import data_of
+
+
+class Names:
+    def __init__(self) -> None:
+        self._top: dict[str, Any] = {}
+        self._meta_id: Any = None
+        self._response: dict[str, Any] = {}
+        self._items: dict[int, dict[str, Any]] = {}
+        self.next_sequence = 0
+        """The number after that of the last event; 0 where events have none."""
+
+    def rewritten(self, event: bytes, *, continued: bool) -> bytes:
+        """The event as the client gets it. `continued`: a later worker wrote it."""
+        data = data_of(event)
+        try:
+            said = orjson.loads(data)
+        except orjson.JSONDecodeError:
+            return event
+        if not isinstance(said, dict):
+            return event
+        changed = self._learn_or_change(said, continued)
+        if "sequence_number" in said:
+            if continued:
+                said["sequence_number"] = self.next_sequence
+                changed = True
+            self.next_sequence = int(said["sequence_number"]) + 1
+        return event.replace(data, orjson.dumps(said), 1) if changed else event
+
+    def _learn_or_change(self, said: dict[str, Any], continued: bool) -> bool:
+        changed = _align(self._top, said, ("id", "created"), continued)
+        meta = said.get("meta_info")
+        if isinstance(meta, dict):
+            known = {} if self._meta_id is None else {"id": self._meta_id}
+            changed |= _align(known, meta, ("id",), continued)
+            self._meta_id = known.get("id")
+        response = said.get("response")
+        if isinstance(response, dict):
+            changed |= _align(self._response, response, ("id", "created_at"), continued)
+            for place, item in enumerate(response.get("output") or ()):
+                changed |= self._item(place, item, continued)
+        index = said.get("output_index")
+        if isinstance(index, int):
+            if "item" in said:
+                changed |= self._item(index, said["item"], continued)
+            if "item_id" in said:
+                names = self._items.setdefault(index, {})
+                if continued and names.get("id") not in (None, said["item_id"]):
+                    said["item_id"] = names["id"]
+                    changed = True
+                names.setdefault("id", said["item_id"])
+        return changed
+
+    def _item(self, index: int, item: Any, continued: bool) -> bool:
+        if not isinstance(item, dict):
+            return False
+        return _align(self._items.setdefault(index, {}), item, ("id", "call_id"), continued)
+
+
+def _align(
+    known: dict[str, Any], said: dict[str, Any], names: tuple[str, ...], change: bool
+) -> bool:
+    """Learn what is not known yet; with `change` replace what is. Whether anything was replaced."""
+    changed = False
+    for name in names:
+        if name not in said or said[name] is None:
+            continue
+        if name not in known:
+            known[name] = said[name]
+        elif change and known[name] != said[name]:
+            said[name] = known[name]
+            changed = True
+    return changed

@@ -1,0 +1,197 @@
+"""A stream that another worker can go on with. No I/O.
+
+A worker with the fix `resume` says, in comments, which tokens its events are made of. So the
+proxy knows at every event how many tokens stand before it, and another worker can go on behind
+any of these places:
+
+    events  e1 e2 (7 tokens)  e3 (12)  e4 e5 (19)  e6
+            given to the client        kept: the trail
+                              ^ `given`            ^ no comment yet: its tokens are not known
+
+The trail is as many tokens as `--trail-tokens` says. It is given out when the stream ends well. If
+the stream fails, what is not known is dropped. If its guard calls it an anomaly, what the guard
+suspects is dropped, too. The next worker writes it again behind the rest. The client sees one
+stream with one name: what differs between two workers' events is rewritten (`names`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+from sglang_scaling_fixes.retry.failure import Failure, Reason
+from sglang_scaling_fixes.retry.names import Names
+from sglang_scaling_fixes.retry.request import ClientRequest
+from sglang_scaling_fixes.retry.routes import Family
+from sglang_scaling_fixes.retry.sse import Cutter, TooLong, data_of, events
+from sglang_scaling_fixes.retry.verdict import judge_event
+
+FIELD = "sglang_scaling_fixes_resume"
+"""In a request's body: the tokens that the answer has already."""
+RESUMED_HEADER = "x-sglang-scaling-fixes-resumed"
+"""Of an answer: how many of them were taken up. Without it the worker has not got the fix."""
+PATHS = frozenset(
+    {"/generate", "/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"}
+)
+_IDS = re.compile(rb": " + FIELD.encode() + rb"_ids (\[[\d,]*\])\s*")
+
+
+@dataclass
+class Continuation:
+    """What one request's stream has so far, over all of its attempts.
+
+    `ids`: the tokens of all events that are known, given or kept. `given`: how many of them the
+    client has. `kept`: the events that it has not, each with how many tokens there are after it.
+    `off`: why the stream cannot be gone on with; "" if it can.
+    """
+
+    trail: int
+    hold: int
+    off: str = ""
+    ids: list[int] = field(default_factory=list)
+    given: int = 0
+    kept: deque[tuple[int, bytes]] = field(default_factory=deque)
+    names: Names = field(default_factory=Names)
+    begun: int = 0
+    """How many tokens the running attempt began with."""
+
+    def fields(self) -> dict[str, Any]:
+        """What to add to the body of the next attempt."""
+        if self.off:
+            return {}
+        self.begun = len(self.ids)
+        return {FIELD: {"output_ids": self.ids, "report_ids": True}}
+
+    @property
+    def size(self) -> int:
+        """Bytes in memory."""
+        return 8 * len(self.ids) + sum(len(event) for _, event in self.kept)
+
+    def go_back(self, failure: Failure) -> bool:
+        """Drop what the failed attempt may have spoiled. False if the client has some of it."""
+        if self.off:
+            return False
+        if failure.reason is not Reason.ANOMALY:
+            return True
+        suspicion = failure.suspicion
+        # A rule over the whole attempt suspects what the attempt has written, and not what it
+        # was given.
+        suspect_from = max(suspicion.suspect_from if suspicion else 0, self.begun)
+        if suspect_from < self.given:
+            return False
+        while self.kept and self.kept[-1][0] > suspect_from:
+            self.kept.pop()
+        del self.ids[self.kept[-1][0] if self.kept else self.given :]
+        return True
+
+
+def continuation(request: ClientRequest, trail: int, hold: int) -> Continuation | None:
+    """None if nobody asked for a stream. `off` says why this one cannot be gone on with."""
+    facts = request.facts
+    if facts is None or not facts.stream:
+        return None
+    why = ""
+    if request.path not in PATHS:
+        why = f"{request.path} cannot be resumed"
+    elif request.generations > 1 or facts.batch_size is not None:
+        why = "it has several answers"
+    return Continuation(trail, hold, why)
+
+
+class NotResumable(Exception):
+    """A worker with the fix refuses to say the tokens of this request. It serves it without."""
+
+
+def refuse_resume(so_far: Continuation | None, status: int, body: bytes) -> None:
+    """Raises NotResumable if this is such a refusal, and the client has nothing yet."""
+    if so_far is None or so_far.off or so_far.begun or status != 400 or FIELD.encode() not in body:
+        return
+    so_far.off = "its worker cannot resume a request of this kind"
+    raise NotResumable
+
+
+class TrailStream:
+    """One attempt's stream. It has the same attributes and methods as `Stream`."""
+
+    def __init__(
+        self, family: Family, so_far: Continuation, limit: int, retryable: frozenset[int]
+    ) -> None:
+        self._family = family
+        self._so_far = so_far
+        self._limit = limit
+        self._retryable = retryable
+        self._cutter = Cutter(limit)
+        self._unknown: list[bytes] = []
+        """Events whose tokens have not been said yet."""
+        self._sequence = 0
+        self._continued = bool(so_far.begun)
+        self.ended = False
+        self.failure: Failure | None = None
+        self.told: int | None = None
+        self.progress = 0
+
+    @property
+    def held(self) -> int:
+        unknown = sum(len(event) for event in self._unknown)
+        return self._cutter.held + unknown + self._so_far.size
+
+    @property
+    def next_sequence(self) -> int:
+        return self._so_far.names.next_sequence
+
+    def feed(self, chunk: bytes) -> bytes:
+        try:
+            block = self._cutter.cut(chunk)
+        except TooLong:
+            text = f"one event of the stream is larger than {self._limit} bytes"
+            self.failure = Failure(Reason.TOO_LARGE, text)
+            return b""
+        for event in events(block) if block else ():
+            self._take(event)
+            if self.failure is not None:
+                break
+        out = self._released()
+        if self.held > self._limit and self.failure is None:
+            text = f"the trail takes more than {self._limit} bytes"
+            self.failure = Failure(Reason.TOO_LARGE, text)
+        return out
+
+    def close(self) -> bytes:
+        self.failure = Failure(Reason.LOST, "the stream ended before its last event")
+        return b""
+
+    def _take(self, event: bytes) -> None:
+        if found := _IDS.match(event):
+            self._so_far.ids += orjson.loads(found[1])
+            known = len(self._so_far.ids)
+            self._so_far.kept += ((known, each) for each in self._unknown)
+            self._unknown.clear()
+            return
+        verdict = judge_event(event, self._family, self._retryable)
+        if verdict.failure is not None:
+            self.failure = verdict.failure
+            return
+        self.ended = self.ended or verdict.end
+        self.told = self.told or verdict.error
+        if data_of(event):
+            self.progress += 1
+            self._unknown.append(event)
+
+    def _released(self) -> bytes:
+        """What the trail no longer has to keep."""
+        so_far, out = self._so_far, []
+        known = len(so_far.ids)
+        if self.ended:
+            so_far.kept += ((known, each) for each in self._unknown)
+            self._unknown.clear()
+        elif known < so_far.hold:
+            return b""
+        while so_far.kept and (self.ended or so_far.kept[0][0] <= known - so_far.trail):
+            tokens, event = so_far.kept.popleft()
+            so_far.given = tokens
+            out.append(so_far.names.rewritten(event, continued=self._continued))
+        return b"".join(out)
