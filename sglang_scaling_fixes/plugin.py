@@ -246,7 +246,12 @@ def _attach(config: Config, server_args: Any, *, again: bool) -> None:
         stop(_instead(line, held, server_args))
     if launches and not again:
         edits = [edit for fix in fixes.FIXES for edit in fix.error_edits()]
-        http.attach(edits, [fix.unready for fix in fixes.FIXES], REPORT_KEY)
+        http.attach(edits, [fix.unready for fix in fixes.FIXES], REPORT_KEY, _middleware)
+
+
+def _middleware() -> list[Any]:
+    """Of what is in force in this process when its application is run."""
+    return [each for fix in fixes.asked(_process.config or Config()) for each in fix.middleware()]
 
 
 def _once(hook: str) -> bool:
