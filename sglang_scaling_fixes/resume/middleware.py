@@ -27,7 +27,7 @@ App = Callable[["Scope", "Receive", "Send"], Awaitable[None]]
 class Answer:
     """An answer that is to be resumed, from the body of its request to its last event."""
 
-    ids: list[int]
+    ask: wire.Ask
     path: str = ""
     claimed: bool = False
     """Whether stock's generation has begun for it."""
@@ -39,6 +39,12 @@ class Answer:
     """Stock's request object."""
     shown: dict[str, Any] | None = field(default=None, repr=False)
     """Stock's output for the tokens that were given, before the first new one."""
+    comment: Callable[[bytes], Awaitable[None]] | None = None
+    """Sends a comment of the stream, behind what has been sent."""
+
+    @property
+    def ids(self) -> list[int]:
+        return self.ask.ids
 
 
 CURRENT: ContextVar[Answer | None] = ContextVar("sglang_scaling_fixes_resume", default=None)
@@ -68,9 +74,9 @@ class Resuming:
         if found is None:
             await self._app(scope, _replaying(messages, receive), send)
             return
-        body, ids = found
+        body, ask = found
         replaced: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-        reply = _Reply(Answer(ids, path), send)
+        reply = _Reply(Answer(ask, path), send)
         token = CURRENT.set(reply.answer)
         try:
             await self._app(_resized(scope, len(body)), _replaying(replaced, receive), reply.send)
@@ -113,7 +119,9 @@ class _Reply:
         self.answer = answer
         self._send = send
         self._start: Message | None = None
+        self._begun = False
         self._refused = False
+        answer.comment = self._comment
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -138,10 +146,15 @@ class _Reply:
         if self._start is None:
             return
         start, self._start = self._start, None
+        self._begun = True
         headers = list(start.get("headers", ()))
         if start["status"] < 300:
             headers.append((wire.HEADER, str(len(self.answer.ids)).encode()))
         await self._send({**start, "headers": headers})
+
+    async def _comment(self, comment: bytes) -> None:
+        if self._begun:
+            await self._send({"type": "http.response.body", "body": comment, "more_body": True})
 
     async def end(self) -> None:
         """Stock has nothing more to send, or the answer is refused."""

@@ -39,6 +39,7 @@ def generate(
 
 
 async def _resumed(outputs: Any, manager: Any, answer: Answer) -> AsyncIterator[Any]:
+    reported = len(answer.ids)
     try:
         check(answer.obj)
         async with contextlib.aclosing(outputs):
@@ -52,6 +53,7 @@ async def _resumed(outputs: Any, manager: Any, answer: Answer) -> AsyncIterator[
                         yield step
                 answer.silent = False
                 yield output
+                reported = await _report(manager, answer, output, reported)
     except Exception as error:
         answer.silent = False
         if wire.is_ours(str(error)):
@@ -59,6 +61,17 @@ async def _resumed(outputs: Any, manager: Any, answer: Answer) -> AsyncIterator[
         raise
     finally:
         _awaited.pop(getattr(answer.obj, "rid", None), None)  # type: ignore[arg-type]
+
+
+async def _report(manager: Any, answer: Answer, output: Any, reported: int) -> int:
+    """Behind the events of `output`, say its tokens, if asked. How many are said now."""
+    ids = output.get("output_ids")
+    if not (answer.ask.report_ids and answer.obj.stream and ids and answer.comment):
+        return reported
+    new = ids if incremental(manager) else ids[reported:]
+    if new:
+        await answer.comment(wire.ids_comment(new))
+    return reported + len(new)
 
 
 async def _steps(manager: Any, answer: Answer, shown: dict[str, Any]) -> AsyncIterator[Any]:

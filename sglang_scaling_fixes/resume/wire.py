@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 FIELD = "sglang_scaling_fixes_resume"
-"""In the JSON body: `{"output_ids": [...]}`, the tokens that the answer has already."""
+"""In the JSON body: `{"output_ids": [...]}`, the tokens that the answer has already.
+
+With `"report_ids": true` a stream also says its tokens, in comments (`ids_comment`).
+"""
 HEADER = b"x-sglang-scaling-fixes-resumed"
 """Of a response: how many tokens were taken up. A server without this fix does not send it."""
 PATHS = frozenset(
     ("/generate", "/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
 )
 _MARK = FIELD.encode()
+_KEYS = {"output_ids", "report_ids"}
 _MAX_TOKEN = (1 << 31) - 1
 
 
@@ -29,8 +35,16 @@ def is_ours(message: object) -> bool:
     return isinstance(message, str) and message.startswith(f"{FIELD}: ")
 
 
-def split(body: bytes) -> tuple[bytes, list[int]] | None:
-    """The body without the field, and its tokens. None for a body that does not have it.
+@dataclass(frozen=True)
+class Ask:
+    """What the field says."""
+
+    ids: list[int]
+    report_ids: bool = False
+
+
+def split(body: bytes) -> tuple[bytes, Ask] | None:
+    """The body without the field, and what that said. None for a body that does not have it.
 
     Raises BadResumeError for a field that says something else.
     """
@@ -42,15 +56,24 @@ def split(body: bytes) -> tuple[bytes, list[int]] | None:
         return None  # stock says what is wrong with it
     if not isinstance(request, dict) or FIELD not in request:
         return None
-    ids = _ids(request.pop(FIELD))
+    ask = _ask(request.pop(FIELD))
     _one_answer(request)
-    return json.dumps(request).encode(), ids
+    return json.dumps(request).encode(), ask
 
 
-def _ids(value: Any) -> list[int]:
-    if not isinstance(value, dict) or set(value) != {"output_ids"}:
-        raise refused(f'{_short(value)} is not {{"output_ids": [token, ...]}}; send just that')
-    ids = value["output_ids"]
+def _ask(value: Any) -> Ask:
+    if not isinstance(value, dict) or not {"output_ids"} <= set(value) <= _KEYS:
+        raise refused(
+            f'{_short(value)} is not {{"output_ids": [token, ...]}}; send that, and "report_ids": '
+            "true if the stream is to say its tokens"
+        )
+    report = value.get("report_ids", False)
+    if not isinstance(report, bool):
+        raise refused(f"report_ids {_short(report)} is neither true nor false; use one of the two")
+    return Ask(_ids(value["output_ids"]), report)
+
+
+def _ids(ids: Any) -> list[int]:
     if not isinstance(ids, list):
         raise refused(f"output_ids {_short(ids)} is not a list; send the answer's token ids")
     for position, token in enumerate(ids):
@@ -92,3 +115,11 @@ def error_body(path: str, message: str) -> bytes:
     if path == "/v1/messages":
         return json.dumps({"type": "error", "error": error}).encode()
     return json.dumps({"object": "error", "error": error}).encode()
+
+
+def ids_comment(ids: Sequence[int]) -> bytes:
+    """A comment of a stream: the tokens of the events since the comment before this one.
+
+    Clients skip comments. It comes right behind the last event of these tokens.
+    """
+    return b": %s_ids %s\n\n" % (_MARK, json.dumps([*ids], separators=(",", ":")).encode())

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +23,7 @@ pytestmark = pytest.mark.e2e
 
 TOKENS = 40
 CUTS = (1, 7, 20, 39)
+SAYS = f": {FIELD}_ids "
 PROMPT = prompt(60)
 SCHEMA = {
     "type": "object",
@@ -35,12 +36,32 @@ SCHEMA = {
 }
 TOOL = {"type": "function", "function": {"name": "store", "parameters": SCHEMA}}
 FLAGS = ("--tool-call-parser", "qwen25")
+FEW = {str(token): 12.0 for token in range(300, 324)}
+"""Tokens that the answer is made of, so that it repeats some and a penalty for that matters."""
 
 
 def of_bytes(model: checkpoints.Model) -> checkpoints.Model:
     """The model, with a tokenizer in which any text can be written."""
     folder = lab_home() / "models" / "bytes"
     return replace(model, tokenizer=tokenizer.write_bytes(folder, checkpoints.VOCAB))
+
+
+@dataclass
+class Event:
+    """An event of a stream, and how many tokens the answer had with it (0: it was not said)."""
+
+    data: dict[str, Any]
+    tokens: int = 0
+
+    def told(self) -> dict[str, Any]:
+        """What a client makes use of: names and times are another request's."""
+        found = dict(self.data)
+        for key in ("id", "created", "sequence_number", "item_id", "response", "item", "message"):
+            found.pop(key, None)
+        if "meta_info" in found:
+            counts = ("prompt_tokens", "completion_tokens", "finish_reason")
+            found["meta_info"] = {key: found["meta_info"][key] for key in counts}
+        return json.loads(re.sub(r"call_\w+", "call", json.dumps(found)))
 
 
 @dataclass
@@ -58,17 +79,41 @@ class Worker:
         assert answer.status == 200, answer.body
         return dict(answer.body)
 
-    def stream(self, path: str, request: dict[str, Any]) -> list[dict[str, Any]]:
-        """The JSON of a stream's events; its end is checked."""
-        answer = self.post(path, {**request, "stream": True})
+    def stream(self, path: str, request: dict[str, Any], given: Sequence[int] = ()) -> Stream:
+        """What comes after the given tokens."""
+        field = {FIELD: {"output_ids": list(given), "report_ids": True}}
+        answer = self.post(path, {**request, "stream": True, **field})
         assert answer.status == 200, answer.body
-        lines = [line[6:] for line in answer.body.splitlines() if line.startswith("data: ")]
-        assert lines[-1] == "[DONE]"
-        return [json.loads(line) for line in lines[:-1]]
+        return read(answer.body, given)
 
     def counted(self) -> dict[str, int]:
         state = self.server.get("/server_info").body["internal_states"][0]
         return dict(state["sglang_scaling_fixes"]["resume"])
+
+
+@dataclass
+class Stream:
+    events: list[Event]
+    ids: list[int]
+    """All tokens of the answer, also those that were given."""
+
+    def after(self, cut: int) -> list[dict[str, Any]]:
+        """The events of the tokens behind the first `cut`."""
+        return [event.told() for event in self.events if not 0 < event.tokens <= cut]
+
+
+def read(text: str, given: Sequence[int]) -> Stream:
+    events: list[Event] = []
+    ids = list(given)
+    for line in text.splitlines():
+        if line.startswith(SAYS):
+            ids += json.loads(line[len(SAYS) :])
+            for event in events:
+                event.tokens = event.tokens or len(ids)
+        elif line.startswith("data: ") and line != "data: [DONE]":
+            events.append(Event(json.loads(line[6:])))
+    assert all("error" not in event.data for event in events)
+    return Stream(events, ids)
 
 
 def body(given: list[int] | None = None, **options: Any) -> dict[str, Any]:
@@ -99,10 +144,11 @@ def worker(new: Environment, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "frequency": {"frequency_penalty": 1.5},
-    "presence": {"presence_penalty": 1.5},
-    "repetition": {"repetition_penalty": 1.7},
+    "frequency": {"frequency_penalty": 1.5, "logit_bias": FEW},
+    "presence": {"presence_penalty": 1.5, "logit_bias": FEW},
+    "repetition": {"repetition_penalty": 1.7, "logit_bias": FEW},
     "all penalties": {
+        "logit_bias": FEW,
         "frequency_penalty": 0.7,
         "presence_penalty": 0.4,
         "repetition_penalty": 1.3,
@@ -121,8 +167,12 @@ def test_generate_goes_on_as_if_never_cut(worker: Worker, kind: str) -> None:
     cuts = [cut for cut in CUTS if cut < len(ids)]
     assert cuts
     for cut in cuts:
+        before = worker.counted()
         resumed = worker.generate(ids[:cut], **options)
         assert resumed["output_ids"] == ids, cut
+        # It was not generated from the start, which would be the same.
+        after = worker.counted()
+        assert [after[name] - before[name] for name in ("requests", "tokens")] == [1, cut]
         assert resumed["text"] == whole["text"]
         for count in ("prompt_tokens", "completion_tokens", "finish_reason"):
             assert resumed["meta_info"][count] == whole["meta_info"][count]
@@ -139,6 +189,7 @@ def test_without_the_field_it_goes_elsewhere(worker: Worker, kind: str) -> None:
         request["input_ids"] = PROMPT + ids[:cut]
         sampling = request["sampling_params"]
         sampling["max_new_tokens"] -= cut
+        sampling["min_new_tokens"] = max(sampling.get("min_new_tokens", 0) - cut, 0)
         answer = worker.post("/generate", request)
         differ += ids[:cut] + answer.body["output_ids"] != ids
     assert differ
@@ -146,16 +197,129 @@ def test_without_the_field_it_goes_elsewhere(worker: Worker, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_stream_of_generate_goes_on_with_what_is_new(worker: Worker, kind: str) -> None:
-    options = KINDS[kind]
-    whole = worker.stream("/generate", body(**options))
-    ids = whole[-1]["output_ids"]
+    request = body(**KINDS[kind])
+    whole = worker.stream("/generate", request)
+    assert len(whole.events) == len(whole.ids)
+    for cut in [cut for cut in CUTS if cut < len(whole.ids)]:
+        resumed = worker.stream("/generate", request, whole.ids[:cut])
+        assert resumed.ids == whole.ids
+        assert [event.told() for event in resumed.events] == whole.after(cut)
 
-    def told(event: dict[str, Any]) -> tuple[Any, ...]:
-        meta = event["meta_info"]
-        return event["text"], event["output_ids"], meta["completion_tokens"], meta["finish_reason"]
 
-    for cut in [cut for cut in CUTS if cut < len(ids)]:
-        events = worker.stream("/generate", body(ids[:cut], **options))
-        assert [told(event) for event in events] == [
-            told(event) for event in whole if event["meta_info"]["completion_tokens"] > cut
-        ]
+MESSAGES = {
+    "messages": [{"role": "user", "content": "What is the answer? Say it."}],
+    "max_tokens": TOKENS,
+}
+CHAT = {**MESSAGES, "ignore_eos": True, "stream_options": {"include_usage": True}}
+REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "completions": (
+        "/v1/completions",
+        {"prompt": PROMPT, "max_tokens": TOKENS, "ignore_eos": True, "logit_bias": FEW},
+    ),
+    "chat": ("/v1/chat/completions", {**CHAT, "frequency_penalty": 1.0, "logit_bias": FEW}),
+    "chat in JSON": (
+        "/v1/chat/completions",
+        {
+            **CHAT,
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "it", "schema": SCHEMA},
+            },
+        },
+    ),
+    "chat in characters": ("/v1/chat/completions", {**CHAT, "regex": "([à-ÿ][一-龥]){6,9}"}),
+    "tool call": (
+        "/v1/chat/completions",
+        {**CHAT, "max_tokens": 120, "tools": [TOOL], "tool_choice": "required"},
+    ),
+    "responses": (
+        "/v1/responses",
+        {"input": "What is it?", "max_output_tokens": TOKENS, "ignore_eos": True},
+    ),
+    "messages": ("/v1/messages", MESSAGES),
+}
+
+
+@pytest.mark.parametrize("kind", REQUESTS)
+def test_a_stream_of_each_api_goes_on_in_mid_sentence(worker: Worker, kind: str) -> None:
+    """Roles, openings and what was given are not sent again; parsers go on where they were."""
+    path, request = REQUESTS[kind]
+    request = {**request, "model": worker.model, "temperature": 0}
+    whole = worker.stream(path, request)
+    assert len(whole.ids) > 20
+    for cut in (1, 2, 9, len(whole.ids) // 2, len(whole.ids) - 1):
+        resumed = worker.stream(path, request, whole.ids[:cut])
+        assert resumed.ids == whole.ids, cut
+        assert [event.told() for event in resumed.events] == whole.after(cut), cut
+
+
+@pytest.mark.parametrize("kind", [kind for kind in REQUESTS if kind != "responses"])
+def test_a_whole_answer_of_each_api_is_whole(worker: Worker, kind: str) -> None:
+    path, request = REQUESTS[kind]
+    request = {**request, "model": worker.model, "temperature": 0}
+    ids = worker.stream(path, request).ids
+    request.pop("stream_options", None)
+
+    def told(answer: Answer) -> dict[str, Any]:
+        assert answer.status == 200, answer.body
+        return Event(answer.body).told()
+
+    whole = told(worker.post(path, request))
+    for cut in (1, len(ids) // 2):
+        before = worker.counted()["tokens"]
+        resumed = worker.post(path, {**request, FIELD: {"output_ids": ids[:cut]}})
+        assert told(resumed) == whole
+        assert worker.counted()["tokens"] - before == cut
+
+
+def test_a_stop_string_across_the_seam_is_found(worker: Worker) -> None:
+    ids = worker.generate(logit_bias=FEW, frequency_penalty=2.0)["output_ids"]
+    words = [f"w{token}" for token in ids]
+    at = next(at for at in range(10, 30) if words.index(words[at]) == at)
+    options = {"logit_bias": FEW, "frequency_penalty": 2.0, "stop": ["".join(words[at : at + 3])]}
+    whole = worker.generate(**options)
+    assert whole["meta_info"]["finish_reason"]["matched"] == options["stop"][0]
+    request = body(**options)
+    streamed = worker.stream("/generate", request)
+    for cut in (at, at + 1, at + 2):
+        resumed = worker.generate(ids[:cut], **options)
+        assert (resumed["text"], resumed["output_ids"]) == (whole["text"], whole["output_ids"])
+        events = worker.stream("/generate", request, ids[:cut]).events
+        # What stock holds back of a stop string is sent when it is known to be none.
+        assert [event.told() for event in events] == streamed.after(cut)
+
+
+def test_log_probabilities_are_those_of_the_new_tokens(worker: Worker) -> None:
+    whole = worker.generate(return_logprob=True)
+    values = whole["meta_info"]["output_token_logprobs"]
+    for cut in CUTS:
+        resumed = worker.generate(whole["output_ids"][:cut], return_logprob=True)
+        assert resumed["output_ids"] == whole["output_ids"]
+        found = resumed["meta_info"]["output_token_logprobs"]
+        assert [entry[1] for entry in found] == [entry[1] for entry in values[cut:]]
+        assert [entry[0] for entry in found] == pytest.approx(
+            [entry[0] for entry in values[cut:]], abs=1e-4
+        )
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("given", "options", "said"),
+    [
+        ([1] * TOKENS, {}, "40 tokens were given and the answer may have 40"),
+        ([5, 6], {"stop_token_ids": [6]}, "the answer ended within the 2 given tokens"),
+        ([300, 301], {"stop": ["w300w3"]}, "at 'w300w3'"),
+        ([5, 6], {"json_schema": json.dumps(SCHEMA)}, "output_ids[0] 5 is not what the grammar"),
+        ([5, checkpoints.VOCAB], {}, f"is not in this model's vocabulary of {checkpoints.VOCAB}"),
+        ([-1], {}, "output_ids[0] -1 is not a token id"),
+        ([5], {"n": 2}, "n 2 with one answer to resume"),
+    ],
+)
+def test_what_cannot_be_resumed_is_a_400(
+    worker: Worker, given: list[int], options: dict[str, Any], said: str, stream: bool
+) -> None:
+    answer = worker.post("/generate", body(given, stream=stream, **options))
+    assert answer.status == 400
+    assert answer.body["error"]["param"] == FIELD
+    assert said in answer.body["error"]["message"]
+    assert worker.generate()["output_ids"]  # and it goes on

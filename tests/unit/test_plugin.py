@@ -49,7 +49,7 @@ class Process:
         monkeypatch.setattr(plugin, "require_in_place", lambda *_: None)
         monkeypatch.setattr(plugin, "_check_server_args", lambda *_: None)
         monkeypatch.setattr(plugin, "_check_scheduler", lambda *_: None)
-        monkeypatch.setattr(http, "attach", lambda edits, judges, report_key: None)
+        monkeypatch.setattr(http, "attach", lambda *_: None)
         monkeypatch.setattr(fixes, "arm_all", self._arm_all)
         for name in (PLUGIN_ENV, *(s.env for s in SETTINGS)):
             monkeypatch.delenv(name, raising=False)
