@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 App = Callable[["Scope", "Receive", "Send"], Awaitable[None]]
 
 
+async def _to_nobody(_ids: list[int]) -> None: ...
+
+
 @dataclass
 class Answer:
     """An answer that is to be resumed, from the body of its request to its last event."""
@@ -39,8 +42,8 @@ class Answer:
     """Stock's request object."""
     shown: dict[str, Any] | None = field(default=None, repr=False)
     """Stock's output for the tokens that were given, before the first new one."""
-    comment: Callable[[bytes], Awaitable[None]] | None = None
-    """Sends a comment of the stream, behind what has been sent."""
+    report: Callable[[list[int]], Awaitable[None]] = field(default=_to_nobody, repr=False)
+    """Says tokens of the stream, behind the events that have been sent."""
 
     @property
     def ids(self) -> list[int]:
@@ -121,19 +124,21 @@ class _Reply:
         self._start: Message | None = None
         self._begun = False
         self._refused = False
-        answer.comment = self._comment
+        self._unsaid: list[int] = []
+        answer.report = self._report
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._start = message
             return
         answer = self.answer
-        if self._succeeds() and not answer.claimed:
+        more = bool(message.get("more_body"))
+        if self._succeeds() and not answer.claimed and not more:
             answer.error = str(wire.refused("this request generates nothing; leave the field out"))
         if answer.error is not None:
             await self.end()
             return  # whatever stock says of it, the client has our 400
-        if answer.silent and message.get("more_body") and self._succeeds():
+        if answer.silent and more and self._succeeds():
             return
         await self._begin()
         await self._send(message)
@@ -152,9 +157,12 @@ class _Reply:
             headers.append((wire.HEADER, str(len(self.answer.ids)).encode()))
         await self._send({**start, "headers": headers})
 
-    async def _comment(self, comment: bytes) -> None:
-        if self._begun:
-            await self._send({"type": "http.response.body", "body": comment, "more_body": True})
+    async def _report(self, ids: list[int]) -> None:
+        self._unsaid += ids
+        if not self._begun or not self._unsaid:
+            return  # their text is held back so far, and no event has begun the response
+        comment, self._unsaid = wire.ids_comment(self._unsaid), []
+        await self._send({"type": "http.response.body", "body": comment, "more_body": True})
 
     async def end(self) -> None:
         """Stock has nothing more to send, or the answer is refused."""

@@ -55,27 +55,22 @@ PREBUILT = AttachPoint(
 )
 
 # -- called, not wrapped -------------------------------------------------------------------
+#
+# So are the end of a request, which the guard lists, and its abort, which safe reclaim lists.
 
-FINISH = _both(
-    f"{_REQUEST}.update_finish_state",
-    ("new_accepted_len",),
-    uses=("output_ids", "origin_input_ids", "finished_reason", "finished_len", "to_finish"),
-    first="0.5.13",
-    wrapped=False,
-)
-FINISH_BEFORE = _both(
-    f"{_REQUEST}.check_finished", ("new_accepted_len",), last="0.5.12.post1", wrapped=False
-)
 STOP_PREFIX = _both(
     f"{_REQUEST}.check_match_stop_str_prefix",
-    uses=("send_token_offset", "send_output_token_logprobs_offset", "sampling_params"),
+    uses=(
+        "origin_input_ids",
+        "output_ids",
+        "finished_reason",
+        "finished_len",
+        "to_finish",
+        "send_output_token_logprobs_offset",
+        "sampling_params",
+    ),
     wrapped=False,
 )
 RETRACT = _both(f"{_REQUEST}.reset_for_retract", wrapped=False)
-ABORT = _both(
-    "sglang.srt.disaggregation.utils:prepare_abort",
-    ("req", "error_message", "status_code"),
-    wrapped=False,
-)
 
 ATTACH_POINTS = catalogue(vars())

@@ -39,7 +39,7 @@ def generate(
 
 
 async def _resumed(outputs: Any, manager: Any, answer: Answer) -> AsyncIterator[Any]:
-    reported = len(answer.ids)
+    told = 0
     try:
         check(answer.obj)
         async with contextlib.aclosing(outputs):
@@ -51,9 +51,13 @@ async def _resumed(outputs: Any, manager: Any, answer: Answer) -> AsyncIterator[
                 if answer.silent and shown is not None:
                     async for step in _steps(manager, answer, shown):
                         yield step
+                    told = shown["meta_info"]["completion_tokens"]
                 answer.silent = False
+                ids, told = _ids(manager, output, told)
                 yield output
-                reported = await _report(manager, answer, output, reported)
+                new = ids[max(len(answer.ids) - told + len(ids), 0) :]
+                if answer.ask.report_ids and answer.obj.stream:
+                    await answer.report(new)  # all events of theirs have been sent
     except Exception as error:
         answer.silent = False
         if wire.is_ours(str(error)):
@@ -63,15 +67,15 @@ async def _resumed(outputs: Any, manager: Any, answer: Answer) -> AsyncIterator[
         _awaited.pop(getattr(answer.obj, "rid", None), None)  # type: ignore[arg-type]
 
 
-async def _report(manager: Any, answer: Answer, output: Any, reported: int) -> int:
-    """Behind the events of `output`, say its tokens, if asked. How many are said now."""
-    ids = output.get("output_ids")
-    if not (answer.ask.report_ids and answer.obj.stream and ids and answer.comment):
-        return reported
-    new = ids if incremental(manager) else ids[reported:]
-    if new:
-        await answer.comment(wire.ids_comment(new))
-    return reported + len(new)
+def _ids(manager: Any, output: Any, told: int) -> tuple[list[int], int]:
+    """The tokens of `output` behind the first `told` of the answer, and how many are told then.
+
+    Ask before others have a turn: stock adds to the same list.
+    """
+    ids = output.get("output_ids") or ()
+    if not incremental(manager):
+        ids = ids[told : output["meta_info"].get("completion_tokens", len(ids))]
+    return list(ids), told + len(ids)
 
 
 async def _steps(manager: Any, answer: Answer, shown: dict[str, Any]) -> AsyncIterator[Any]:

@@ -307,7 +307,11 @@ def test_log_probabilities_are_those_of_the_new_tokens(worker: Worker) -> None:
     ("given", "options", "said"),
     [
         ([1] * TOKENS, {}, "40 tokens were given and the answer may have 40"),
-        ([5, 6], {"stop_token_ids": [6]}, "the answer ended within the 2 given tokens"),
+        (
+            [5, 6],
+            {"stop_token_ids": [6], "ignore_eos": False},
+            "the answer ended within the 2 given tokens",
+        ),
         ([300, 301], {"stop": ["w300w3"]}, "at 'w300w3'"),
         ([5, 6], {"json_schema": json.dumps(SCHEMA)}, "output_ids[0] 5 is not what the grammar"),
         ([5, checkpoints.VOCAB], {}, f"is not in this model's vocabulary of {checkpoints.VOCAB}"),
