@@ -142,6 +142,8 @@ class _Reply:
             return
         await self._begin()
         await self._send(message)
+        if more:
+            await self._report([])
 
     def _succeeds(self) -> bool:
         """Whether stock began a response that is no error, and the client has nothing of it."""
