@@ -27,7 +27,6 @@ from .test_resume import (
     TOKENS,
     Worker,
     body,
-    folded,
     of_bytes,
     read,
     so_far,
