@@ -11,11 +11,12 @@ import pytest
 
 from sglang_scaling_fixes.lab.install import Environment
 from sglang_scaling_fixes.lab.servers import checkpoints
+from sglang_scaling_fixes.lab.servers import server as lab_server
 from sglang_scaling_fixes.lab.servers.cluster import Cluster, ClusterSpec
 from sglang_scaling_fixes.lab.servers.link import LOCAL, link
 from sglang_scaling_fixes.lab.servers.pending import Outcome
 from sglang_scaling_fixes.lab.servers.serve import SPEC_FLAGS
-from sglang_scaling_fixes.lab.servers.server import Server
+from sglang_scaling_fixes.lab.servers.server import COMMON_FLAGS, Server
 from sglang_scaling_fixes.resume.wire import FIELD
 
 from .test_resume import (
@@ -98,6 +99,41 @@ def test_a_thought_goes_on(drafting: Worker) -> None:
         # Stock counts tokens of thought that a verification accepts beyond the limit.
         counts = [(usage["prompt_tokens"], usage["completion_tokens"]) for usage in usages]
         assert counts[0] == counts[1]
+
+
+@pytest.fixture(scope="module")
+def overlapping(new: Environment, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    """A step is prepared before the one before it has been read, as on a GPU."""
+    flags = tuple(flag for flag in COMMON_FLAGS if flag != "--disable-overlap-schedule")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(lab_server, "COMMON_FLAGS", flags)
+        server = Server(
+            new,
+            of_bytes(checkpoints.llama(new)),
+            "overlapping",
+            "alone",
+            place=LOCAL,
+            client=LOCAL,
+            run_dir=tmp_path_factory.mktemp("overlapping"),
+            flags=("--max-total-tokens", "4096", "--plugin"),
+        )
+    try:
+        server.wait_ready()
+        info = server.get("/server_info").body
+        assert info["disable_overlap_schedule"] is False
+        yield Worker(server, "model")
+    finally:
+        server.end()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_the_overlap_schedule_tokens_are_counted_as_late(
+    overlapping: Worker, kind: str
+) -> None:
+    options = KINDS[kind]
+    ids = overlapping.generate(**options)["output_ids"]
+    for cut in [cut for cut in (*CUTS, 2, 12, 30) if cut < len(ids)]:
+        assert overlapping.generate(ids[:cut], **options)["output_ids"] == ids, cut
 
 
 @pytest.fixture(scope="module")
