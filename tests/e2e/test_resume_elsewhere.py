@@ -25,9 +25,11 @@ from .test_resume import (
     FEW,
     KINDS,
     PROMPT,
+    REQUESTS,
     TOKENS,
     Worker,
     body,
+    folded,
     of_bytes,
     read,
     so_far,
@@ -134,6 +136,60 @@ def test_with_the_overlap_schedule_tokens_are_counted_as_late(
     ids = overlapping.generate(**options)["output_ids"]
     for cut in [cut for cut in (*CUTS, 2, 12, 30) if cut < len(ids)]:
         assert overlapping.generate(ids[:cut], **options)["output_ids"] == ids, cut
+
+
+@pytest.fixture(scope="module")
+def older(old: Environment, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    """A release whose requests hold lists. It has no grammars on a CPU, and its /v1/responses sends
+    nothing before the answer is whole."""
+    server = Server(
+        old,
+        of_bytes(checkpoints.llama(old)),
+        "older",
+        "alone",
+        place=LOCAL,
+        client=LOCAL,
+        run_dir=tmp_path_factory.mktemp("older"),
+        flags=("--max-total-tokens", "4096", "--plugin"),
+    )
+    try:
+        server.wait_ready()
+        yield Worker(server, server.get("/v1/models").body["data"][0]["id"])
+    finally:
+        server.end()
+
+
+@pytest.mark.parametrize("kind", ["plain", "frequency", "presence", "repetition"])
+def test_an_older_release_goes_on_as_if_never_cut(older: Worker, kind: str) -> None:
+    options = KINDS[kind]
+    whole = older.generate(**options)
+    for cut in CUTS:
+        before = older.counted()["tokens"]
+        resumed = older.generate(whole["output_ids"][:cut], **options)
+        assert (resumed["output_ids"], resumed["text"]) == (whole["output_ids"], whole["text"])
+        assert older.counted()["tokens"] - before == cut
+
+
+@pytest.mark.parametrize("kind", ["completions", "chat", "messages"])
+def test_a_stream_of_an_older_release_goes_on(older: Worker, kind: str) -> None:
+    path, request = REQUESTS[kind]
+    request = {**request, "model": older.model, "temperature": 0}
+    whole = older.stream(path, request)
+    assert whole.cuts(6)
+    for cut in whole.cuts(6):
+        resumed = older.stream(path, request, whole.ids[:cut])
+        assert resumed.ids == whole.ids, cut
+        assert folded(resumed.events) == folded(whole.after(cut)), cut
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_older_release_refuses_what_has_ended(older: Worker, stream: bool) -> None:
+    answer = older.post("/generate", body([300] * TOKENS, stream=stream))
+    assert answer.status == 400
+    assert "nothing is left to generate" in answer.body["error"]["message"]
+    stop = {"stop": ["w300w30"]}
+    answer = older.post("/generate", body([300, 301, 302, 303], stream=stream, **stop))
+    assert answer.status == 400 and "'w300w30'" in answer.body["error"]["message"]
 
 
 @pytest.fixture(scope="module")
