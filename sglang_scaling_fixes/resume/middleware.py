@@ -34,7 +34,7 @@ class Answer:
     path: str = ""
     claimed: bool = False
     """Whether stock's generation has begun for it."""
-    silent: bool = True
+    silent: bool = False
     """Whether the client has what is sent now."""
     error: str | None = None
     """Why it cannot be resumed."""
@@ -44,6 +44,9 @@ class Answer:
     """Stock's output for the tokens that were given, before the first new one."""
     report: Callable[[list[int]], Awaitable[None]] = field(default=_to_nobody, repr=False)
     """Says tokens of the stream, behind the events that have been sent."""
+
+    def __post_init__(self) -> None:
+        self.silent = bool(self.ids)
 
     @property
     def ids(self) -> list[int]:

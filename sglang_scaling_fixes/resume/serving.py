@@ -34,7 +34,7 @@ def generate(
         return stock(manager, obj, request, *args, **kw)
     answer.claimed = True
     answer.obj = obj
-    answer.silent = bool(getattr(obj, "stream", False))
+    answer.silent &= bool(getattr(obj, "stream", False))
     return _resumed(stock(manager, obj, request, *args, **kw), manager, answer)
 
 
@@ -164,7 +164,6 @@ def tokenized(stock: Callable[..., Any], manager: Any, obj: Any, *args: Any, **k
                 "the ids that this model generated"
             )
     if not answer.ids:
-        answer.silent = False
         return made
     sampling = made.sampling_params
     sampling.custom_params = {**(sampling.custom_params or {}), KEY: answer.ids}

@@ -178,6 +178,25 @@ def test_a_whole_answer_is_sent_whole() -> None:
     assert text(sent) == [b"abcd", b""]
 
 
+@pytest.mark.parametrize("given", [[], [1, 2, 3]])
+def test_an_opening_is_left_out_only_if_the_client_has_it(given: list[int]) -> None:
+    """Some APIs open a stream before anything is generated."""
+    inner = app_of(outputs(True, "abcd"))
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        async def behind(message: dict[str, Any]) -> None:
+            await send(message)
+            if message["type"] == "http.response.start":
+                await send({"type": "http.response.body", "body": b"opens", "more_body": True})
+
+        await inner(scope, receive, behind)
+
+    body = json.dumps({FIELD: {"output_ids": given, "report_ids": True}}).encode()
+    sent = text(call(app, body))
+    assert (sent[0] == b"opens") == (not given)
+    assert b"abcd" in sent
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_stock_finds_wrong_with_it_is_a_400(stream: bool) -> None:
     message = str(wire.refused("it has ended; give fewer"))
