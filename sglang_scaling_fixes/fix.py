@@ -117,3 +117,7 @@ class Fix(abc.ABC):
     def error_edits(self) -> Sequence[Edit]:
         """What its 503s must say in HTTP that stock would not let them say."""
         return ()
+
+    def middleware(self) -> Sequence[Any]:
+        """ASGI middleware right around stock's routes; each is called with the application."""
+        return ()

@@ -19,6 +19,7 @@ from sglang_scaling_fixes.fix import Fix, Native
 from sglang_scaling_fixes.layersplit import FIX as LAYER_SPLIT
 from sglang_scaling_fixes.ordering import FIX as HICACHE_ORDERING
 from sglang_scaling_fixes.reclaim import FIX as SAFE_RECLAIM
+from sglang_scaling_fixes.resume import FIX as RESUME
 from sglang_scaling_fixes.specguard import FIX as SPEC_GUARD
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ FIXES: tuple[Fix, ...] = (
     HICACHE_ORDERING,
     LAYER_SPLIT,
     SPEC_GUARD,
+    RESUME,
 )
 """In the order in which they are reported."""
 

@@ -16,12 +16,18 @@ def attach(
     judges: Sequence[readiness.Judge],
     report_key: str,
     routes: Mapping[str, Answer],
+    inner: Callable[[], Sequence[Any]],
 ) -> None:
-    """Add it right before the application is run. `report_key`: ours in a scheduler's state."""
+    """Add it right before the application is run. `report_key`: ours in a scheduler's state.
+
+    `inner`: what stands between stock's own middleware and its routes, asked for then.
+    """
 
     def run(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         from sglang.srt.entrypoints.http_server import app
+        from starlette.middleware import Middleware
 
+        app.user_middleware.extend(Middleware(each) for each in inner())
         app.add_middleware(refusals.Refusals, edits=edits)
         ask = partial(readiness.schedulers, report_key)
         app.add_middleware(readiness.Readiness, ask=ask, judges=judges)

@@ -247,7 +247,13 @@ def _attach(config: Config, server_args: Any, *, again: bool) -> None:
     if launches and not again:
         edits = [edit for fix in fixes.FIXES for edit in fix.error_edits()]
         routes = {path: answer for fix in fixes.FIXES for path, answer in fix.routes().items()}
-        http.attach(edits, [fix.unready for fix in fixes.FIXES], REPORT_KEY, routes)
+        judges = [fix.unready for fix in fixes.FIXES]
+        http.attach(edits, judges, REPORT_KEY, routes, _middleware)
+
+
+def _middleware() -> list[Any]:
+    """Of what is in force in this process when its application is run."""
+    return [each for fix in fixes.asked(_process.config or Config()) for each in fix.middleware()]
 
 
 def _once(hook: str) -> bool:

@@ -17,6 +17,7 @@ from sglang_scaling_fixes.fixes import DEFAULT_FIXES, FIXES, SETTINGS
 from sglang_scaling_fixes.metrics import PLUGIN, Family, Metric
 from sglang_scaling_fixes.points import ATTACH_POINTS as PLUGIN_POINTS
 from sglang_scaling_fixes.reclaim.metrics import DECODE, PREFILL
+from sglang_scaling_fixes.resume.metrics import RESUME
 from sglang_scaling_fixes.retry.metrics import RETRY_PROXY
 from sglang_scaling_fixes.specguard.metrics import SPEC_GUARD
 
@@ -32,6 +33,7 @@ def tables() -> dict[tuple[str, str], str]:
         ("docs/fixes.md", "plugin"): places(PLUGIN_POINTS),
         ("docs/safe-reclaim.md", "metrics"): metrics(DECODE, PREFILL, PLUGIN),
         ("docs/spec-guard.md", "metrics"): metrics(SPEC_GUARD),
+        ("docs/resume.md", "metrics"): metrics(RESUME),
         ("docs/retry-proxy.md", "metrics"): metrics(RETRY_PROXY),
     }
 

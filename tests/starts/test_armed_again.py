@@ -82,6 +82,7 @@ def test_flags_after_the_environment(
         "hicache-ordering": "armed",
         "layer-split": "unsupported",
         "spec-guard": "off",
+        "resume": "off",
     }
     assert found["same"] == found["more"]
     assert "armed for safe-reclaim, hicache-ordering" in found["less"]

@@ -80,6 +80,7 @@ ARMED = {
     "hicache-ordering": "off",
     "layer-split": "unsupported",
     "spec-guard": "armed",
+    "resume": "armed",
 }
 
 

@@ -115,6 +115,7 @@ def test_doctor(release: str, request: pytest.FixtureRequest, tmp_path: Path) ->
         "hicache-ordering": "off",
         "layer-split": "unsupported",
         "spec-guard": "armed",
+        "resume": "armed",
     }
     assert not found["proof"]["kept"]
     # The second time it has been proven, and the loader is asked all the same.

@@ -20,6 +20,7 @@ ARMED = [
     {"name": "hicache-ordering", "state": "off", "reason": "not asked for"},
     {"name": "layer-split", "state": "unsupported", "reason": "not yet"},
     {"name": "spec-guard", "state": "armed", "reason": "proven"},
+    {"name": "resume", "state": "armed", "reason": "proven"},
 ]
 MOONCAKE = release.Mooncake("0.3.13", "mooncake-transfer-engine-non-cuda", "tcp-v2")
 
@@ -52,7 +53,7 @@ def states(result: dict[str, Any]) -> dict[str, str]:
 
 def test_called_and_proven_is_armed(monkeypatch: pytest.MonkeyPatch) -> None:
     result = report(monkeypatch, loaded())
-    assert result["asked"] == ["safe-reclaim", "early-send-ordering", "spec-guard"]
+    assert result["asked"] == ["safe-reclaim", "early-send-ordering", "spec-guard", "resume"]
     assert doctor.in_force(result)
 
 
@@ -108,6 +109,7 @@ def test_what_only_a_prefill_or_decode_server_refuses_is_said_as_that(
         "hicache-ordering": "off",
         "layer-split": "unsupported",
         "spec-guard": "armed",
+        "resume": "armed",
     }
     for word in ("prefill or decode", "Mooncake is not installed"):
         assert word in result["fixes"][0]["reason"]

@@ -49,7 +49,7 @@ class Process:
         monkeypatch.setattr(plugin, "require_in_place", lambda *_: None)
         monkeypatch.setattr(plugin, "_check_server_args", lambda *_: None)
         monkeypatch.setattr(plugin, "_check_scheduler", lambda *_: None)
-        monkeypatch.setattr(http, "attach", lambda *args: None)
+        monkeypatch.setattr(http, "attach", lambda *_: None)
         monkeypatch.setattr(fixes, "arm_all", self._arm_all)
         for name in (PLUGIN_ENV, *(s.env for s in SETTINGS)):
             monkeypatch.delenv(name, raising=False)
@@ -323,10 +323,10 @@ def refusing(words: str, only_by_name: bool = False) -> Callable[..., None]:
 @pytest.mark.parametrize(
     ("refused", "offer"),
     [
-        (("safe-reclaim",), "early-send-ordering,spec-guard"),
-        (("spec-guard",), "safe-reclaim,early-send-ordering"),
-        (("safe-reclaim", "spec-guard"), "early-send-ordering"),
-        (("safe-reclaim", "spec-guard", "early-send-ordering"), "none"),
+        (("safe-reclaim",), "early-send-ordering,spec-guard,resume"),
+        (("spec-guard",), "safe-reclaim,early-send-ordering,resume"),
+        (("safe-reclaim", "spec-guard"), "early-send-ordering,resume"),
+        (("safe-reclaim", "spec-guard", "early-send-ordering", "resume"), "none"),
     ],
 )
 @pytest.mark.parametrize("said", ["change it, or start with --plugin none", "change it"])
@@ -362,7 +362,7 @@ def test_a_refused_arming_is_told_which_fixes_hold(process: Process) -> None:
     process.broken = {"safe-reclaim"}
     process.env.setenv(PLUGIN_ENV, "default")
     text = line(plugin.activate)
-    assert text.endswith("because; or start with --plugin early-send-ordering,spec-guard")
+    assert text.endswith("because; or start with --plugin early-send-ordering,spec-guard,resume")
     process.env.setattr(plugin, "_process", plugin._Process())
     process.hooks.clear()
     process.broken = set(fixes.FIX_NAMES)

@@ -1,4 +1,8 @@
-"""A tokenizer of words for the lab's models, for requests in text: token n is the word `wn`."""
+"""Tokenizers for the lab's models, for requests in text.
+
+Of words: token n is the word `wn`. Of bytes: token n below 256 is the byte n, and one above is the
+word `wn`; so an answer may hold any text, and a character may be cut between two tokens.
+"""
 
 from __future__ import annotations
 
@@ -13,22 +17,44 @@ _CHAT = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 def write(folder: Path, vocabulary: int) -> Path:
     """Write the files transformers reads into `folder`; return it."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer: dict[str, object] = {
+    model = {
+        "type": "WordLevel",
+        "vocab": {f"w{number}": number for number in range(vocabulary)},
+        "unk_token": "w0",
+    }
+    # No special tokens: transformers would find "w1" in "w17". Words are joined by a space.
+    return _write(folder, model, {"type": "WhitespaceSplit"}, None)
+
+
+def write_bytes(folder: Path, vocabulary: int) -> Path:
+    """As `write`, the tokenizer of bytes."""
+    letters = {chr(letter): number for number, letter in enumerate(_byte_letters())}
+    words = {f"w{number}": number for number in range(256, vocabulary)}
+    model = {"type": "BPE", "vocab": {**letters, **words}, "merges": []}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
+    return _write(folder, model, {**level, "use_regex": False}, level)
+
+
+def _byte_letters() -> list[int]:
+    """The code point that stands for each byte in a byte-level vocabulary."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [byte for byte in range(256) if byte not in printable]
+    return [byte if byte in printable else 256 + rest.index(byte) for byte in range(256)]
+
+
+def _write(folder: Path, model: object, splits: object, joins: object) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [],
         "normalizer": None,
-        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "pre_tokenizer": splits,
         "post_processor": None,
-        "decoder": None,  # words are joined by a space
-        "model": {
-            "type": "WordLevel",
-            "vocab": {f"w{number}": number for number in range(vocabulary)},
-            "unk_token": "w0",
-        },
+        "decoder": joins,
+        "model": model,
     }
-    # No special tokens: transformers would find "w1" in "w17".
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "chat_template": _CHAT,
