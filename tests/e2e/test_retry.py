@@ -23,12 +23,13 @@ from sglang_scaling_fixes.lab.servers.pending import greedy
 from sglang_scaling_fixes.lab.servers.serve import Served, prompt
 
 from .servers import resting
-from .test_spec_guard import ABORT, PROMPT, TOKENS, corrupted, events, guard
+from .test_spec_guard import ABORT, ANOMALOUS, PROMPT, TOKENS, corrupted, events, guard
 
 pytestmark = pytest.mark.e2e
 
 CLIENTS = 6
 MANY, MANY_TOKENS = 100, 32
+GOOD_TOKENS, LONG_TOKENS, TRAIL = 100, 400, "256"
 HOLD = 96  # the guard's first verdict comes at the 64th token here, the next one 16 later
 
 
@@ -147,26 +148,85 @@ def test_without_the_proxy_clients_of_the_bad_worker_see_it(
     assert seen != right[: len(seen)]  # garbage had reached the client
 
 
+def last_event(proxy: Proxy, asked: list[int], name: str) -> dict[str, Any]:
+    """Of a stream that may be corrupted. It goes on, and never begins again."""
+    body = {**greedy(asked, TOKENS), "rid": corrupted("noise", name), "stream": True}
+    chunks = events(proxy.post("/generate", body).body)
+    counts = [c["meta_info"]["completion_tokens"] for c in chunks if "meta_info" in c]
+    assert counts == sorted(set(counts))
+    return dict(chunks[-1])
+
+
 def test_what_has_begun_ends_with_an_error_and_no_second_beginning(
     workers: tuple[Served, Served], right: list[int]
 ) -> None:
     """Nothing held back: what the client has cannot be taken back, and it is told."""
     proxy = Proxy([workers[0].servers[0].url, workers[1].servers[0].url])
     try:
-        ends: list[Any] = []
-        for number in range(2):  # one on each worker: ties rotate
-            rid = corrupted("noise", f"begun-{number}")
-            body = {**greedy(PROMPT, TOKENS), "rid": rid, "stream": True}
-            chunks = events(proxy.post("/generate", body).body)
-            counts = [c["meta_info"]["completion_tokens"] for c in chunks if "meta_info" in c]
-            assert counts == sorted(set(counts))  # it goes on, and never begins again
-            ends.append(chunks[-1])
+        # A prompt comes to one worker, so this takes two: the second is avoided by then.
+        asked = [prompt(450, seed=seed) for seed in ANOMALOUS]
+        ends = [last_event(proxy, one, f"begun-{n}") for n, one in enumerate(asked)]
+        again = last_event(proxy, PROMPT, "after")
     finally:
         proxy.end()
     errors = [end["error"] for end in ends if "error" in end]
-    assert [(e["type"], e["retryable"]) for e in errors] == [("kv_anomaly", True)]
-    (whole,) = (end for end in ends if "error" not in end)
-    assert whole["output_ids"] == right
+    assert {(e["type"], e["retryable"]) for e in errors} == {("kv_anomaly", True)}
+    assert again["output_ids"] == right
+
+
+def test_what_an_anomaly_spoiled_is_written_again(workers: tuple[Served, Served]) -> None:
+    """The corruption begins after good tokens. The client gets the sound worker's answer."""
+    proxy = Proxy([w.servers[0].url for w in workers], "--migrations", "1", "--trail-tokens", TRAIL)
+    plain = Proxy([w.servers[0].url for w in workers])
+    found: list[str] = []
+    try:
+        for number, seed in enumerate(ANOMALOUS):
+            asked = prompt(450, seed=seed)
+            wanted = workers[1].ask(asked, LONG_TOKENS).ids
+            body = {**greedy(asked, LONG_TOKENS), "stream": True}
+            body["rid"] = f"corrupt:noise:1.0:{GOOD_TOKENS}:repaired-{number}"
+            chunks = events(proxy.post("/generate", body).body)
+            assert [c for c in chunks if "error" in c] == []
+            assert chunks[-1]["output_ids"] == wanted
+            counts = [c["meta_info"]["completion_tokens"] for c in chunks]
+            assert counts == sorted(set(counts))
+            body["rid"] = f"corrupt:noise:1.0:{GOOD_TOKENS}:plain-{number}"
+            last = events(plain.post("/generate", body).body)[-1]
+            found += ["error"] if "error" in last else []
+        metrics = str(proxy.get("/metrics").body)
+    finally:
+        proxy.end()
+        plain.end()
+    assert 'retry_proxy_migrations_total{reason="anomaly"}' in metrics
+    assert found  # the control: without a trail some of the same requests end with an error
+
+
+def test_a_worker_is_killed_and_no_client_notices(workers: tuple[Served, Served]) -> None:
+    prompts = [prompt(60, seed=number) for number in range(8)]
+    right = [workers[1].ask(asked, MANY_TOKENS).ids for asked in prompts]
+    proxy = Proxy([w.servers[0].url for w in workers], "--migrations", "1")
+
+    def one(number: int) -> None:
+        body = {**greedy(prompts[number % 8], MANY_TOKENS), "stream": True, "rid": f"go:{number}"}
+        said = events(proxy.post("/generate", body).body)
+        assert all("error" not in chunk for chunk in said), said[-1]
+        assert said[-1]["output_ids"] == right[number % 8]
+        assert {chunk["meta_info"]["id"] for chunk in said} == {f"go:{number}"}
+
+    def kill() -> None:
+        while 'retry_proxy_requests_total{outcome="ok"} 0.0' in str(proxy.get("/metrics").body):
+            time.sleep(0.1)
+        workers[0].servers[0].signal(signal.SIGKILL)
+
+    try:
+        with ThreadPoolExecutor(MANY + 1) as pool:
+            killed = pool.submit(kill)
+            list(pool.map(one, range(MANY)))
+            killed.result()
+        metrics = str(proxy.get("/metrics").body)
+    finally:
+        proxy.end()
+    assert "retry_proxy_migrations_total{reason=" in metrics
 
 
 def test_a_worker_is_killed_under_a_hundred_clients(workers: tuple[Served, Served]) -> None:
