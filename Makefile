@@ -4,7 +4,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup test unit lint format docs demo
+.PHONY: help setup test test-long unit lint format docs demo
 
 # The newest stock release; the lab keeps the older ones outside the repository.
 RELEASE := 0.5.23
@@ -12,13 +12,16 @@ DEMO_RELEASE := 0.5.12
 BIN := .venv/bin
 
 help: ## this text
-	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 setup: ## make .venv: stock SGLang, Mooncake, this package, test tools
 	@tools/setup.sh $(RELEASE)
 
 test: setup ## lint, unit, contract (all stock wheels) and end-to-end tests
 	@$(BIN)/python tools/run_tests.py
+
+test-long: setup ## real servers for minutes more; before a release
+	@$(BIN)/python tools/run_tests.py long
 
 unit: setup ## the fast tests only, side by side: no wheels, no servers
 	@$(BIN)/python -m pytest tests/unit -n auto --dist=worksteal -q

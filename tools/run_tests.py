@@ -7,6 +7,9 @@
     e2e               real servers, one test at a time; beside it, on what CPU it leaves:
     processes         tests that import SGLang in many processes, and can wait for a core
 
+With `long` as its argument it runs only the tests on real servers that are marked so. They take
+some ten minutes more than CI has to spare; `docs/measured.md` says when they last passed.
+
 A failed step does not stop the next: one run shows all there is to mend. The
 exit status is 0 only if every step passed.
 """
@@ -37,6 +40,10 @@ STARTED = time.monotonic()
 
 
 def main() -> int:
+    if sys.argv[1:] == ["long"]:
+        step("lab", BIN / "sglang-scaling-fixes", "lab", "install", LAB_RELEASE)
+        pytest("long e2e", ["tests/e2e"], "-n", "0", "-m", "long")
+        return finish()
     for name, *command in (
         ("ruff", BIN / "ruff", "check", "."),
         ("ruff format", BIN / "ruff", "format", "--check", "--quiet", "."),
@@ -49,7 +56,7 @@ def main() -> int:
     folders = {f"tests/{p.name}" for p in (ROOT / "tests").iterdir() if p.is_dir()} - SLOW
     pytest("fast tests", sorted(folders - PATIENT), *SIDE_BY_SIDE)
     with beside("processes", sorted(PATIENT), *SIDE_BY_SIDE):
-        pytest("e2e", ["tests/e2e"], "-n", "0", "-m", "e2e")
+        pytest("e2e", ["tests/e2e"], "-n", "0", "-m", "e2e and not long")
     return finish()
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
 from sglang_scaling_fixes.lab.races import soak
 from tests.releases import NEW
 
 
+@pytest.mark.long
 def test_a_minute() -> None:
     result = soak.run(NEW, 1.0)
     assert soak.passed(result), result

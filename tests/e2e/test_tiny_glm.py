@@ -66,9 +66,21 @@ COMBINATIONS = [
     for count in range(len(FEATURES) + 1)
     for combination in itertools.combinations(FEATURES, count)
 ]
+SHORT = ((), ("hicache",), ("pd", "spec"), FEATURES)
+"""Those in which each feature and each pair of features meets the dense model."""
 
 
-@pytest.mark.parametrize("features", COMBINATIONS, ids=lambda names: "+".join(names) or "plain")
+@pytest.mark.parametrize(
+    "features",
+    [
+        pytest.param(
+            features,
+            id="+".join(features) or "plain",
+            marks=() if features in SHORT else pytest.mark.long,
+        )
+        for features in COMBINATIONS
+    ],
+)
 def test_every_combination_answers_as_the_dense_model(
     new: Environment, dense: Any, tmp_path: Path, features: tuple[str, ...]
 ) -> None:
@@ -113,7 +125,11 @@ def test_every_combination_answers_as_the_dense_model(
 
 
 @pytest.mark.parametrize(
-    "options", [Options(cp=2, spec=True), Options(cp=4)], ids=["2 ranks, drafts", "4 ranks"]
+    "options",
+    [
+        pytest.param(Options(cp=2, spec=True), id="2 ranks, drafts"),
+        pytest.param(Options(cp=4), id="4 ranks", marks=pytest.mark.long),
+    ],
 )
 def test_context_parallel_prefill_answers_as_the_dense_model(
     new: Environment, dense: Any, tmp_path: Path, options: Options
