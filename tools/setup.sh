@@ -56,7 +56,7 @@ if [ ! -f "$runtime_stamp" ]; then
     "$uv" venv --quiet --python "$python" .venv
     "$uv" pip install --quiet --constraint "$runtime" --constraint "$tools" \
         "sglang==$release" mooncake-transfer-engine-non-cuda \
-        pytest pytest-xdist hypothesis ruff mypy pip uv
+        pytest pytest-xdist hypothesis ruff mypy pip uv sglang-router
     touch "$runtime_stamp"
 fi
 say "installing this package, editable"

@@ -19,8 +19,8 @@ _REQUEST = "sglang.srt.managers.schedule_batch:Req"
 
 GENERATE = _server(f"{_TOKENIZER}.generate_request", ("obj", "request"))
 TOKENIZED = _server(
-    f"{_TOKENIZER}._create_tokenized_object",
-    ("obj", "input_text", "input_ids"),
+    f"{_TOKENIZER}._tokenize_one_request",
+    ("obj",),
     uses=("rid_to_state", "tokenizer"),
 )
 OUTPUT = _server(f"{_TOKENIZER}._handle_batch_output", ("recv_obj",), uses=("rid_to_state",))

@@ -148,9 +148,9 @@ def check(obj: Any) -> None:
         )
 
 
-def tokenized(stock: Callable[..., Any], manager: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
+async def tokenized(stock: Callable[..., Any], manager: Any, obj: Any) -> Any:
     """Stock's request for the scheduler, with the tokens that were given."""
-    made = stock(manager, obj, *args, **kwargs)
+    made = await stock(manager, obj)
     answer = CURRENT.get()
     if answer is None or answer.obj is not obj:
         return made

@@ -73,6 +73,8 @@ class FakeWorker:
         self.healthy = True
         self.frozen = False
         self.resumes: bool | None = True
+        self.plan: dict[str, Any] = {}
+        """For requests that bring no plan: a router drops fields that it does not know."""
         self.seen: list[Seen] = []
         self._connections: set[asyncio.Task[None]] = set()
 
@@ -156,7 +158,7 @@ class FakeWorker:
             await self._send(writer, whole(json.dumps({"worker": self.name}).encode()))
             return True
         said = one.said
-        plan = said.get("plans", {}).get(self.name, {})
+        plan = said.get("plans", {}).get(self.name, self.plan)
         fail, after = plan.get("fail"), plan.get("after", 0)
         if fail in ("status", "not_http"):
             return await self._refuse(fail, plan, writer)

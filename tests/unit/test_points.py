@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,15 @@ def test_no_target_is_written_a_second_time() -> None:
         if isinstance(node, ast.Constant) and node.value in targets
     }
     assert again == set()
+
+
+def twice(points: Iterable[AttachPoint]) -> list[str]:
+    """Targets that more than one record has wrapped."""
+    counted = Counter(point.target for point in points if point.wrapped)
+    return [target for target, count in counted.items() if count > 1]
+
+
+def test_no_two_fixes_wrap_the_same_place() -> None:
+    """The second would be refused, and a server that asks for both would not start."""
+    assert twice(ATTACH_POINTS) == []
+    assert twice([*ATTACH_POINTS, next(point for point in ATTACH_POINTS if point.wrapped)])
