@@ -3,6 +3,7 @@
 latency    small requests one after the other, direct and through, alternating
 paced      streams at the pace of decoding, one event a write: proxy CPU per event
 unpaced    streams as fast as they are taken: wall rate through the proxy over direct
+stopped    clients that read nothing of large events: the proxy's memory
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ import psutil
 import uvloop
 
 from benchmarks.common.reports import machine, table
-from benchmarks.retry_proxy.client import Caller, streams
+from benchmarks.retry_proxy.client import Caller, stopped, streams
 
+STOPPED, STOPPED_SIZE, STOPPED_SECONDS = 200, 100_000, 10.0
 RESULTS = Path(__file__).parent / "results"
 CONCURRENCY = (1, 16, 64)
 PACED_RATE = 2000.0
@@ -48,7 +50,8 @@ def main(argv: list[str] | None = None) -> int:
             "latency": latency(worker, proxy, args.requests),
             "paced": [paced(proxy, process, floor, n, args.seconds) for n in CONCURRENCY],
             "unpaced": [unpaced(worker, proxy, process, n, args.events) for n in CONCURRENCY],
-            "proxy_rss_mib": round(process.memory_info().rss / 2**20, 1),
+            "proxy_rss_mib": _rss_mib(process),
+            "stopped": stopped_readers(proxy, process),
         }
     result["aims"] = aims(result)
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -109,10 +112,26 @@ def unpaced(
     }
 
 
+def stopped_readers(proxy: int, process: psutil.Process) -> dict[str, Any]:
+    before = _rss_mib(process)
+    uvloop.run(stopped(proxy, STOPPED, 1000, STOPPED_SIZE, STOPPED_SECONDS))
+    most = _rss_mib(process)
+    return {
+        "readers": STOPPED,
+        "event_bytes": STOPPED_SIZE,
+        "rss_before_mib": before,
+        "rss_after_mib": most,
+        "mib_each": round((most - before) / STOPPED, 2),
+    }
+
+
 def aims(result: dict[str, Any]) -> dict[str, bool]:
     """Whether each was met."""
     return {
         "median difference below 1 ms": result["latency"]["median_difference"] < 1.0,
+        "a stopped reader takes 0.3 MB and two events at most": (
+            result["stopped"]["mib_each"] <= (300_000 + 2 * STOPPED_SIZE) / 2**20
+        ),
         # A lone stream pays for waking up, which the worker's own figure shows.
         "5000 events per CPU second, several paced streams": all(
             run["events_per_cpu_s"] >= 5000 for run in result["paced"] if run["streams"] > 1
@@ -131,8 +150,18 @@ def text(result: dict[str, Any]) -> str:
         rows = [tuple(key.replace("_", " ") for key in result[name][0])]
         rows += [tuple(str(value) for value in run.values()) for run in result[name]]
         lines += ["", name, table(rows)]
+    kept = result["stopped"]
+    lines += [
+        "",
+        f"{kept['readers']} readers that stop, events of {kept['event_bytes']} bytes: "
+        f"{kept['rss_before_mib']} to {kept['rss_after_mib']} MiB, {kept['mib_each']} each",
+    ]
     lines += ["", *(f"{'met' if met else 'MISSED'}: {aim}" for aim, met in result["aims"].items())]
     return "\n".join(lines)
+
+
+def _rss_mib(process: psutil.Process) -> float:
+    return float(round(process.memory_info().rss / 2**20, 1))
 
 
 def _cpu(process: psutil.Process) -> float:

@@ -53,6 +53,20 @@ async def streams(port: int, count: int, events: int, interval: float) -> float:
     return took
 
 
+async def stopped(port: int, count: int, events: int, size: int, seconds: float) -> None:
+    """`count` clients that ask for a stream and read nothing of it, for so long."""
+    loop = asyncio.get_running_loop()
+    request = _request({"stream": True, "events": events, "interval": 0, "size": size})
+    made = []
+    for _ in range(count):
+        transport, _ = await loop.create_connection(lambda: _Counter(request), "127.0.0.1", port)
+        transport.pause_reading()
+        made.append(transport)
+    await asyncio.sleep(seconds)
+    for transport in made:
+        transport.abort()
+
+
 class Caller:
     """Small requests, one after the other on one connection."""
 

@@ -1,7 +1,8 @@
 """A worker that costs as little as one can: prepared bytes, one write per event.
 
-`GET /whole` gives a small JSON body. `POST /generate` gives a stream as its body says:
-`events`, and the `interval` in seconds between them (0: as fast as they are taken).
+A GET gives a small JSON body. `POST /generate` gives a stream as its body says: `events`, the
+`interval` in seconds between them (0: as fast as they are taken), and their `size` in bytes if
+they are to be large.
 """
 
 from __future__ import annotations
@@ -69,20 +70,26 @@ class Worker(asyncio.Protocol):
         self._got = b""
         said = json.loads(body) if body else {}
         if said.get("events"):
-            self._task = asyncio.create_task(self._stream(said["events"], said["interval"]))
+            event = _large(said["size"]) if said.get("size") else EVENT
+            self._task = asyncio.create_task(self._stream(said["events"], said["interval"], event))
         else:
             self._transport.write(WHOLE)
 
-    async def _stream(self, events: int, interval: float) -> None:
+    async def _stream(self, events: int, interval: float, event: bytes) -> None:
         self._transport.write(STREAM)
         for number in range(events):
             if interval:  # never two at once to catch up: the proxy is to read them one by one
                 await asyncio.sleep(interval)
             await self._may_write.wait()
-            self._transport.write(EVENT)
+            self._transport.write(event)
             if not interval and number % 8 == 7:
                 await asyncio.sleep(0)
         self._transport.write(LAST)
+
+
+def _large(size: int) -> bytes:
+    event = b'data: {"pad": "' + b"x" * size + b'"}\n\n'
+    return f"{len(event):x}\r\n".encode() + event + b"\r\n"
 
 
 async def main() -> None:

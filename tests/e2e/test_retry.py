@@ -21,6 +21,7 @@ from sglang_scaling_fixes.lab.servers.client import Answer, call
 from sglang_scaling_fixes.lab.servers.link import LOCAL
 from sglang_scaling_fixes.lab.servers.pending import greedy
 from sglang_scaling_fixes.lab.servers.serve import Served, prompt
+from sglang_scaling_fixes.lab.servers.server import Server
 
 from .servers import resting
 from .test_spec_guard import ABORT, ANOMALOUS, PROMPT, TOKENS, corrupted, events, guard
@@ -29,7 +30,9 @@ pytestmark = pytest.mark.e2e
 
 CLIENTS = 6
 MANY, MANY_TOKENS = 100, 32
-GOOD_TOKENS, LONG_TOKENS, TRAIL = 100, 400, "256"
+TRAIL = "256"
+JUDGED_WITHIN = 300
+"""Tokens in which a corruption is found, and some more."""
 HOLD = 96  # the guard's first verdict comes at the 64th token here, the next one 16 later
 
 
@@ -174,31 +177,54 @@ def test_what_has_begun_ends_with_an_error_and_no_second_beginning(
     assert again["output_ids"] == right
 
 
-def test_what_an_anomaly_spoiled_is_written_again(workers: tuple[Served, Served]) -> None:
+@pytest.mark.parametrize(
+    "good", [100, *(pytest.param(n, marks=pytest.mark.long) for n in (300, 1000))]
+)
+def test_what_an_anomaly_spoiled_is_written_again(
+    workers: tuple[Served, Served], good: int
+) -> None:
     """The corruption begins after good tokens. The client gets the sound worker's answer."""
     proxy = Proxy([w.servers[0].url for w in workers], "--migrations", "1", "--trail-tokens", TRAIL)
-    plain = Proxy([w.servers[0].url for w in workers])
-    found: list[str] = []
+    model = workers[0].servers[0].get("/v1/models").body["data"][0]["id"]
+    count = good + JUDGED_WITHIN
+    spoiled = 0
     try:
         for number, seed in enumerate(ANOMALOUS):
             asked = prompt(450, seed=seed)
-            wanted = workers[1].ask(asked, LONG_TOKENS).ids
-            body = {**greedy(asked, LONG_TOKENS), "stream": True}
-            body["rid"] = f"corrupt:noise:1.0:{GOOD_TOKENS}:repaired-{number}"
-            chunks = events(proxy.post("/generate", body).body)
-            assert [c for c in chunks if "error" in c] == []
-            assert chunks[-1]["output_ids"] == wanted
-            counts = [c["meta_info"]["completion_tokens"] for c in chunks]
-            assert counts == sorted(set(counts))
-            body["rid"] = f"corrupt:noise:1.0:{GOOD_TOKENS}:plain-{number}"
-            last = events(plain.post("/generate", body).body)[-1]
-            found += ["error"] if "error" in last else []
+            wanted = workers[1].ask(asked, count).ids
+            ids, spoilt = streamed_ids(proxy, asked, count, f"corrupt:noise:1.0:{good}:g-{number}")
+            assert ids == wanted and not spoilt
+            body = {"model": model, "prompt": asked, "max_tokens": count, "temperature": 0}
+            body |= {"ignore_eos": True, "stream": True}
+            body["rid"] = f"corrupt:noise:1.0:{good}:c-{number}"
+            chunks = events(proxy.post("/v1/completions", body).body)
+            assert all("error" not in chunk for chunk in chunks)
+            assert tokenizer.ids("".join(c["choices"][0]["text"] for c in chunks)) == wanted
+            assert len({chunk["id"] for chunk in chunks}) == 1
         metrics = str(proxy.get("/metrics").body)
+        assert 'retry_proxy_migrations_total{reason="anomaly"}' in metrics
+        # The control: without a trail the same requests end with an error.
+        for number, seed in enumerate(ANOMALOUS):
+            rid = f"corrupt:noise:1.0:{good}:plain-{number}"
+            bad = workers[0].servers[0]
+            spoiled += streamed_ids(bad, prompt(450, seed=seed), count, rid)[1]
+        assert spoiled
     finally:
         proxy.end()
-        plain.end()
-    assert 'retry_proxy_migrations_total{reason="anomaly"}' in metrics
-    assert found  # the control: without a trail some of the same requests end with an error
+
+
+def streamed_ids(
+    where: Proxy | Server, asked: list[int], count: int, rid: str
+) -> tuple[list[int], bool]:
+    """The tokens of a stream, and whether it ended with an anomaly."""
+    body = {**greedy(asked, count), "stream": True, "rid": rid}
+    chunks = events(where.post("/generate", body).body)
+    counts = [c["meta_info"]["completion_tokens"] for c in chunks if "meta_info" in c]
+    assert counts == sorted(set(counts))  # it goes on, and never begins again
+    last = chunks[-1]
+    if "error" in last or last["meta_info"]["finish_reason"].get("err_type") == "kv_anomaly":
+        return [], True
+    return list(last["output_ids"]), False
 
 
 def test_a_worker_is_killed_and_no_client_notices(workers: tuple[Served, Served]) -> None:
