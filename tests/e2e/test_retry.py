@@ -7,11 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -158,6 +159,40 @@ def last_event(proxy: Proxy, asked: list[int], name: str) -> dict[str, Any]:
     counts = [c["meta_info"]["completion_tokens"] for c in chunks if "meta_info" in c]
     assert counts == sorted(set(counts))
     return dict(chunks[-1])
+
+
+CHATS, TURNS = 6, 4
+
+
+def test_a_conversation_finds_its_prefix_cached(workers: tuple[Served, Served]) -> None:
+    """Its turns come to one worker. The control: a new session for every turn."""
+    proxy = Proxy([w.servers[0].url for w in workers])
+    try:
+        kept = cached_share(proxy, 100, lambda chat, turn: None)
+        spread = cached_share(proxy, 200, lambda chat, turn: f"{chat}.{turn}.{turn * chat}")
+    finally:
+        proxy.end()
+    assert kept > 0.8 and spread < kept - 0.2, (kept, spread)
+
+
+def cached_share(proxy: Proxy, seed: int, session: Callable[[int, int], str | None]) -> float:
+    """Of the tokens that a turn repeats, those that its worker had cached. Chats take turns."""
+    said = {chat: prompt(192, seed=seed + chat) for chat in range(CHATS)}
+    repeated = cached = 0
+    for turn in range(TURNS):
+        for chat, tokens in said.items():
+            body = json.dumps({**greedy(tokens, 16), "rid": f"chat-{seed}-{chat}-{turn}"}).encode()
+            named = session(chat, turn)
+            headers = {"Content-Type": "application/json"}
+            headers |= {} if named is None else {"X-Session-Id": named}
+            url = f"http://127.0.0.1:{proxy.port}/generate"
+            with urlopen(Request(url, body, headers), timeout=180) as response:
+                answer = json.load(response)
+            if turn:
+                repeated += len(tokens) - 64
+                cached += answer["meta_info"]["cached_tokens"]
+            said[chat] = [*tokens, *answer["output_ids"], *prompt(48, seed=7000 + turn)]
+    return cached / repeated
 
 
 def test_what_has_begun_ends_with_an_error_and_no_second_beginning(
