@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from sglang_scaling_fixes.retry.budget import Budget
+from sglang_scaling_fixes.retry.failure import Failure, Reason
 from sglang_scaling_fixes.retry.pair import PairAttempt
 from sglang_scaling_fixes.retry.relay import Relay
 from sglang_scaling_fixes.retry.rendezvous import rendezvous
@@ -59,6 +60,8 @@ class Attempts:
             return WorkerCall(url, body, self._settings.retry_status)
 
         lease = self._budget.lease()
+        if reply.so_far is not None and not lease.resize(reply.so_far.size):
+            raise Failure(Reason.NO_MEMORY, "the proxy has no memory left to hold more back")
         try:
             answering = call(team.answering.server.url)
             if team.prefill is None:

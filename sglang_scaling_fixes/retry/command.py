@@ -189,7 +189,7 @@ class _Serving:
     def _server(self, app: Any, lifespan: Any) -> uvicorn.Server:
         import uvicorn
 
-        from sglang_scaling_fixes.retry.listener import ClientProtocol
+        from sglang_scaling_fixes.retry.listener import client_protocol
 
         class Server(uvicorn.Server):
             @contextlib.contextmanager
@@ -201,7 +201,7 @@ class _Serving:
             uvicorn.Config(
                 app,
                 interface="asgi3",
-                http=ClientProtocol,
+                http=client_protocol(self._settings.idle_timeout),
                 h11_max_incomplete_event_size=HEADER_BYTES,
                 lifespan=lifespan,
                 ws="none",

@@ -35,10 +35,16 @@ class Discovery:
     async def reload(self) -> None:
         """Read the list again. A list that is wrong changes nothing."""
         try:
-            self._servers = self._read()
+            servers = self._read()
         except ConfigError as error:
             log(event="not_reloaded", message=str(error))
             return
+        new = {s.hostname for s in servers if s.dns} - self._addresses.keys()
+        unknown = [name for name in sorted(new) if not await _addresses(name)]
+        if unknown:
+            log(event="not_reloaded", message=f"no address of {', '.join(unknown)}")
+            return
+        self._servers = servers
         await self.look_up()
         log(event="reloaded", workers=len(self._workers.all))
 
@@ -71,6 +77,6 @@ async def _addresses(name: str) -> list[str]:
     loop = asyncio.get_running_loop()
     try:
         found = await loop.getaddrinfo(name, None, type=socket.SOCK_STREAM)
-    except OSError:
+    except (OSError, UnicodeError):
         return []
     return sorted({str(address[0]) for *_, address in found})

@@ -34,6 +34,7 @@ class _Progress:
     tried: Tried = field(default_factory=Tried)
     team: Team | None = None
     """The last that was asked."""
+    asked: list[Team] = field(default_factory=list)
     attempts: int = 0
     migrations: int = 0
     """Attempts that went on with a stream of which the client has the beginning."""
@@ -125,13 +126,15 @@ class Dispatcher:
         """One attempt, and what it says about its workers. Whether to ask nobody else."""
         progress.attempts += 1
         progress.team = team
+        progress.asked.append(team)
         progress.tried.teams.append(team)
         for worker in team.members:
             worker.in_flight += 1
         fields = progress.opinions.fields(time.time())
         try:
             await self._attempts.run(request, team, reply, fields)
-        except Failure as failure:
+        except Exception as error:
+            failure = error if isinstance(error, Failure) else _unexpected(error)
             self._blame(team, failure, progress)
             progress.failure = failure
             return self._is_over(request, reply, progress)
@@ -178,6 +181,9 @@ class Dispatcher:
             elif failure.broke:
                 self._workers.broke(worker, now)
                 progress.broke.append(worker)
+        if progress.opinions.agreed or progress.crashed >= MOST_LOST:
+            for worker in {w for t in progress.asked for w in t.members}:
+                self._workers.acquitted(worker)
 
     def _is_over(self, request: ClientRequest, reply: ClientReply, progress: _Progress) -> bool:
         """Whether to ask nobody else. If not, the answer so far is one to go on with."""
@@ -188,7 +194,9 @@ class Dispatcher:
         sound = so_far is not None and so_far.go_back(failure)
         if not reply.started:
             return False
-        if not sound or progress.migrations >= self._settings.migrations:
+        # Two guards that agree have spoiled nothing: the answer goes on unguarded.
+        most = self._settings.migrations + progress.opinions.agreed
+        if not sound or progress.migrations >= most:
             return True
         progress.migrations += 1
         self._telemetry.migrated(failure)
@@ -255,6 +263,11 @@ class Dispatcher:
             sent_bytes=reply.sent,
             outcome=outcome,
         )
+
+
+def _unexpected(error: Exception) -> Failure:
+    log(event="unexpected", message=repr(error)[:200])
+    return Failure(Reason.UNREADABLE, "the worker's answer makes no sense", detail=repr(error))
 
 
 def _culprits(team: Team, failure: Failure) -> tuple[Worker, ...]:

@@ -59,7 +59,7 @@ def headers_for_client(response: aiohttp.ClientResponse, url: str) -> Headers:
     kept = []
     for name, value in response.raw_headers:
         lower = name.decode("latin-1").lower()
-        if lower == "location" and value.startswith(url.encode()):
+        if lower == "location" and (value + b"/").startswith(url.encode() + b"/"):
             kept.append((name, value.removeprefix(url.encode()) or b"/"))
         elif lower not in dropped:
             kept.append((name, value))

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 from typing import TYPE_CHECKING
 
 from sglang_scaling_fixes.retry.budget import Lease
 from sglang_scaling_fixes.retry.headers import REQUEST_ID, headers_for_worker
 from sglang_scaling_fixes.retry.refusal import Refusal, overloaded
-from sglang_scaling_fixes.retry.request import BodyFacts, ClientRequest, TooMany, body_facts
+from sglang_scaling_fixes.retry.request import (
+    BodyFacts,
+    ClientRequest,
+    Steered,
+    TooMany,
+    body_facts,
+)
 from sglang_scaling_fixes.retry.routes import READ, Route
 from sglang_scaling_fixes.retry.settings import ProxySettings
 
@@ -42,13 +49,21 @@ async def read_request(
     body = await _read_body(receive, lease, settings.max_body_bytes)
     facts = await _facts(scope["path"], body) if route.json else None
     encoded = headers.get("content-encoding", "identity") != "identity"
-    if route.json and facts is None and body and not encoded:
+    if route.json and encoded:
+        # SGLang parses the body whatever this header says.
+        raise Refusal(415, "unsupported_encoding", "an encoded body cannot be read")
+    if route.json and facts is None and body:
         # A lenient reader may find in it what a strict one does not, such as a bootstrap address.
         raise Refusal(400, "invalid_request_error", "the body is not a JSON object")
     # So that one name finds a request in all logs: the client's, the proxy's and the worker's.
-    name = headers.get(REQUEST_ID) or (facts.rid if facts else None) or secrets.token_hex(16)
+    name = headers.get(REQUEST_ID) or _name(facts) or secrets.token_hex(16)
     headers.setdefault(REQUEST_ID, name)
     return ClientRequest(scope["method"], scope["path"], target, headers, body, route, facts, name)
+
+
+def _name(facts: BodyFacts | None) -> str | None:
+    rid = facts.rid if facts else None
+    return rid if rid and re.fullmatch(r"[\x21-\x7e]{1,256}", rid) else None
 
 
 async def _facts(path: str, body: bytes) -> BodyFacts | None:
@@ -57,6 +72,8 @@ async def _facts(path: str, body: bytes) -> BodyFacts | None:
         if len(body) < OFF_LOOP_BYTES:
             return body_facts(path, body)
         return await asyncio.to_thread(body_facts, path, body)
+    except Steered as error:
+        raise Refusal(400, "invalid_request_error", str(error)) from None
     except TooMany as error:
         raise Refusal(413, "request_too_large", str(error)) from None
 
@@ -65,10 +82,11 @@ async def _read_body(receive: Receive, lease: Lease, limit: int) -> bytes:
     """Raises Refusal, ClientGone."""
     parts: list[bytes] = []
     size, fits, room, more = 0, True, True, True
-    began = asyncio.get_running_loop().time()
+    clock = asyncio.get_running_loop().time
+    until = clock() + BODY_S
     while more:
         try:
-            async with asyncio.timeout_at(began + BODY_S + size / LEAST_RATE):
+            async with asyncio.timeout_at(until):
                 message = await receive()
         except TimeoutError:
             text = "the request's body did not arrive in time"
@@ -78,6 +96,7 @@ async def _read_body(receive: Receive, lease: Lease, limit: int) -> bytes:
         part = message.get("body", b"")
         more = message.get("more_body", False)
         size += len(part)
+        until = min(until + len(part) / LEAST_RATE, clock() + BODY_S)
         fits = fits and size <= limit
         room = room and (not fits or lease.resize(size))
         if fits and room:

@@ -7,6 +7,7 @@ other limits, where it finds one.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import resource
 import socket
 
@@ -20,6 +21,8 @@ FILES_PER_REQUEST = 3
 """The client's connection, and one to each half of a pair."""
 MOST_IN_FLIGHT = 16_384
 """What the proxy takes of itself where the limit of open files is high or none."""
+WAITING_BYTES = 1 << 16
+"""Of further requests on a connection whose first one is not answered yet."""
 HEADER_S = 30.0
 """How long a connection may take for a request's headers, from its first moment on."""
 
@@ -73,11 +76,26 @@ def in_flight_limit(asked: int, files: int) -> int:
     return asked
 
 
+def client_protocol(idle_s: float) -> type[ClientProtocol]:
+    """The protocol whose connections end `idle_s` seconds after their client stopped reading."""
+
+    class Protocol(ClientProtocol):
+        idle_ms = max(1, round(idle_s * 1000))
+
+    return Protocol
+
+
 class ClientProtocol(H11Protocol):
-    """HTTP/1.1 of one client. A connection that sends no request in time is closed."""
+    """HTTP/1.1 of one client. A connection that sends no request in time is closed, and so is one
+    that takes nothing of what was written: closing it by itself waits for that for ever."""
+
+    idle_ms = 600_000
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        connection = transport.get_extra_info("socket")
+        with contextlib.suppress(OSError, AttributeError):
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, self.idle_ms)
         self._expect_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -94,6 +112,16 @@ class ClientProtocol(H11Protocol):
         super().handle_events()
         if not self._between_requests():
             self._expected()
+            self._hear_it_leave()
+
+    def _hear_it_leave(self) -> None:
+        """Uvicorn reads no more once a next request is here, and misses that its client left."""
+        if not self.flow.read_paused or self.cycle.more_body:
+            return
+        if len(self.conn.trailing_data[0]) <= WAITING_BYTES:
+            self.flow.resume_reading()
+        else:
+            self.transport.close()
 
     _header_timer: asyncio.TimerHandle | None = None
 

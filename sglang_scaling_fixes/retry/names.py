@@ -39,11 +39,11 @@ class Names:
         if not isinstance(said, dict):
             return event
         changed = self._learn_or_change(said, continued)
-        if "sequence_number" in said:
+        if isinstance(said.get("sequence_number"), int):
             if continued:
                 said["sequence_number"] = self.next_sequence
                 changed = True
-            self.next_sequence = int(said["sequence_number"]) + 1
+            self.next_sequence = said["sequence_number"] + 1
         return event.replace(data, orjson.dumps(said), 1) if changed else event
 
     def _learn_or_change(self, said: dict[str, Any], continued: bool) -> bool:
@@ -56,7 +56,8 @@ class Names:
         response = said.get("response")
         if isinstance(response, dict):
             changed |= _align(self._response, response, ("id", "created_at"), continued)
-            for place, item in enumerate(response.get("output") or ()):
+            output = response.get("output")
+            for place, item in enumerate(output if isinstance(output, list) else ()):
                 changed |= self._item(place, item, continued)
         index = said.get("output_index")
         if isinstance(index, int):

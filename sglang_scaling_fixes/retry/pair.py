@@ -22,7 +22,7 @@ from sglang_scaling_fixes.retry.request import ClientRequest
 from sglang_scaling_fixes.retry.servers import Role
 from sglang_scaling_fixes.retry.settings import ProxySettings
 from sglang_scaling_fixes.retry.stream import Stream
-from sglang_scaling_fixes.retry.trail import refuse_resume
+from sglang_scaling_fixes.retry.trail import RESUMED_HEADER, Continuation, refuse_resume
 from sglang_scaling_fixes.retry.verdict import judge_body
 from sglang_scaling_fixes.retry.worker_client import WorkerCall, WorkerClient
 
@@ -62,7 +62,7 @@ class PairAttempt:
     ) -> None:
         """Returns when the client has the whole answer. Raises Failure."""
         before = reply.sent
-        prefill = asyncio.create_task(self._prefill(request, prefill_call))
+        prefill = asyncio.create_task(self._prefill(request, prefill_call, reply.so_far))
         decode = asyncio.create_task(self._decode(request, decode_call, reply, lease))
         try:
             await asyncio.wait({prefill, decode}, return_when=asyncio.FIRST_COMPLETED)
@@ -73,10 +73,10 @@ class PairAttempt:
                 refusal = await prefill
                 if refusal is not None:
                     await _cancel(decode)
-                    refuse_resume(reply.so_far, refusal.status, refusal.body)
                     if reply.started:
                         text = f"prefill: status {refusal.status} in the middle of a stream"
                         raise Failure(Reason.ABORTED, text, half=Role.PREFILL)
+                    refuse_resume(reply.so_far, refusal.status, refusal.body)
                     await reply.whole(refusal.status, refusal.headers, refusal.body)
                     return
             await decode
@@ -96,10 +96,14 @@ class PairAttempt:
                 raise replace(failure, half=Role.PREFILL) from None
             raise
 
-    async def _prefill(self, request: ClientRequest, call: WorkerCall) -> _PrefillRefusal | None:
+    async def _prefill(
+        self, request: ClientRequest, call: WorkerCall, so_far: Continuation | None
+    ) -> _PrefillRefusal | None:
         """Reads and drops prefill's answer, unless it is a refusal. Raises Failure."""
         try:
             async with self._client.call(request, call) as response:
+                if response.status < 300 and so_far is not None and so_far.begun:
+                    refuse_fresh(so_far, response)
                 if response.status >= 400:
                     return await _refusal(response, call)
                 if is_event_stream(response):
@@ -157,6 +161,12 @@ async def _at_most(response: aiohttp.ClientResponse, limit: int) -> bytes:
     while len(held) < limit and (chunk := await response.content.readany()):
         held += chunk
     return held
+
+
+def refuse_fresh(so_far: Continuation, response: aiohttp.ClientResponse) -> None:
+    """Raises Failure if prefill computes the prompt alone, without the tokens so far."""
+    if not so_far.off and response.headers.get(RESUMED_HEADER) != str(so_far.begun):
+        raise Failure(Reason.ABORTED, "it cannot go on with a stream")
 
 
 async def _cancel(*tasks: asyncio.Task[Any]) -> None:

@@ -19,10 +19,12 @@ class Patience:
         task = asyncio.current_task()
         assert task is not None
         self._task = task
+        self._before = task.cancelling()
         self._until = float("inf")
         self._left = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self.over = False
+        self._ended = False
 
     def wait(self, seconds: float) -> None:
         """From now on, so long."""
@@ -40,10 +42,13 @@ class Patience:
         self._until = self._loop.time() + self._left
 
     def end(self) -> None:
+        if self._ended:
+            return
+        self._ended = True
         if self._timer is not None:
             self._timer.cancel()
         if self.over:
-            self._task.uncancel()
+            self.over = self._task.uncancel() <= self._before
 
     def _look(self) -> None:
         now = self._loop.time()

@@ -16,7 +16,6 @@ from sglang_scaling_fixes.retry.settings import ProxySettings
 from sglang_scaling_fixes.retry.stream import Stream
 from sglang_scaling_fixes.retry.trail import (
     RESUMED_HEADER,
-    Continuation,
     TrailStream,
     refuse_resume,
 )
@@ -45,7 +44,7 @@ class Relay:
         """
         async with self._client.call(request, call) as response:
             if response.status == 200 and is_event_stream(response):
-                stream = self._new_stream(request, call, response, reply.so_far)
+                stream = self._new_stream(request, call, response, reply)
                 passing = _PassingStream(self._settings, call.url, stream, reply, lease)
                 await passing.run(response)
             else:
@@ -56,15 +55,18 @@ class Relay:
         request: ClientRequest,
         call: WorkerCall,
         response: aiohttp.ClientResponse,
-        so_far: Continuation | None,
+        reply: ClientReply,
     ) -> Stream | TrailStream:
         """Raises Failure if the worker begins an answer that the client has the beginning of."""
         family, limit = request.route.family, self._settings.hold_bytes
+        so_far = reply.so_far
         if so_far is not None and not so_far.off:
-            if RESUMED_HEADER in response.headers:
+            if response.headers.get(RESUMED_HEADER) == str(so_far.begun):
                 return TrailStream(family, so_far, limit, call.retryable)
             so_far.off = "its worker has not got the fix resume"
-            if so_far.begun:
+            if not reply.started:
+                so_far.forget()
+            elif so_far.begun:
                 raise Failure(Reason.ABORTED, "the worker cannot go on with a stream")
         generations = request.generations if self._settings.hold_tokens else 1
         return Stream(family, self._settings.hold_tokens, limit, generations, call.retryable)
@@ -129,6 +131,7 @@ class _PassingStream:
         try:
             await self._events(response)
         except asyncio.CancelledError:
+            self._patience.end()
             if not self._patience.over:
                 raise
             which = "next" if self._stream.progress else "first"
@@ -136,7 +139,8 @@ class _PassingStream:
             raise Failure(Reason.TIMEOUT, text) from None
         finally:
             self._patience.end()
-        while chunk := await _after_the_end(response.content):
+        until = asyncio.get_running_loop().time() + AFTER_END_S
+        while chunk := await _after_the_end(response.content, until):
             await self._reply.body(self._stream.feed(chunk), more=True)
         await self._reply.body(b"", more=False)
 
@@ -165,7 +169,10 @@ class _PassingStream:
     async def _give(self, response: aiohttp.ClientResponse, released: bytes) -> None:
         self._reply.stream = self._stream
         if not self._reply.started:
-            await self._reply.start(response.status, headers_for_client(response, self._url))
+            headers = headers_for_client(response, self._url)
+            # What is taken out of a stream would not be in its length.
+            headers = [header for header in headers if header[0].lower() != b"content-length"]
+            await self._reply.start(response.status, headers)
         await self._reply.body(released, more=True)
 
     def _hold(self, size: int) -> None:
@@ -174,10 +181,10 @@ class _PassingStream:
             raise Failure(Reason.NO_MEMORY, text)
 
 
-async def _after_the_end(content: aiohttp.StreamReader) -> bytes:
+async def _after_the_end(content: aiohttp.StreamReader, until: float) -> bytes:
     """What follows a stream's last event. It is the client's, but its loss is no failure."""
     try:
-        async with asyncio.timeout(AFTER_END_S):
+        async with asyncio.timeout_at(until):
             return await content.readany()
     except (aiohttp.ClientError, OSError, TimeoutError):
         return b""

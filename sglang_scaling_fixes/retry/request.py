@@ -29,6 +29,10 @@ class TooMany(ValueError):
     """A list has more parts than `MANY_PROMPTS`."""
 
 
+class Steered(ValueError):
+    """A routing field stands where it cannot be taken back."""
+
+
 class _Body(msgspec.Struct):
     """The fields of all APIs that are looked at. What else the body holds is passed over."""
 
@@ -51,6 +55,7 @@ class _Body(msgspec.Struct):
     data_parallel_rank: Raw = _NOTHING
     routed_dp_rank: Raw = _NOTHING
     disagg_prefill_dp_rank: Raw = _NOTHING
+    sglang_scaling_fixes_resume: Raw = _NOTHING
 
 
 class _Message(msgspec.Struct):
@@ -84,6 +89,8 @@ class BodyFacts:
     empty: bool
     """The body is `{}`."""
     stream: bool
+    resumes: bool
+    """The client itself says which tokens its answer has already."""
     batch_size: int | None
     """How many prompts the body lists; None if it has a single prompt and no list."""
     generations: int
@@ -131,8 +138,14 @@ def body_facts(path: str, body: bytes) -> BodyFacts | None:
         found = _body.decode(body)
     except (msgspec.DecodeError, RecursionError):
         return None
+    if path == "/vertex_generate" and _first_byte(found.parameters) == b"{":
+        inner = _body.decode(found.parameters)
+        for name in ROUTING_FIELDS:
+            if _given(getattr(inner, name)):
+                raise Steered(f"parameters.{name} is not a client's to set; leave it out")
     # An array decodes to no struct, so the body is an object.
     return BodyFacts(
+        resumes=_given(found.sglang_scaling_fixes_resume),
         stream=bytes(memoryview(found.stream)[:5]) == b"true",
         empty=_EMPTY.match(body) is not None,
         batch_size=_batch_size(path, found),
@@ -175,6 +188,10 @@ def _batch_size(path: str, found: _Body) -> int | None:
 
 def _given(value: Raw) -> bool:
     return bytes(memoryview(value)[:5]) not in (b"", b"null")
+
+
+def _first_byte(value: Raw) -> bytes:
+    return bytes(memoryview(value)[:1])
 
 
 def _first(value: Raw) -> bytes:

@@ -71,6 +71,12 @@ class Continuation:
         """Bytes in memory."""
         return 8 * len(self.ids) + sum(len(event) for _, event in self.kept)
 
+    def forget(self) -> None:
+        """The answer is begun anew: the client has nothing of it."""
+        self.begun = 0
+        self.ids.clear()
+        self.kept.clear()
+
     def go_back(self, failure: Failure) -> bool:
         """Drop what the failed attempt may have spoiled. False if the client has some of it."""
         if self.off:
@@ -92,8 +98,8 @@ class Continuation:
 def continuation(request: ClientRequest, trail: int, hold: int) -> Continuation | None:
     """None if nobody asked for a stream. `off` says why this one cannot be gone on with."""
     facts = request.facts
-    if facts is None or not facts.stream:
-        return None
+    if facts is None or not facts.stream or facts.resumes:
+        return None  # who resumes a stream himself reads its comments himself
     why = ""
     if request.path not in PATHS:
         why = f"{request.path} cannot be resumed"
@@ -108,8 +114,9 @@ class NotResumable(Exception):
 
 def refuse_resume(so_far: Continuation | None, status: int, body: bytes) -> None:
     """Raises NotResumable if this is such a refusal, and the client has nothing yet."""
-    if so_far is None or so_far.off or so_far.begun or status != 400 or FIELD.encode() not in body:
+    if so_far is None or so_far.off or status != 400 or FIELD.encode() not in body:
         return
+    so_far.forget()
     so_far.off = "its worker cannot resume a request of this kind"
     raise NotResumable
 
@@ -154,6 +161,8 @@ class TrailStream:
             self._take(event)
             if self.failure is not None:
                 break
+        if self.failure is not None:
+            return b""
         out = self._released()
         if self.held > self._limit and self.failure is None:
             text = f"the trail takes more than {self._limit} bytes"

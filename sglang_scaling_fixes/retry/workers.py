@@ -191,13 +191,16 @@ class Workers:
             uses = tried.uses(worker)
             if worker in tried.blamed or (uses and worker.server.role is Role.WORKER):
                 continue
+            full = worker.in_flight + 1 > math.ceil(FULL * mean)
+            state = worker.state(now)
+            if state is WorkerState.UP and full:
+                state = WorkerState.AVOIDED  # no better than one that is only doubted
             if key:
-                full = worker.in_flight + 1 > math.ceil(FULL * mean)
                 order = (float(full), -_score(key, worker.name))
             else:
                 place = self.all.index(worker) - self._turns[worker.server.role]
                 order = (worker.in_flight, place % len(self.all))
-            found.append(((_ORDER[worker.state(now)], uses, *order), worker))
+            found.append(((_ORDER[state], uses, *order), worker))
         found.sort(key=lambda ranked: ranked[0])
         return found
 
@@ -212,6 +215,10 @@ class Workers:
 
     def avoid(self, worker: Worker, until: float) -> None:
         worker.avoided_until = max(worker.avoided_until, until)
+
+    def acquitted(self, worker: Worker) -> None:
+        """It was the request."""
+        worker.avoided_until = float("-inf")
 
     def broke(self, worker: Worker, now: float) -> None:
         """It refused a connection, broke one, or was silent: a probe will tell."""

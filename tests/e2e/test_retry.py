@@ -31,8 +31,8 @@ pytestmark = pytest.mark.e2e
 
 CLIENTS = 6
 MANY, MANY_TOKENS = 100, 32
-TRAIL = "256"
-JUDGED_WITHIN = 300
+TRAIL = "288"
+JUDGED_WITHIN = 340
 """Tokens in which a corruption is found, and some more."""
 HOLD = 96  # the guard's first verdict comes at the 64th token here, the next one 16 later
 

@@ -16,7 +16,7 @@ import aiohttp
 import uvicorn
 from yarl import URL
 
-from sglang_scaling_fixes.retry.listener import ClientProtocol
+from sglang_scaling_fixes.retry.listener import client_protocol
 from sglang_scaling_fixes.retry.proxy import RetryProxy
 from sglang_scaling_fixes.retry.settings import checked_settings
 from tests.retry.fake_worker import FakeWorker
@@ -83,11 +83,13 @@ async def proxying(
         "prefill": [prefill.url for prefill in prefills],
         "decode": [decode.url for decode in decodes],
     }
-    app = RetryProxy(checked_settings(given, **options))
+    settings = checked_settings(given, **options)
+    app = RetryProxy(settings)
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
-        app, http=ClientProtocol, lifespan="on", ws="none", log_config=None, access_log=False,
-        server_header=False, date_header=False, timeout_graceful_shutdown=1,
+        app, http=client_protocol(settings.idle_timeout), lifespan="on", ws="none",
+        log_config=None, access_log=False, server_header=False, date_header=False,
+        timeout_graceful_shutdown=1,
     )  # fmt: skip
     server = uvicorn.Server(config)
     task = asyncio.create_task(server.serve(sockets=[listener]))

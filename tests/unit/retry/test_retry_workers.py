@@ -68,10 +68,25 @@ def test_an_avoided_worker_is_the_last_resort_until_its_time_is_over() -> None:
     bad, good = workers.all
     workers.avoid(bad, until=30.0)
     workers.avoid(bad, until=5.0)  # the longer one counts
-    good.in_flight = 100
+    good.in_flight = 1
     assert pick(workers, now=29.9) is good and bad.state(29.9) is WorkerState.AVOIDED
     assert pick(workers, after(good), now=29.9) is bad
     assert pick(workers, now=30.0) is bad and bad.state(30.0) is WorkerState.UP
+
+
+@pytest.mark.parametrize("key", [b"", b"k"])
+def test_one_that_is_only_doubted_is_asked_before_one_that_is_full(key: bytes) -> None:
+    """Else whoever makes the others doubted sends everybody to the last one."""
+    workers = some(3)
+    good = workers.all[2]
+    for worker in workers.all[:2]:
+        workers.avoid(worker, until=NOW + 30)
+    asked = []
+    for _ in range(30):
+        worker = pick(workers, key=key)
+        worker.in_flight += 1
+        asked.append(worker)
+    assert asked.count(good) <= 15 and len(set(asked)) == 3
 
 
 def test_one_that_never_answered_comes_after_those_that_did_and_is_not_live() -> None:
@@ -291,4 +306,4 @@ def test_whoever_is_picked_is_untried_and_up_comes_first(
             assert team not in tried.teams
             tried.teams.append(team)
         ranks = [order.index(team.answering.state(now)) for team in tried.teams]
-        assert ranks == sorted(ranks) and len(ranks) == 4
+        assert ranks == sorted(ranks) and len(ranks) == 4  # none is busy
