@@ -23,6 +23,7 @@ from sglang_scaling_fixes.reclaim.rules.quarantine import GRACE_S
 torch = pytest.importorskip("torch")
 allocators = pytest.importorskip("sglang.srt.mem_cache.allocator")
 utils = pytest.importorskip("sglang.srt.disaggregation.utils")
+stock_decode = pytest.importorskip("sglang.srt.disaggregation.decode")
 
 OLD, NEW = "192.0.2.2:1", "192.0.2.2:2"
 POOL = 100
@@ -141,8 +142,13 @@ class Decode:
     def hears(self, message: Word) -> None:
         assert self.guard.inbox.read([messages.encode(message)]) is None
 
-    def refused(self, prefill: str, room: int = 1, tokens: int = 1) -> bool:
-        """Whether a new request that names this prefill instance is refused."""
+    def refused(
+        self, prefill: str, room: int = 1, tokens: int = 1, *, answer: int = 0, reserved: int = 0
+    ) -> bool:
+        """Whether a new request that names this prefill instance is refused.
+
+        `answer`: its `max_new_tokens`; `reserved`: what stock wants free beside every request.
+        """
         host, _, port = prefill.rpartition(":")
         request = SimpleNamespace(
             bootstrap_host=host,
@@ -150,9 +156,12 @@ class Decode:
             bootstrap_room=room,
             return_logprob=False,
             origin_input_ids=[1] * tokens,
+            sampling_params=SimpleNamespace(max_new_tokens=answer),
         )
         streamer = SimpleNamespace(stream_output=lambda *_: None)
-        queue = SimpleNamespace(scheduler=SimpleNamespace(output_streamer=streamer))
+        queue = stock_decode.DecodePreallocQueue.__new__(stock_decode.DecodePreallocQueue)
+        queue.scheduler = SimpleNamespace(output_streamer=streamer)
+        queue.num_reserved_decode_tokens = reserved
 
         def prepare_abort(request: Any, message: str, status_code: int) -> None:
             assert status_code == 503

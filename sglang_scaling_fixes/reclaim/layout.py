@@ -200,6 +200,17 @@ def prefill_of(req: Any) -> str:
     return f"{req.bootstrap_host}:{req.bootstrap_port}"
 
 
+def admission_tokens(queue: Any, req: Any) -> int:
+    """Token slots that stock wants free before it takes a request in: its prompt and some of its
+    answer. `queue`: the preallocation queue; in it one that does not fit keeps all others waiting.
+    """
+    reserved = int(getattr(queue, "num_reserved_decode_tokens", 0))
+    clip = getattr(importlib.import_module(type(queue).__module__), "CLIP_MAX_NEW_TOKEN", 0)
+    sampling = getattr(req, "sampling_params", None)
+    wanted = min(int(getattr(sampling, "max_new_tokens", None) or 0), int(clip))
+    return len(req.origin_input_ids) + max(reserved, wanted)
+
+
 def in_step(queue: Any) -> Any:
     """The group of ranks that get an operator's request in the same turn of their loops.
 

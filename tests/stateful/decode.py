@@ -65,7 +65,7 @@ class Decode:
         self.guard.install_gate(queue)
         # A look at a rank's port is no part of what is tested here.
         self.guard.relief._liveness = SimpleNamespace(  # type: ignore[assignment]
-            look=lambda ranks: None, gone=lambda rank: False
+            look=lambda ranks: None, gone=lambda rank: False, back=lambda instance: False
         )
         self.links: dict[int, Link] = {}
         self.read: deque[list[bytes]] = deque()

@@ -27,7 +27,7 @@ import socket
 import struct
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -98,13 +98,26 @@ def switch(manager: Any) -> Retiring:
     old = Retiring(str(engine.session_id), engine.engine, engine_has(engine))
     if f"port {_port(old.session)}" not in old.opened:
         raise FenceError(f"nobody saw what the engine of session {old.session} opened")
-    _replace(engine)
+    with _any_error("no second engine could be made"):
+        _replace(engine)
     try:
-        _register(manager, engine)
+        with _any_error("the receive buffers could not be registered anew"):
+            _register(manager, engine)
     except FenceError:
         take_back(manager, old)
         raise
     return old
+
+
+@contextlib.contextmanager
+def _any_error(what: str) -> Iterator[None]:
+    """What fails in stock's or Mooncake's code is no reason for the scheduler to end."""
+    try:
+        yield
+    except FenceError:
+        raise
+    except Exception as error:
+        raise FenceError(f"{what} ({error})") from error
 
 
 def take_back(manager: Any, old: Retiring) -> None:
@@ -121,7 +134,8 @@ def retire(old: Retiring, of_all_ranks: Callable[[set[int]], set[int]]) -> None:
     got here; it is called in any case. Blocks for up to a second, see `Retiring.ready`.
     """
     try:
-        _close(old)
+        with _any_error(f"the engine of session {old.session} may not be closed whole"):
+            _close(old)
     finally:
         _shut.update(of_all_ranks(_ports(old.opened)))
 

@@ -50,7 +50,7 @@ class Inbox:
             mark = message if isinstance(message, messages.SuccessTag) else None
             return stock if self._admits(int(stock[0]), mark, stock[2]) else None
         if isinstance(message, Word):
-            self._peers.pace.heard(message.rank)
+            self._peers.heard(message.rank)
             with self._lock:
                 self._take(message)
             return None
@@ -75,7 +75,7 @@ class Inbox:
         """A success: stock learns of it only if it is the open lease's."""
         lease, rank = (None, "") if mark is None else (mark.lease, mark.rank)
         if mark is not None:
-            self._peers.pace.heard(mark.rank)
+            self._peers.heard(mark.rank)
         with self._lock:
             admitted = self._ledger.successes.reports(room, lease, rank, prefill_rank)
         if not admitted:

@@ -20,20 +20,24 @@ _CONNECT_WAIT_S = 1.0
 
 
 class Liveness:
-    """Ranks that were gone at the last look; looks have a thread of their own, one at a time."""
+    """Ranks and prefill instances at the last look, which has a thread of its own, one at a time.
+
+    An instance is looked at by the address of its bootstrap server.
+    """
 
     def __init__(self) -> None:
-        self._gone: set[Rank] = set()
+        self._served: dict[str, bool] = {}
         self._next = 0.0
         self._thread: threading.Thread | None = None
 
-    def look(self, ranks: Iterable[Rank]) -> None:
+    def look(self, ranks: Iterable[str]) -> None:
         """Look again at `ranks`, unless that was done a moment ago. Does not block.
 
-        What was seen of any other rank is forgotten: by the next time another process may serve it.
+        What was seen of any other one is forgotten: by the next time another process may serve it.
         """
         ranks = set(ranks)
-        self._gone &= ranks
+        for forgotten in self._served.keys() - ranks:
+            self._served.pop(forgotten, None)
         now = time.monotonic()
         if not ranks or now < self._next or (self._thread is not None and self._thread.is_alive()):
             return
@@ -42,22 +46,22 @@ class Liveness:
         self._thread.start()
 
     def gone(self, rank: Rank) -> bool:
-        return rank in self._gone
+        return self._served.get(rank) is False
 
-    def _look(self, ranks: list[Rank]) -> None:
+    def back(self, instance: str) -> bool:
+        """Somebody serves there, though ranks of it are gone."""
+        return self._served.get(instance) is True
+
+    def _look(self, ranks: list[str]) -> None:
         for rank in ranks:
             served = serves(rank)
-            if served is None:
-                continue
-            # Who serves the port of a rank that was gone is its successor, and not gone: what
-            # the predecessor has left open is told by the successor's incarnation.
-            if served:
-                self._gone.discard(rank)
-            else:
-                self._gone.add(rank)
+            if served is not None:
+                # Who serves the port of a rank that was gone is its successor, and not gone: what
+                # the predecessor has left open is told by the successor's incarnation.
+                self._served[rank] = served
 
 
-def serves(rank: Rank) -> bool | None:
+def serves(rank: str) -> bool | None:
     """Does a process listen at `rank` (`"ip:port"`)?  None: its host gives no answer."""
     host, _, port = rank.rpartition(":")
     try:

@@ -58,6 +58,8 @@ class Peers:
         self._sending: tuple[Exposure, messages.Bind] | None = None
         """What stock is sending destinations for, and what goes with them but for the rank."""
         self.pace = Pace()
+        self._refusals = Pace()
+        """Nobody answers a Refusal, so they have a budget of their own."""
 
     def knows(self, rank: Rank) -> bool:
         """Whether anything was ever sent to `rank`."""
@@ -119,7 +121,6 @@ class Peers:
             frames[SESSION_FRAME] = self._session()
         if registers:
             self._registrations[rank] = frames
-            self._uninformed.discard(rank)
             return self._with_hello(rank, frames, socket)
         if frames[0] == b"ABORT":
             self._stock_abort(rank, frames)
@@ -131,6 +132,11 @@ class Peers:
             self._ledger.sent(exposure, rank, after_hello=self._hello_on.get(rank) is socket)
             expects = exposure.writers[rank].incarnation
         return messages.attach_trailer(frames, structs.replace(bind, rank=rank, expects=expects))
+
+    def left(self, rank: Rank, frames: list[bytes]) -> None:
+        """Stock has sent it: `rank` knows the session of a registration."""
+        if frames[0] == b"None":
+            self._uninformed.discard(rank)
 
     def _with_hello(self, rank: Rank, frames: list[bytes], socket: Any) -> list[bytes]:
         """Stock's registration with a numbered Hello: who serves `rank` is asked anew."""
@@ -164,8 +170,13 @@ class Peers:
             refusal = messages.Refusal(rank, room)
             if messages.unsayable(refusal):
                 continue  # no destinations leave for such a room either
-            if rank in self._ledger.peers and self.pace.may(rank, now):
+            if rank in self._ledger.peers and self._refusals.may(rank, now):
                 self._send(rank, [messages.encode(refusal)])
+
+    def heard(self, rank: Rank) -> None:
+        """`rank` said something: it empties its queue."""
+        self.pace.heard(rank)
+        self._refusals.heard(rank)
 
     # -- questions -----------------------------------------------------------------------
 
@@ -267,7 +278,9 @@ class OutgoingSocket(Passthrough):
 
     def send_multipart(self, frames: list[bytes], *args: Any, **kwargs: Any) -> Any:
         frames = self._peers.outgoing(self._rank, self._route, list(frames), self._stock)
-        return self._stock.send_multipart(frames, *args, **kwargs)
+        result = self._stock.send_multipart(frames, *args, **kwargs)
+        self._peers.left(self._rank, frames)
+        return result
 
 
 def rank_of(bootstrap_info: dict[str, Any]) -> Rank:

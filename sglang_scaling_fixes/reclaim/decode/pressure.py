@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from http import HTTPStatus
@@ -30,10 +31,12 @@ from sglang_scaling_fixes.reclaim.rules.quarantine import (
     Quarantine,
 )
 from sglang_scaling_fixes.reclaim.rules.reasons import why_held
-from sglang_scaling_fixes.reclaim.rules.types import Rank
 
 logger = logging.getLogger(__name__)
 
+PAUSE_S, PAUSES = 1.0, 64
+"""A tick that comes later than this after the last one was a pause of this scheduler, and nobody
+else's silence: new weights, a compilation, a fence. So many are remembered."""
 LOOK_AGAIN_S = 0.1
 """Seconds between two assessments of what is held."""
 
@@ -49,6 +52,9 @@ class Relief:
         self._peers = peers
         self._liveness = Liveness()
         self._next_look = 0.0
+        self._looked_at = float("inf")
+        self._stood_still: deque[tuple[float, float]] = deque(maxlen=PAUSES)
+        """When this scheduler came to no tick: from, and until."""
         self._pressure = Pressure(refuse=False, fence=False)
         self._next_fence = 0.0
         self._retiring: fence.Retiring | None = None
@@ -59,7 +65,7 @@ class Relief:
         """Prefill instance whose new requests are refused -> the oldest exposure that it is blamed
         for. The same keys on all TP ranks."""
         self._standing_tokens = 0
-        """Token slots that ailing prefills hold. The same on all TP ranks."""
+        """Token slots of the holds that do not drain. The same on all TP ranks."""
         self.crowded_out = False
         """Since the last tick stock failed to resume a retracted request, with nothing running.
         It takes no transfer in before that one is back: this decode stands still."""
@@ -76,6 +82,9 @@ class Relief:
     def assess(self, held: Sequence[Exposure], quarantine: Quarantine) -> Pressure:
         """What this rank alone would do about what it holds, and whom it blames (`blames`)."""
         now = time.monotonic()
+        if now - self._looked_at > PAUSE_S:
+            self._stood_still.append((self._looked_at, now))
+        self._looked_at = now
         stuck, self.crowded_out = self.crowded_out, False
         if now >= self._next_look:
             self._look(quarantine, now)
@@ -91,17 +100,26 @@ class Relief:
             for cause in causes:
                 for hold, exposures in self._holds(cause, now):
                     holds.append(hold)
-                    blames = hold.blames
+                    blames, stands = hold.blames, hold.stands
                     for exposure in exposures:
-                        exposure.blames = blames
+                        exposure.blames, exposure.stands = blames, stands
         mode = "off" if self.no_fence else self._mode
         self._pressure = quarantine.decide(holds, mode=mode)
 
-    @staticmethod
-    def _suspects(causes: Sequence[Cause], now: float) -> set[Rank]:
-        """Ranks that have said nothing for so long that they may be gone."""
-        quiet = (c for c in causes if any(now - e.last_word > GRACE_S for e in c.held))
-        return {rank for cause in quiet for rank in cause.ranks}
+    def _quiet_s(self, exposure: Exposure, now: float) -> float:
+        """For how long nobody has said anything of it while this rank could ask."""
+        since = exposure.last_word
+        paused = (min(until, now) - max(began, since) for began, until in self._stood_still)
+        return now - since - sum(max(0.0, seconds) for seconds in paused)
+
+    def _suspects(self, causes: Sequence[Cause], now: float) -> set[str]:
+        """Ranks that have said nothing for so long that they may be gone, and their instances."""
+        found: set[str] = set()
+        for cause in causes:
+            quiet = [e for e in cause.held if self._quiet_s(e, now) > GRACE_S]
+            if quiet:
+                found.update(cause.ranks, {exposure.prefill for exposure in quiet})
+        return found - {""}
 
     def _holds(self, cause: Cause, now: float) -> list[tuple[Hold, list[Exposure]]]:
         """What waits for this, put together where it is judged alike, and the exposures of each."""
@@ -109,20 +127,23 @@ class Relief:
         gone = [w for w in cause.waits if w not in replaced and self._liveness.gone(w.rank)]
         live = [w for w in cause.waits if w not in replaced and w not in gone]
         mute = [w for w in live if not w.poisoned and not self._ledger.successes.runs_plugin(w)]
+        others = [w for w in live if not w.poisoned and w not in mute]
         alike: dict[tuple[bool, bool], list[Exposure]] = {}
-        grown, engine = now - GRACE_S, self._ledger.engine
         for e in cause.held:
-            alike.setdefault((e.last_word < grown, e.engine != engine), []).append(e)
+            quiet = self._quiet_s(e, now) > GRACE_S
+            alike.setdefault((quiet, e.engine != self._ledger.engine), []).append(e)
         return [
             (
                 Hold(
-                    now - min(exposure.last_word for exposure in exposures),
+                    max(self._quiet_s(exposure, now) for exposure in exposures),
                     sum(exposure.tokens for exposure in exposures),
                     sum(exposure.metadata for exposure in exposures),
                     unproven=len(cause.waits),
                     poisoned=sum(w.poisoned for w in live),
                     gone=len(gone),
                     replaced=len(replaced),
+                    succeeded=sum(self._ledger.answered_for(w) for w in others),
+                    back=all(self._liveness.back(e.prefill) for e in exposures),
                     mute=len(mute),
                     fencing=fencing,
                 ),
@@ -133,10 +154,17 @@ class Relief:
 
     # -- refusing -----------------------------------------------------------------------
 
-    def refuse_requests(self, refusing: bool, held: Sequence[Exposure], gate: Gate) -> None:
+    def refuse_requests(
+        self,
+        refusing: bool,
+        blamed: Sequence[Exposure],
+        standing: Sequence[Exposure],
+        gate: Gate,
+    ) -> None:
         """Take up what the ranks agreed on: refuse everybody, and the requests of these prefills.
 
-        `held`: the exposures that some rank blames a prefill for.
+        `blamed`: the exposures that some rank blames a prefill for. `standing`: those that on some
+        rank do not drain.
         """
         if refusing and not self.refusing:
             logger.error(
@@ -148,9 +176,9 @@ class Relief:
                 self._no_fence_either(),
             )
         self.refusing = refusing
-        self._standing_tokens = sum(exposure.tokens for exposure in held)
+        self._standing_tokens = sum(exposure.tokens for exposure in standing)
         before = self._ailing
-        self._ailing = {exposure.prefill: exposure for exposure in reversed(held)}
+        self._ailing = {exposure.prefill: exposure for exposure in reversed(blamed)}
         for prefill in self._ailing.keys() - before.keys():
             logger.error(
                 "safe-reclaim: prefill %s: %s; new requests that name it are refused with 503 "
@@ -176,10 +204,11 @@ class Relief:
     def refusal(self, prefill: str, tokens: int, pool: int) -> tuple[str, str] | None:
         """Why a new request of this prefill instance is not taken, None if it is: a word, a text.
 
-        `tokens`: the length of its prompt; `pool`: the token slots of this decode. What does not
-        fit beside what ailing prefills hold would wait at the head of the queue, before all others.
+        `tokens`: the slots that stock wants free for it; `pool`: those of this decode. What does
+        not fit beside what stands would wait at the head of the queue, before all others.
         """
-        if self.refusing or tokens > pool - self._standing_tokens:
+        crowded = self._standing_tokens and tokens > pool - self._standing_tokens
+        if self.refusing or crowded:
             return "held", f"{REFUSAL}; retry here later, or at another decode now"
         if prefill in self._ailing:
             return "ailing", (

@@ -125,8 +125,8 @@ class DecodeSide:
         if (why := self.rooms.refusal(room)) is not None:
             self.relief.refuse(queue, req, *why)
             return True
-        tokens = len(req.origin_input_ids)
-        why = self.relief.refusal(prefill, tokens, self._quarantine.tokens)
+        needs = layout.admission_tokens(queue, req)
+        why = self.relief.refusal(prefill, needs, self._quarantine.tokens)
         if why is None:
             return False
         self.relief.refuse(queue, req, *why)
@@ -281,17 +281,21 @@ class DecodeSide:
             [
                 *proven,
                 *[not exposure.blames for exposure in held],
+                *[not exposure.stands for exposure in held],
                 not mine.refuse,
                 not self.relief.wants_switch(mine),
                 self.relief.may_retire(),
             ]
         )
-        returns, blameless = returns[: len(held)], returns[len(held) :]
+        count = len(held)
+        blameless, draining = returns[count : 2 * count], returns[2 * count :]
+        returns = returns[:count]
         agreed = [exposure for exposure, back in zip(held, returns, strict=True) if back]
         if agreed:
             self.holds.returned([(exposure, *self._give_back(exposure)) for exposure in agreed])
         blamed = [e for e, well in zip(held, blameless, strict=True) if not well]
-        self.relief.refuse_requests(not relaxed, blamed, self.gate)
+        standing = [e for e, drains in zip(held, draining, strict=True) if not drains]
+        self.relief.refuse_requests(not relaxed, blamed, standing, self.gate)
         if retire:
             self.relief.retire(self._group)
         elif not no_switch:
@@ -300,7 +304,7 @@ class DecodeSide:
         if self._config.audit:
             self.check_integrity()
         if not self.ledger.holding:
-            self.relief.refuse_requests(False, (), self.gate)
+            self.relief.refuse_requests(False, (), (), self.gate)
             self.holds.show(self.gate)
 
     def holding(self) -> bool:

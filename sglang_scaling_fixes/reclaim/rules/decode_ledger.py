@@ -77,6 +77,8 @@ class DecodeLedger(DecodeAudit):
         """Number of the receiving engine that destinations name from now on."""
         self.peers: dict[Rank, str] = {}
         """Ranks known to run safe reclaim, with the process that said so."""
+        self.answered_by: dict[Rank, str] = {}
+        """Rank -> the process that answered last. It may be an old answer: good for blame alone."""
         self._hellos: dict[Rank, int] = {}
         """Rank -> the number of the last Hello sent to it."""
         self._exposed: dict[str, Exposure] = {}
@@ -248,6 +250,7 @@ class DecodeLedger(DecodeAudit):
 
         Returns the exposure it is about, None when it was one of those.
         """
+        self.answered_by[rank] = incarnation
         writer = self._in_question(lease, rank)
         if writer is None:
             return None
@@ -327,6 +330,11 @@ class DecodeLedger(DecodeAudit):
         """Another process serves the writer's rank now: the one in question is gone."""
         had = writer.meant_for
         return had is not None and self.peers.get(writer.rank, had) != had
+
+    def answered_for(self, writer: Writer | Wait) -> bool:
+        """The last answer of the writer's rank came from another process."""
+        had = writer.meant_for
+        return had is not None and self.answered_by.get(writer.rank, had) != had
 
     # -- internals ------------------------------------------------------------
 

@@ -159,6 +159,8 @@ class Exposure:
     it writes (seconds, monotonic). Found with `waits`."""
     blames: bool = False
     """This rank holds its prefill instance to be ailing, see `quarantine.Hold.blames`."""
+    stands: bool = False
+    """It does not drain, as far as this rank can tell, see `quarantine.Hold.stands`."""
 
     @property
     def unproven(self) -> list[Writer]:

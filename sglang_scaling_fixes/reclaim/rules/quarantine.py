@@ -46,6 +46,10 @@ class Hold:
     """Of them those whose process is no more, and nobody serves in its place."""
     replaced: int = 0
     """Of them those whose process is no more, and another serves in its place."""
+    succeeded: int = 0
+    """Of the others those whose rank another process has answered for."""
+    back: bool = False
+    """The prefill instance takes connections again: some process serves in place of the gone."""
     mute: int = 0
     """Of them those without the plugin: they cannot be asked, and stock may tell nothing."""
     fencing: bool = False
@@ -71,13 +75,17 @@ class Hold:
         """A new request of this prefill would fare no better.
 
         A successor is not blamed for its predecessor, and a stock prefill not for being stock.
-        Once a new engine receives, a failed write of before says nothing of the next: stock's
-        prefill shuns the old session only.
+        Once a new engine receives, what happened under the old one says nothing of the next
+        request: stock's prefill shuns the old session only.
         """
-        if self.gone or (self.poisoned and not self.fencing):
-            return True
-        silent = self.unproven > self.replaced + self.poisoned + self.mute
-        return silent and self.quiet_s > GRACE_S
+        if self.fencing:
+            return self._silent
+        return bool(self.poisoned) or bool(self.gone and not self.back) or self._silent
+
+    @property
+    def _silent(self) -> bool:
+        said = self.replaced + self.poisoned + self.mute + self.gone + self.succeeded
+        return self.unproven > said and self.quiet_s > GRACE_S
 
 
 @dataclass(frozen=True)
