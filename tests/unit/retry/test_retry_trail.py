@@ -9,6 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sglang_scaling_fixes.reclaim import retry_after
+from sglang_scaling_fixes.resume import wire
+from sglang_scaling_fixes.retry import pair, trail
 from sglang_scaling_fixes.retry.failure import Failure, Reason
 from sglang_scaling_fixes.retry.names import Names
 from sglang_scaling_fixes.retry.routes import Family
@@ -17,6 +20,13 @@ from sglang_scaling_fixes.retry.trail import FIELD, Continuation, TrailStream
 
 TOKENS = 12
 DONE = b"data: [DONE]\n\n"
+
+
+def test_the_proxy_and_the_plugin_say_the_same_words() -> None:
+    """Neither imports the other."""
+    assert (wire.FIELD, wire.HEADER.decode()) == (trail.FIELD, trail.RESUMED_HEADER)
+    assert trail.PATHS == wire.PATHS
+    assert (pair.AILING, pair.ENDED) == (retry_after.AILING, retry_after.ENDED)
 
 
 def event(token: int, name: str = "w", good: bool = True) -> bytes:
