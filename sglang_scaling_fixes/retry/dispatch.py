@@ -281,10 +281,10 @@ def _culprits(team: Team, failure: Failure) -> tuple[Worker, ...]:
 
 def _outcome(reply: ClientReply) -> str:
     """Of an answer that was passed on whole. An error is never `ok`, whoever it comes from."""
-    told = reply.stream.told if reply.stream is not None else None
+    told = reply.stream.told if reply.stream is not None else reply.told
     status = told or reply.status
     if status >= 500:
-        return "broken" if told else "failed"
+        return "broken" if told and reply.stream is not None else "failed"
     if status >= 400:
         return "rejected"
     return "ok"

@@ -19,7 +19,7 @@ from sglang_scaling_fixes.retry.trail import (
     TrailStream,
     refuse_resume,
 )
-from sglang_scaling_fixes.retry.verdict import judge_body
+from sglang_scaling_fixes.retry.verdict import judge_body, told_in_body
 from sglang_scaling_fixes.retry.worker_client import WorkerCall, WorkerClient
 
 AFTER_END_S = 5.0
@@ -104,6 +104,8 @@ class Relay:
         refuse_resume(reply.so_far, response.status, body)
         if failure := judge_body(response.status, body, retry_after(response), call.retryable):
             raise failure
+        if response.status < 400:
+            reply.told = told_in_body(body)
         await reply.start(response.status, headers_for_client(response, call.url))
         await reply.body(body, more=False)
 

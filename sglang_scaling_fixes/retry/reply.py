@@ -18,6 +18,7 @@ class ClientReply:
     """Sends the answer and remembers what the client already has.
 
     `extra`: headers of every answer, whoever gives it; they replace those of a worker.
+    `told`: the status of an error that was passed on within a successful answer.
     `started`: the client has the status, which is then `status`. `complete`: the client has
     everything.
     `sent`: body bytes so far.
@@ -32,6 +33,7 @@ class ClientReply:
         self._send = send
         self.extra = extra or []
         self.status = 0
+        self.told: int | None = None
         self.on_start: Callable[[], None] = _nothing
         self._time = asyncio.get_running_loop().time
         self.stream: Stream | TrailStream | None = None

@@ -119,6 +119,17 @@ def judge_body(
     return None
 
 
+def told_in_body(body: bytes) -> int | None:
+    """The status of an error that a successful answer is in truth; None for all others."""
+    if b'"abort"' not in body and b'"error"' not in body:
+        return None
+    said = _loads(body)
+    for part in said if isinstance(said, list) else [said]:
+        if isinstance(part, dict) and (status := _told(part)) is not None:
+            return status
+    return None
+
+
 def _of_generate(said: dict[str, Any]) -> EventVerdict:
     meta = said["meta_info"]
     index = said.get("index", 0)

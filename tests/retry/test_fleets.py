@@ -210,6 +210,15 @@ def test_what_is_handed_on_as_an_error_is_never_ok() -> None:
                 plans = {"a": {"fail": "status", "status": status, "body": {"error": {}}}}
                 assert (await post(proxy.url + "/generate", {"plans": plans})).status == status
                 expected[outcome] += 1
+            abort = {"type": "abort", "status_code": 400, "message": "too long"}
+            for body, outcome in (
+                ({"meta_info": {"finish_reason": abort}}, "rejected"),
+                ({"error": {"message": "x", "code": 501}}, "failed"),
+                ({"text": '"error"', "meta_info": {"finish_reason": {"type": "stop"}}}, "ok"),
+            ):
+                plans = {"a": {"fail": "status", "status": 200, "body": body}}
+                assert (await post(proxy.url + "/generate", {"plans": plans})).status == 200
+                expected[outcome] += 1
             for code, outcome in ((400, "rejected"), (500, "broken")):
                 event = {"error": {"message": "x", "code": code}}
                 plans = {"a": {"fail": "abort_event", "after": 2, "event": event}}
