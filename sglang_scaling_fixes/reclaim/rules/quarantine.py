@@ -75,15 +75,11 @@ class Hold:
         """A new request of this prefill would fare no better.
 
         A successor is not blamed for its predecessor, and a stock prefill not for being stock.
-        Once a new engine receives, what happened under the old one says nothing of the next
-        request: stock's prefill shuns the old session only.
+        Once a new engine receives, a failed write of before says nothing of the next: stock's
+        prefill shuns the old session only.
         """
-        if self.fencing:
-            return self._silent
-        return bool(self.poisoned) or bool(self.gone and not self.back) or self._silent
-
-    @property
-    def _silent(self) -> bool:
+        if (self.gone and not self.back) or (self.poisoned and not self.fencing):
+            return True
         said = self.replaced + self.poisoned + self.mute + self.gone + self.succeeded
         return self.unproven > said and self.quiet_s > GRACE_S
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks.retry_proxy.__main__ import aims, text
+from benchmarks.retry_proxy.__main__ import STOPPED_SIZE, aims, text
 from benchmarks.retry_proxy.worker import EVENT, LAST
 
 
-def result(difference: float, slowest: int) -> dict[str, Any]:
+def result(difference: float, slowest: int, each: float) -> dict[str, Any]:
     latency = {
         "direct_median": 0.1,
         "through_median": 0.1 + difference,
@@ -22,15 +22,27 @@ def result(difference: float, slowest: int) -> dict[str, Any]:
         {"streams": n, "events_per_cpu_s": e} for n, e in ((1, 100), (16, slowest), (64, 20_000))
     ]
     found = {"latency": latency, "paced": paced, "unpaced": [{"streams": 1, "ratio": 0.9}]}
+    found["stopped"] = {
+        "readers": 200,
+        "event_bytes": STOPPED_SIZE,
+        "rss_before_mib": 50.0,
+        "rss_after_mib": 50.0 + 200 * each,
+        "mib_each": each,
+    }
     return {**found, "aims": aims(found)}
 
 
 @pytest.mark.parametrize(
-    ("difference", "slowest", "met"),
-    [(0.4, 5000, [True, True]), (1.0, 5000, [False, True]), (0.4, 4999, [True, False])],
+    ("difference", "slowest", "each", "met"),
+    [
+        (0.4, 5000, 0.4, [True, True, True]),
+        (1.0, 5000, 0.4, [False, True, True]),
+        (0.4, 5000, 0.6, [True, False, True]),
+        (0.4, 4999, 0.4, [True, True, False]),
+    ],
 )
-def test_aims(difference: float, slowest: int, met: list[bool]) -> None:
-    found = result(difference, slowest)
+def test_aims(difference: float, slowest: int, each: float, met: list[bool]) -> None:
+    found = result(difference, slowest, each)
     assert list(found["aims"].values()) == met
     assert text(found).count("MISSED: ") == met.count(False)
 

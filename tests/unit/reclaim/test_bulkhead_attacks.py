@@ -172,7 +172,9 @@ def test_refusals_do_not_use_up_the_questions(fences: Any) -> None:
     assert decode.asks()
 
 
-def test_a_successor_does_not_wait_for_anothers_transfer(fences: Any) -> None:
+def test_a_successor_does_not_wait_for_anothers_transfer(
+    fences: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     decode = armed(Config())
     receiver, *_ = decode.expose(8, 10)
     exposure = receiver.sglang_scaling_fixes_exposure  # of another prefill, slow and healthy
@@ -183,7 +185,14 @@ def test_a_successor_does_not_wait_for_anothers_transfer(fences: Any) -> None:
     for _ in range(3):
         decode.guard.tick()
     assert fences.switched and not fences.proofs_at_close
-    assert not decode.refused(PREFILL), decode.answers
+    assert decode.refused(PREFILL)  # control: nobody has taken its place
+    serves = liveness.serves
+    monkeypatch.setattr(liveness, "serves", lambda a: True if a == PREFILL else serves(a))
+    until = time.monotonic() + 10
+    while decode.refused(PREFILL) and time.monotonic() < until:
+        decode.guard.tick()
+        time.sleep(0.05)
+    assert not fences.proofs_at_close and not decode.refused(PREFILL), decode.answers
 
 
 @pytest.mark.parametrize("mode", ["auto", "always"])

@@ -18,12 +18,12 @@ KNOWN = {
     Writer: "rank incarnation hello bound_by disputed sent reported proof stuck poisoned writes_at "
     "ended aborts next_abort",
     Exposure: "lease attempt_id room writers engine prefill state gave_up_at untagged late slots "
-    "tokens metadata waits last_word blames",
+    "tokens metadata waits last_word blames stands",
     Attempt: "room attempt_id bindings exposed coverage short awaiting_ack untold ended reported "
     "phase closed closed_for over sender active poisoned",
     Coverage: "pages states tokens writes unwritten unqueued in_hand looked_at",
-    DecodeLedger: "_incarnation group _number engine peers _hellos _exposed _held _rooms "
-    "_questions _causes _given_up_rooms _memory successes endings",
+    DecodeLedger: "_incarnation group _number engine peers answered_by _hellos _exposed _held "
+    "_rooms _questions _causes _given_up_rooms _memory successes endings",
     PrefillLedger: "incarnation _memory _unserved_limit _rooms _by_attempt_id _by_lease _senders "
     "_waiting _finished _unsent _unserved _forgotten kept refused_rooms ended_rooms",
 }

@@ -54,6 +54,9 @@ def test_only_what_stands_counts_and_only_past_the_bound(holds: list[Hold], over
         (Hold(0.0, 1, True, unproven=1, poisoned=1, fencing=True), False),
         (Hold(OLD, 1, True, unproven=1, poisoned=1, fencing=True), False),
         (Hold(0.0, 1, True, unproven=1, gone=1, fencing=True), True),
+        (Hold(OLD, 1, True, unproven=1, gone=1, back=True), False),
+        (Hold(OLD, 1, True, unproven=1, succeeded=1), False),
+        (Hold(OLD, 1, True, unproven=2, succeeded=1), True),
         (Hold(OLD, 1, True, unproven=1, fencing=True), True),
     ],
 )
