@@ -16,8 +16,9 @@ SMALL_BYTES = 1 << 16
 """A field of the API that is not text is looked into up to this size."""
 MANY_PROMPTS = 1 << 16
 """More prompts, or parts of them, than any server takes in one request."""
-BEGINNING_BYTES = 2048
-"""Of a prompt that is no list of messages: what is taken for its conversation's beginning."""
+BEGINNING_BYTES = 512
+"""Of a prompt that is no list of messages: what is taken for its conversation's beginning. A first
+turn that is shorter does not count for one with its later turns."""
 SESSION_HEADERS = ("x-session-id", "x-smg-routing-key", "x-conversation-id", "session-id")
 """A client's own name for the conversation that a request belongs to."""
 
