@@ -159,7 +159,17 @@ def serve(settings: ProxySettings, read: Callable[[], list[Server]]) -> None:
         file=sys.stderr,
         flush=True,
     )
-    asyncio.run(_Serving(app, settings).run(sockets))
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(_Serving(app, settings).run(sockets))
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """SGLang brings uvloop, which takes a third less CPU for an event."""
+    try:
+        import uvloop
+    except ModuleNotFoundError:
+        return None
+    return uvloop.new_event_loop
 
 
 def _name(listener: socket.socket) -> str:

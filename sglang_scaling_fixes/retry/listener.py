@@ -96,6 +96,9 @@ class ClientProtocol(H11Protocol):
         connection = transport.get_extra_info("socket")
         with contextlib.suppress(OSError, AttributeError):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, self.idle_ms)
+            # asyncio leaves it out for listeners that were made without naming the protocol. Then
+            # a body waits 40 ms for the acknowledgement of its headers.
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._expect_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:

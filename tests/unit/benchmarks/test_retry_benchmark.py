@@ -37,7 +37,7 @@ def result(difference: float, slowest: int, each: float) -> dict[str, Any]:
     [
         (0.4, 5000, 0.4, [True, True, True]),
         (1.0, 5000, 0.4, [False, True, True]),
-        (0.4, 5000, 0.6, [True, False, True]),
+        (0.4, 5000, 0.8, [True, False, True]),
         (0.4, 4999, 0.4, [True, True, False]),
     ],
 )
