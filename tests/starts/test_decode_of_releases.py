@@ -76,6 +76,7 @@ class Decode:
         )
         self.transfers = []
         self.queue = Queue(
+            num_reserved_decode_tokens=512,
             queue=[], transfer_queue=SimpleNamespace(queue=self.transfers), kv_manager=manager,
             scheduler=self.scheduler, transfer_backend=TransferBackend.MOONCAKE,
             token_to_kv_pool_allocator=self.tokens, req_to_metadata_buffer_idx_allocator=self.aux,
