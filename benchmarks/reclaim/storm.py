@@ -30,6 +30,7 @@ from sglang_scaling_fixes.reclaim.rules.quarantine import GRACE_S
 TRANSFERS, WRITERS = (64, 512, 2000), (1, 8)
 TOKENS = 16
 """Token slots of each transfer, one to a page."""
+STEP_S = 0.5
 TURNS, TURN_S = 200, 0.02
 """Scheduler turns measured while everything is held, and seconds from one to the next."""
 
@@ -60,8 +61,10 @@ def once(count: int, writers: int) -> dict[str, Any]:
             rank.give_up(*transfer)
         rank.side.tick()
         storm, aborts = time.thread_time_ns() - began, rank.aborts
-        now.ahead += GRACE_S + 1
         lines.clear()
+        for _ in range(round((GRACE_S + 1) / STEP_S)):  # a longer one would be decode's own pause
+            now.ahead += STEP_S
+            rank.turn()
         turns = []
         for _ in range(TURNS):
             now.ahead += TURN_S

@@ -35,8 +35,8 @@ from sglang_scaling_fixes.reclaim.rules.reasons import why_held
 logger = logging.getLogger(__name__)
 
 PAUSE_S, PAUSES = 1.0, 64
-"""A tick that comes later than this after the last one was a pause of this scheduler, and nobody
-else's silence: new weights, a compilation, a fence. So many are remembered."""
+"""What one wait for the next tick adds to a prefill's silence, at most. What is longer was a pause
+of this scheduler: new weights, a compilation, a fence. So many are remembered."""
 LOOK_AGAIN_S = 0.1
 """Seconds between two assessments of what is held."""
 
@@ -52,7 +52,7 @@ class Relief:
         self._peers = peers
         self._liveness = Liveness()
         self._next_look = 0.0
-        self._looked_at = float("inf")
+        self._looked_at = time.monotonic()
         self._stood_still: deque[tuple[float, float]] = deque(maxlen=PAUSES)
         """When this scheduler came to no tick: from, and until."""
         self._pressure = Pressure(refuse=False, fence=False)
@@ -82,9 +82,7 @@ class Relief:
     def assess(self, held: Sequence[Exposure], quarantine: Quarantine) -> Pressure:
         """What this rank alone would do about what it holds, and whom it blames (`blames`)."""
         now = time.monotonic()
-        if now - self._looked_at > PAUSE_S:
-            self._stood_still.append((self._looked_at, now))
-        self._looked_at = now
+        self._note_pause(held, now)
         stuck, self.crowded_out = self.crowded_out, False
         if now >= self._next_look:
             self._look(quarantine, now)
@@ -95,10 +93,10 @@ class Relief:
         self._next_look = now + LOOK_AGAIN_S
         holds: list[Hold] = []
         with self._lock:
-            causes = self._ledger.causes
-            self._liveness.look(self._suspects(causes, now))
-            for cause in causes:
-                for hold, exposures in self._holds(cause, now):
+            judged = [(cause, self._quiet_s(cause.held, now)) for cause in self._ledger.causes]
+            self._liveness.look(self._suspects(judged))
+            for cause, quiet_s in judged:
+                for hold, exposures in self._holds(cause, quiet_s):
                     holds.append(hold)
                     blames, stands = hold.blames, hold.stands
                     for exposure in exposures:
@@ -106,51 +104,73 @@ class Relief:
         mode = "off" if self.no_fence else self._mode
         self._pressure = quarantine.decide(holds, mode=mode)
 
-    def _quiet_s(self, exposure: Exposure, now: float) -> float:
-        """For how long nobody has said anything of it while this rank could ask."""
-        since = exposure.last_word
-        paused = (min(until, now) - max(began, since) for began, until in self._stood_still)
-        return now - since - sum(max(0.0, seconds) for seconds in paused)
+    def _note_pause(self, held: Sequence[Exposure], now: float) -> None:
+        """Remember when nobody could be asked, as long as something is held since then.
 
-    def _suspects(self, causes: Sequence[Cause], now: float) -> set[str]:
+        While nothing is held nobody looks, and that is no pause.
+        """
+        oldest = held[0].gave_up_at if held else now
+        began = max(self._looked_at, oldest)
+        if now - began > PAUSE_S:
+            self._stood_still.append((began + PAUSE_S, now))
+        self._looked_at = now
+        while self._stood_still and self._stood_still[0][1] <= oldest:
+            self._stood_still.popleft()
+
+    def _quiet_s(self, held: Sequence[Exposure], now: float) -> list[float]:
+        """For how long nobody has said anything of each while this rank could ask."""
+        if not self._stood_still:  # as nearly always, and there may be thousands
+            return [now - exposure.last_word for exposure in held]
+        return [now - e.last_word - self._paused_s(e.last_word, now) for e in held]
+
+    def _paused_s(self, since: float, now: float) -> float:
+        paused = (min(until, now) - max(began, since) for began, until in self._stood_still)
+        return sum(max(0.0, seconds) for seconds in paused)
+
+    @staticmethod
+    def _suspects(judged: Sequence[tuple[Cause, Sequence[float]]]) -> set[str]:
         """Ranks that have said nothing for so long that they may be gone, and their instances."""
         found: set[str] = set()
-        for cause in causes:
-            quiet = [e for e in cause.held if self._quiet_s(e, now) > GRACE_S]
-            if quiet:
-                found.update(cause.ranks, {exposure.prefill for exposure in quiet})
+        for cause, quiet_s in judged:
+            instances = {
+                e.prefill for e, quiet in zip(cause.held, quiet_s, strict=True) if quiet > GRACE_S
+            }
+            if instances:
+                found.update(cause.ranks, instances)
         return found - {""}
 
-    def _holds(self, cause: Cause, now: float) -> list[tuple[Hold, list[Exposure]]]:
-        """What waits for this, put together where it is judged alike, and the exposures of each."""
+    def _holds(self, cause: Cause, quiet_s: Sequence[float]) -> list[tuple[Hold, list[Exposure]]]:
+        """What waits for this, put together where it is judged alike, and the exposures of each.
+
+        `quiet_s`: of each of `cause.held`.
+        """
         replaced = [w for w in cause.waits if self._ledger.replaced(w)]
         gone = [w for w in cause.waits if w not in replaced and self._liveness.gone(w.rank)]
         live = [w for w in cause.waits if w not in replaced and w not in gone]
         mute = [w for w in live if not w.poisoned and not self._ledger.successes.runs_plugin(w)]
         others = [w for w in live if not w.poisoned and w not in mute]
-        alike: dict[tuple[bool, bool], list[Exposure]] = {}
-        for e in cause.held:
-            quiet = self._quiet_s(e, now) > GRACE_S
-            alike.setdefault((quiet, e.engine != self._ledger.engine), []).append(e)
-        return [
-            (
-                Hold(
-                    max(self._quiet_s(exposure, now) for exposure in exposures),
-                    sum(exposure.tokens for exposure in exposures),
-                    sum(exposure.metadata for exposure in exposures),
-                    unproven=len(cause.waits),
-                    poisoned=sum(w.poisoned for w in live),
-                    gone=len(gone),
-                    replaced=len(replaced),
-                    succeeded=sum(self._ledger.answered_for(w) for w in others),
-                    back=all(self._liveness.back(e.prefill) for e in exposures),
-                    mute=len(mute),
-                    fencing=fencing,
-                ),
-                exposures,
+        alike: dict[tuple[bool, bool], list[tuple[float, Exposure]]] = {}
+        engine = self._ledger.engine
+        for quiet, e in zip(quiet_s, cause.held, strict=True):
+            alike.setdefault((quiet > GRACE_S, e.engine != engine), []).append((quiet, e))
+        found = []
+        for (_, fencing), alike_ones in alike.items():
+            exposures = [exposure for _, exposure in alike_ones]
+            hold = Hold(
+                max(quiet for quiet, _ in alike_ones),
+                sum(exposure.tokens for exposure in exposures),
+                sum(exposure.metadata for exposure in exposures),
+                unproven=len(cause.waits),
+                poisoned=sum(w.poisoned for w in live),
+                gone=len(gone),
+                replaced=len(replaced),
+                succeeded=sum(self._ledger.answered_for(w) for w in others),
+                back=bool(gone) and all(map(self._liveness.back, {e.prefill for e in exposures})),
+                mute=len(mute),
+                fencing=fencing,
             )
-            for (_, fencing), exposures in alike.items()
-        ]
+            found.append((hold, exposures))
+        return found
 
     # -- refusing -----------------------------------------------------------------------
 

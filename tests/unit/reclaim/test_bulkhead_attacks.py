@@ -217,6 +217,22 @@ def test_a_decode_that_stood_still_blames_nobody(
     assert fences.switched if mode == "always" else decode.refused(PREFILL)
 
 
+def test_a_time_without_holds_is_no_pause(fences: Any) -> None:
+    decode = armed(Config())
+    relief = decode.guard.relief
+    relief._looked_at -= 3600  # nothing was held for an hour
+    decode.give_up(*decode.expose(7, 10), age=0.0)
+    decode.guard.tick()
+    assert not relief._stood_still
+    # Control: one that goes on while something is held is remembered, and forgotten with it.
+    relief._looked_at -= 10
+    relief._ledger.held[0].gave_up_at -= 20
+    decode.guard.tick()
+    assert len(relief._stood_still) == 1
+    relief._note_pause([], time.monotonic())
+    assert not relief._stood_still
+
+
 def test_a_registration_that_failed_told_nobody(fences: Any) -> None:
     decode = armed(Config(fence="always"))
     decode.give_up(*decode.expose(7, 50))
