@@ -32,10 +32,8 @@ class _Progress:
 
     opinions: Opinions
     tried: Tried = field(default_factory=Tried)
-    team: Team | None = None
-    """The last that was asked."""
     asked: list[Team] = field(default_factory=list)
-    attempts: int = 0
+    """One for each attempt. `tried` forgets them once no worker is at fault."""
     migrations: int = 0
     """Attempts that went on with a stream of which the client has the beginning."""
     failure: Failure | None = None
@@ -45,6 +43,10 @@ class _Progress:
     """Attempts that a worker had, and no answer came."""
     crashed: int = 0
     """Attempts that ended with 500, which may be the request's own doing."""
+
+    @property
+    def attempts(self) -> int:
+        return len(self.asked)
 
 
 class Dispatcher:
@@ -105,16 +107,15 @@ class Dispatcher:
         requests: int,
     ) -> bool:
         """Whether to ask nobody else. What a worker refuses is asked again within the budget."""
-        failure = progress.failure
-        assert failure is not None
-        if failure.reason is not Reason.UNAVAILABLE:
-            self._report(request, reply, progress, "retried")
-            return await self._try(request, team, reply, progress)
-        if not self._budget.take(requests):
+        assert progress.failure is not None
+        refused = progress.failure.reason is Reason.UNAVAILABLE
+        if refused and not self._budget.take(requests):
             self._telemetry.retry_refused()
             return True
+        self._report(request, reply, progress, "retried")
+        if not refused:
+            return await self._try(request, team, reply, progress)
         try:
-            self._report(request, reply, progress, "retried")
             await asyncio.sleep(wait_seconds(progress.attempts, self._chance))
             return await self._try(request, team, reply, progress)
         finally:
@@ -124,8 +125,6 @@ class Dispatcher:
         self, request: ClientRequest, team: Team, reply: ClientReply, progress: _Progress
     ) -> bool:
         """One attempt, and what it says about its workers. Whether to ask nobody else."""
-        progress.attempts += 1
-        progress.team = team
         progress.asked.append(team)
         progress.tried.teams.append(team)
         for worker in team.members:
@@ -254,10 +253,9 @@ class Dispatcher:
     ) -> None:
         """Count and log that the team tried last has failed."""
         assert progress.failure is not None
-        assert progress.team is not None
         self._telemetry.attempt_failed(
             request,
-            progress.team,
+            progress.asked[-1],
             progress.failure,
             attempt=progress.attempts,
             sent_bytes=reply.sent,
@@ -295,9 +293,6 @@ def _refusal_by_pairs(request: ClientRequest) -> Refusal | None:
     if request.route.pairs is Pairs.NONE:
         text = f"{request.path} needs a worker that is not half of a pair"
         return Refusal(501, "not_proxied", text)
-    if request.headers.get("content-encoding", "identity") != "identity":
-        text = "a pair's room cannot be added to an encoded body"
-        return Refusal(415, "unsupported_encoding", text)
-    if request.facts is None:
+    if request.facts is None:  # an empty body
         return Refusal(400, "invalid_request_error", "the body is not a JSON object")
     return None

@@ -4,7 +4,6 @@ The first worker's are the answer's. A later worker's are replaced by them, in w
 
     /generate                  meta_info.id
     completions, chat          id, created
-    messages                   message.id
     responses                  response.id and created_at, item ids by output_index, call ids,
                                sequence_number
 
@@ -23,7 +22,7 @@ from sglang_scaling_fixes.retry.sse import data_of
 class Names:
     def __init__(self) -> None:
         self._top: dict[str, Any] = {}
-        self._meta_id: Any = None
+        self._meta: dict[str, Any] = {}
         self._response: dict[str, Any] = {}
         self._items: dict[int, dict[str, Any]] = {}
         self.next_sequence = 0
@@ -50,9 +49,7 @@ class Names:
         changed = _align(self._top, said, ("id", "created"), continued)
         meta = said.get("meta_info")
         if isinstance(meta, dict):
-            known = {} if self._meta_id is None else {"id": self._meta_id}
-            changed |= _align(known, meta, ("id",), continued)
-            self._meta_id = known.get("id")
+            changed |= _align(self._meta, meta, ("id",), continued)
         response = said.get("response")
         if isinstance(response, dict):
             changed |= _align(self._response, response, ("id", "created_at"), continued)
@@ -64,11 +61,9 @@ class Names:
             if "item" in said:
                 changed |= self._item(index, said["item"], continued)
             if "item_id" in said:
-                names = self._items.setdefault(index, {})
-                if continued and names.get("id") not in (None, said["item_id"]):
-                    said["item_id"] = names["id"]
-                    changed = True
-                names.setdefault("id", said["item_id"])
+                item = {"id": said["item_id"]}
+                changed |= self._item(index, item, continued)
+                said["item_id"] = item["id"]
         return changed
 
     def _item(self, index: int, item: Any, continued: bool) -> bool:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import asyncio
 
 
+class OutOfPatience(Exception):
+    """Nothing came in time."""
+
+
 class Patience:
-    """Cancels its task once `until` has passed; `over` then says that it was this.
+    """As `asyncio.timeout`, in a block of one task: OutOfPatience once `wait` was too long ago.
 
     `wait` costs no more than a look at the clock. So it can be called for every event. The timer
     looks every second whether the time was moved.
@@ -19,12 +23,21 @@ class Patience:
         task = asyncio.current_task()
         assert task is not None
         self._task = task
-        self._before = task.cancelling()
         self._until = float("inf")
         self._left = 0.0
         self._timer: asyncio.TimerHandle | None = None
-        self.over = False
-        self._ended = False
+        self._over = False
+
+    def __enter__(self) -> None:
+        self._before = self._task.cancelling()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        # Who else has cancelled the task meanwhile wants it to end.
+        alone = self._over and self._task.uncancel() <= self._before
+        if alone and kind is asyncio.CancelledError:
+            raise OutOfPatience from None
 
     def wait(self, seconds: float) -> None:
         """From now on, so long."""
@@ -41,19 +54,10 @@ class Patience:
     def resume(self) -> None:
         self._until = self._loop.time() + self._left
 
-    def end(self) -> None:
-        if self._ended:
-            return
-        self._ended = True
-        if self._timer is not None:
-            self._timer.cancel()
-        if self.over:
-            self.over = self._task.uncancel() <= self._before
-
     def _look(self) -> None:
         now = self._loop.time()
         if now >= self._until:
-            self.over = True
+            self._over = True
             self._task.cancel()
         else:
             self._timer = self._loop.call_at(min(self._until, now + self.LOOK_S), self._look)

@@ -9,11 +9,11 @@ import aiohttp
 from sglang_scaling_fixes.retry.budget import Lease
 from sglang_scaling_fixes.retry.failure import Failure, Reason
 from sglang_scaling_fixes.retry.headers import headers_for_client, is_event_stream, retry_after
-from sglang_scaling_fixes.retry.patience import Patience
+from sglang_scaling_fixes.retry.patience import OutOfPatience, Patience
 from sglang_scaling_fixes.retry.reply import ClientReply
 from sglang_scaling_fixes.retry.request import ClientRequest
 from sglang_scaling_fixes.retry.settings import ProxySettings
-from sglang_scaling_fixes.retry.stream import Stream
+from sglang_scaling_fixes.retry.stream import EventStream, Stream
 from sglang_scaling_fixes.retry.trail import (
     RESUMED_HEADER,
     TrailStream,
@@ -56,7 +56,7 @@ class Relay:
         call: WorkerCall,
         response: aiohttp.ClientResponse,
         reply: ClientReply,
-    ) -> Stream | TrailStream:
+    ) -> EventStream:
         """Raises Failure if the worker begins an answer that the client has the beginning of."""
         family, limit = request.route.family, self._settings.hold_bytes
         so_far = reply.so_far
@@ -117,7 +117,7 @@ class _PassingStream:
         self,
         settings: ProxySettings,
         url: str,
-        stream: Stream | TrailStream,
+        stream: EventStream,
         reply: ClientReply,
         lease: Lease,
     ) -> None:
@@ -131,16 +131,12 @@ class _PassingStream:
     async def run(self, response: aiohttp.ClientResponse) -> None:
         """Returns when the client has all of it. Raises Failure."""
         try:
-            await self._events(response)
-        except asyncio.CancelledError:
-            self._patience.end()
-            if not self._patience.over:
-                raise
+            with self._patience:
+                await self._events(response)
+        except OutOfPatience:
             which = "next" if self._stream.progress else "first"
             text = f"the worker did not send the {which} event in time"
             raise Failure(Reason.TIMEOUT, text) from None
-        finally:
-            self._patience.end()
         until = asyncio.get_running_loop().time() + AFTER_END_S
         while chunk := await _after_the_end(response.content, until):
             await self._reply.body(self._stream.feed(chunk), more=True)

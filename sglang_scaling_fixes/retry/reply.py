@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from sglang_scaling_fixes.retry.headers import Headers
-from sglang_scaling_fixes.retry.stream import Stream
-from sglang_scaling_fixes.retry.trail import Continuation, TrailStream
+from sglang_scaling_fixes.retry.stream import EventStream
+from sglang_scaling_fixes.retry.trail import Continuation
 
 if TYPE_CHECKING:
     from starlette.types import Send
@@ -36,7 +36,7 @@ class ClientReply:
         self.told: int | None = None
         self.on_start: Callable[[], None] = _nothing
         self._time = asyncio.get_running_loop().time
-        self.stream: Stream | TrailStream | None = None
+        self.stream: EventStream | None = None
         self.so_far: Continuation | None = None
         self.blocked_since: float | None = None
         self.started = False

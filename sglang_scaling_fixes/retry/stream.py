@@ -12,6 +12,7 @@ Under speculative decoding such an event carries several tokens: then more is he
 
 from __future__ import annotations
 
+import abc
 import re
 
 from sglang_scaling_fixes.retry.failure import Failure, Reason
@@ -22,29 +23,14 @@ from sglang_scaling_fixes.retry.verdict import EventVerdict, judge_event, remark
 _SEQUENCE = re.compile(rb'"sequence_number":\s*(\d+)')
 
 
-class Stream:
-    """`generations`: prompts times samples; each must have its tokens. `limit`: bytes held."""
+class EventStream(abc.ABC):
+    """One worker's events, cut out of its chunks and judged. Subclasses say what is given out."""
 
-    def __init__(
-        self,
-        family: Family,
-        hold_tokens: int,
-        limit: int,
-        generations: int,
-        retryable: frozenset[int],
-    ) -> None:
+    def __init__(self, family: Family, limit: int, retryable: frozenset[int]) -> None:
         self._family = family
-        self._hold_tokens = hold_tokens
         self._limit = limit
-        self._generations = generations
         self._retryable = retryable
         self._cutter = Cutter(limit)
-        self._holding = True
-        self._held: list[bytes] = []
-        self._held_bytes = 0
-        self._tokens: dict[int, int] = {}
-        self._finished: set[int] = set()
-        self._last = b""
         self.ended = False
         """Whether the API's last event has arrived."""
         self.failure: Failure | None = None
@@ -55,25 +41,77 @@ class Stream:
         """Grows with every event of the answer, and with no comment."""
 
     @property
+    @abc.abstractmethod
     def held(self) -> int:
         """Bytes in memory."""
+
+    @property
+    @abc.abstractmethod
+    def next_sequence(self) -> int:
+        """The number after that of the last event given out; 0 where events have none."""
+
+    @abc.abstractmethod
+    def feed(self, chunk: bytes) -> bytes:
+        """What may be given out now: whole events, none of them after a failure."""
+
+    def close(self) -> bytes:
+        """The worker has closed the stream before its last event: a failure, and no bytes."""
+        self.failure = Failure(Reason.LOST, "the stream ended before its last event")
+        return b""
+
+    def _cut(self, chunk: bytes) -> bytes:
+        """The events that are complete now; b"" if there is none, or one is too long."""
+        try:
+            return self._cutter.cut(chunk)
+        except TooLong:
+            text = f"one event of the stream is larger than {self._limit} bytes"
+            self.failure = Failure(Reason.TOO_LARGE, text)
+            return b""
+
+    def _judge(self, event: bytes) -> EventVerdict:
+        """Take note of what it says. `failure` is set if it fails the attempt."""
+        verdict = judge_event(event, self._family, self._retryable)
+        if verdict.failure is not None:
+            self.failure = verdict.failure
+        else:
+            self.ended = self.ended or verdict.end
+            self.told = self.told or verdict.error
+            self.progress += bool(data_of(event))
+        return verdict
+
+
+class Stream(EventStream):
+    """`generations`: prompts times samples; each must have its tokens. `limit`: bytes held."""
+
+    def __init__(
+        self,
+        family: Family,
+        hold_tokens: int,
+        limit: int,
+        generations: int,
+        retryable: frozenset[int],
+    ) -> None:
+        super().__init__(family, limit, retryable)
+        self._hold_tokens = hold_tokens
+        self._generations = generations
+        self._holding = True
+        self._held: list[bytes] = []
+        self._held_bytes = 0
+        self._tokens: dict[int, int] = {}
+        self._finished: set[int] = set()
+        self._last = b""
+
+    @property
+    def held(self) -> int:
         return self._held_bytes + self._cutter.held
 
     @property
     def next_sequence(self) -> int:
-        """The number after that of the last event given out; 0 where events have none."""
         numbers = _SEQUENCE.findall(self._last)
         return int(numbers[-1]) + 1 if numbers else 0
 
     def feed(self, chunk: bytes) -> bytes:
-        """What may be given out now: whole events, none of them after a failure."""
-        try:
-            block = self._cutter.cut(chunk)
-        except TooLong:
-            self.failure = Failure(
-                Reason.TOO_LARGE, f"one event of the stream is larger than {self._limit} bytes"
-            )
-            return b""
+        block = self._cut(chunk)
         if not block:
             return b""
         if not self._holding and not remarkable(block):
@@ -82,22 +120,13 @@ class Stream:
             return block
         return self._sift(block)
 
-    def close(self) -> bytes:
-        """The worker has closed the stream before its last event: a failure, and no bytes."""
-        self.failure = Failure(Reason.LOST, "the stream ended before its last event")
-        return b""
-
     def _sift(self, block: bytes) -> bytes:
         held = self._holding
         out: list[bytes] = []
         for event in events(block):
-            verdict = judge_event(event, self._family, self._retryable)
-            if verdict.failure is not None:
-                self.failure = verdict.failure
+            verdict = self._judge(event)
+            if self.failure is not None:
                 break
-            self.ended = self.ended or verdict.end
-            self.told = self.told or verdict.error
-            self.progress += bool(data_of(event))
             self._held.append(event)
             self._held_bytes += len(event)
             if self._holding and not self._enough(event, verdict):

@@ -27,8 +27,8 @@ from sglang_scaling_fixes.retry.failure import Failure, Reason
 from sglang_scaling_fixes.retry.names import Names
 from sglang_scaling_fixes.retry.request import ClientRequest
 from sglang_scaling_fixes.retry.routes import Family
-from sglang_scaling_fixes.retry.sse import Cutter, TooLong, data_of, events
-from sglang_scaling_fixes.retry.verdict import judge_event
+from sglang_scaling_fixes.retry.sse import data_of, events
+from sglang_scaling_fixes.retry.stream import EventStream
 
 FIELD = "sglang_scaling_fixes_resume"
 """In a request's body: the tokens that the answer has already."""
@@ -58,6 +58,7 @@ class Continuation:
     names: Names = field(default_factory=Names)
     begun: int = 0
     """How many tokens the running attempt began with."""
+    kept_bytes: int = 0
 
     def fields(self) -> dict[str, Any]:
         """What to add to the body of the next attempt."""
@@ -69,13 +70,25 @@ class Continuation:
     @property
     def size(self) -> int:
         """Bytes in memory."""
-        return 8 * len(self.ids) + sum(len(event) for _, event in self.kept)
+        return 8 * len(self.ids) + self.kept_bytes
+
+    def keep(self, event: bytes) -> None:
+        """An event with which the answer has the tokens of `ids`."""
+        self.kept.append((len(self.ids), event))
+        self.kept_bytes += len(event)
+
+    def give(self) -> bytes:
+        """The oldest that is kept: it is the client's now."""
+        self.given, event = self.kept.popleft()
+        self.kept_bytes -= len(event)
+        return event
 
     def forget(self) -> None:
         """The answer is begun anew: the client has nothing of it."""
         self.begun = 0
         self.ids.clear()
         self.kept.clear()
+        self.kept_bytes = 0
 
     def go_back(self, failure: Failure) -> bool:
         """Drop what the failed attempt may have spoiled. False if the client has some of it."""
@@ -90,7 +103,7 @@ class Continuation:
         if suspect_from < self.given:
             return False
         while self.kept and self.kept[-1][0] > suspect_from:
-            self.kept.pop()
+            self.kept_bytes -= len(self.kept.pop()[1])
         del self.ids[self.kept[-1][0] if self.kept else self.given :]
         return True
 
@@ -121,86 +134,65 @@ def refuse_resume(so_far: Continuation | None, status: int, body: bytes) -> None
     raise NotResumable
 
 
-class TrailStream:
-    """One attempt's stream. It has the same attributes and methods as `Stream`."""
+class TrailStream(EventStream):
+    """One attempt's stream. What it has not given out, `so_far` keeps for the next attempt."""
 
     def __init__(
         self, family: Family, so_far: Continuation, limit: int, retryable: frozenset[int]
     ) -> None:
-        self._family = family
+        super().__init__(family, limit, retryable)
         self._so_far = so_far
-        self._limit = limit
-        self._retryable = retryable
-        self._cutter = Cutter(limit)
         self._unknown: list[bytes] = []
         """Events whose tokens have not been said yet."""
-        self._sequence = 0
+        self._unknown_bytes = 0
         self._continued = bool(so_far.begun)
-        self.ended = False
-        self.failure: Failure | None = None
-        self.told: int | None = None
-        self.progress = 0
 
     @property
     def held(self) -> int:
-        unknown = sum(len(event) for event in self._unknown)
-        return self._cutter.held + unknown + self._so_far.size
+        return self._cutter.held + self._unknown_bytes + self._so_far.size
 
     @property
     def next_sequence(self) -> int:
         return self._so_far.names.next_sequence
 
     def feed(self, chunk: bytes) -> bytes:
-        try:
-            block = self._cutter.cut(chunk)
-        except TooLong:
-            text = f"one event of the stream is larger than {self._limit} bytes"
-            self.failure = Failure(Reason.TOO_LARGE, text)
-            return b""
-        for event in events(block) if block else ():
+        for event in events(self._cut(chunk)):
             self._take(event)
             if self.failure is not None:
                 break
         if self.failure is not None:
             return b""
         out = self._released()
-        if self.held > self._limit and self.failure is None:
+        if self.held > self._limit:
             text = f"the trail takes more than {self._limit} bytes"
             self.failure = Failure(Reason.TOO_LARGE, text)
         return out
 
-    def close(self) -> bytes:
-        self.failure = Failure(Reason.LOST, "the stream ended before its last event")
-        return b""
-
     def _take(self, event: bytes) -> None:
         if found := _IDS.match(event):
             self._so_far.ids += orjson.loads(found[1])
-            known = len(self._so_far.ids)
-            self._so_far.kept += ((known, each) for each in self._unknown)
-            self._unknown.clear()
+            self._know()
             return
-        verdict = judge_event(event, self._family, self._retryable)
-        if verdict.failure is not None:
-            self.failure = verdict.failure
-            return
-        self.ended = self.ended or verdict.end
-        self.told = self.told or verdict.error
-        if data_of(event):
-            self.progress += 1
+        self._judge(event)
+        if self.failure is None and data_of(event):
             self._unknown.append(event)
+            self._unknown_bytes += len(event)
+
+    def _know(self) -> None:
+        """The tokens of all events so far are those of `so_far`."""
+        for event in self._unknown:
+            self._so_far.keep(event)
+        self._unknown.clear()
+        self._unknown_bytes = 0
 
     def _released(self) -> bytes:
         """What the trail no longer has to keep."""
         so_far, out = self._so_far, []
-        known = len(so_far.ids)
         if self.ended:
-            so_far.kept += ((known, each) for each in self._unknown)
-            self._unknown.clear()
-        elif known < so_far.hold:
+            self._know()
+        elif len(so_far.ids) < so_far.hold:
             return b""
-        while so_far.kept and (self.ended or so_far.kept[0][0] <= known - so_far.trail):
-            tokens, event = so_far.kept.popleft()
-            so_far.given = tokens
-            out.append(so_far.names.rewritten(event, continued=self._continued))
+        last = len(so_far.ids) if self.ended else len(so_far.ids) - so_far.trail
+        while so_far.kept and so_far.kept[0][0] <= last:
+            out.append(so_far.names.rewritten(so_far.give(), continued=self._continued))
         return b"".join(out)

@@ -63,6 +63,8 @@ class Worker:
     """One server, and how its requests have fared."""
 
     server: Server
+    place: int = 0
+    """In the list."""
     in_flight: int = 0
     answered: bool = False
     """A probe or a request has succeeded once."""
@@ -119,6 +121,7 @@ class Workers:
 
     def __init__(self, servers: Iterable[Server]) -> None:
         self.all = [Worker(server) for server in servers]
+        self._number()
         self._turns: dict[Role, int] = dict.fromkeys(Role, 0)
         """By role, the place after the one that was asked last: equal ones take turns."""
 
@@ -130,8 +133,13 @@ class Workers:
         known = {worker.server: worker for worker in self.all}
         wanted = list(dict.fromkeys(servers))
         self.all = [known.get(server) or Worker(server) for server in wanted]
+        self._number()
         kept = set(wanted)
         return [s for s in wanted if s not in known], [s for s in known if s not in kept]
+
+    def _number(self) -> None:
+        for place, worker in enumerate(self.all):
+            worker.place = place
 
     def pick(
         self, tried: Tried, now: float, *, serves: Serves = Serves.ALL, key: bytes = b""
@@ -148,7 +156,7 @@ class Workers:
         if best is None:
             return None
         for worker in best[1].members:
-            self._turns[worker.server.role] = self.all.index(worker) + 1
+            self._turns[worker.server.role] = worker.place + 1
         return best[1]
 
     def _teams(
@@ -198,7 +206,7 @@ class Workers:
             if key:
                 order = (float(full), -_score(key, worker.name))
             else:
-                place = self.all.index(worker) - self._turns[worker.server.role]
+                place = worker.place - self._turns[worker.server.role]
                 order = (worker.in_flight, place % len(self.all))
             found.append(((_ORDER[state], uses, *order), worker))
         found.sort(key=lambda ranked: ranked[0])

@@ -119,14 +119,16 @@ def test_what_is_suspected_is_dropped_or_the_client_is_told(
 
 
 def test_a_rule_over_a_whole_attempt_suspects_what_that_attempt_wrote() -> None:
-    so_far = Continuation(4, 0, ids=[0, 1, 2, 3], given=2)
-    so_far.kept += ((3, event(2)), (4, event(3)))
-    so_far.fields()
-    so_far.ids += [4, 5]
-    so_far.kept += ((5, event(4)), (6, event(5)))
+    so_far = Continuation(4, 0, ids=[0, 1], given=2)
+    for token in (2, 3, 4, 5):
+        if token == 4:
+            so_far.fields()
+        so_far.ids.append(token)
+        so_far.keep(event(token))
     life = Failure(Reason.ANOMALY, "kv_anomaly: x [rule=r suspicion=s suspect_from=0]")
     assert so_far.go_back(life) and so_far.ids == [0, 1, 2, 3]
     assert [tokens for tokens, _ in so_far.kept] == [3, 4]
+    assert so_far.size == 8 * 4 + sum(len(each) for _, each in so_far.kept)
     # Without what the guard says, all of the attempt is suspect, too.
     assert so_far.go_back(Failure(Reason.ANOMALY, "kv_anomaly"))
 
