@@ -6,9 +6,21 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from sglang_scaling_fixes import points, readiness, refusals
+from sglang_scaling_fixes import machine, points, readiness, refusals
 from sglang_scaling_fixes.attach import wrap
 from sglang_scaling_fixes.routes import Answer, Routes
+
+
+def spoken_elsewhere(tokenizer_workers: int | None) -> str | None:
+    """What has HTTP spoken by processes that load no plugins; None if this server's main one does.
+
+    `tokenizer_workers`: of `--tokenizer-worker-num`.
+    """
+    if (tokenizer_workers or 1) > 1:
+        return "--tokenizer-worker-num above 1"
+    if machine.here.env.get("SGLANG_RUST_SERVER", "").lower() in ("1", "true", "yes"):
+        return "SGLANG_RUST_SERVER"
+    return None
 
 
 def attach(

@@ -30,6 +30,11 @@ UNGUARDED = "unguarded"
 FALSE_ALARM = "false_alarm"
 """Withdraw a suspicion. Subject: its name, which the error that it ended with states."""
 
+HEADER = "x-sglang-scaling-fixes-word"
+"""Where a word stands in a request between servers."""
+FALSE_ALARM_PATH = "/sglang_scaling_fixes/false_alarm"
+"""On a server's own port: a POST with a word of that kind."""
+
 MIN_SECRET_BYTES = 16
 _MAC_CHARS = 32
 _SUBJECT = re.compile(r"[A-Za-z0-9_-]{1,64}")

@@ -200,15 +200,20 @@ def prefill_of(req: Any) -> str:
     return f"{req.bootstrap_host}:{req.bootstrap_port}"
 
 
-def admission_tokens(queue: Any, req: Any) -> int:
+def longest_reserved() -> int:
+    """Tokens of an answer that stock wants free beside its prompt, at most."""
+    from sglang.srt.disaggregation.decode import CLIP_MAX_NEW_TOKEN
+
+    return int(CLIP_MAX_NEW_TOKEN)
+
+
+def admission_tokens(queue: Any, req: Any, longest: int) -> int:
     """Token slots that stock wants free before it takes a request in: its prompt and some of its
-    answer. `queue`: the preallocation queue; in it one that does not fit keeps all others waiting.
+    answer, of that `longest_reserved` at most. `queue`: the preallocation queue. In it a request
+    that does not fit keeps all others waiting.
     """
-    reserved = int(getattr(queue, "num_reserved_decode_tokens", 0))
-    clip = getattr(importlib.import_module(type(queue).__module__), "CLIP_MAX_NEW_TOKEN", 0)
-    sampling = getattr(req, "sampling_params", None)
-    wanted = min(int(getattr(sampling, "max_new_tokens", None) or 0), int(clip))
-    return len(req.origin_input_ids) + max(reserved, wanted)
+    wanted = min(req.sampling_params.max_new_tokens or 0, longest)
+    return int(len(req.origin_input_ids) + max(queue.num_reserved_decode_tokens, wanted))
 
 
 def in_step(queue: Any) -> Any:

@@ -40,7 +40,7 @@ QUEUE_INIT = _decode(
         "retracted_queue",
     ),
 )
-QUEUE_ADD = _decode(f"{_QUEUE}.add", ("req", "is_retracted"))
+QUEUE_ADD = _decode(f"{_QUEUE}.add", ("req", "is_retracted"), uses=("num_reserved_decode_tokens",))
 PREPARE_ABORT = _decode(
     f"{_UTILS}:prepare_abort", ("req", "error_message", "status_code"), wrapped=False
 )

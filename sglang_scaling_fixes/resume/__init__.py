@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from sglang_scaling_fixes import machine
+from sglang_scaling_fixes import http
 from sglang_scaling_fixes.errors import ConfigError
 from sglang_scaling_fixes.fix import Armed, Fix
 from sglang_scaling_fixes.resume import points
@@ -39,11 +39,7 @@ class Resume(Fix):
 
     def check(self, server_args: Any, config: Config) -> None:
         """Where HTTP is spoken by processes that load no plugins, the field is not seen."""
-        elsewhere = None
-        if (getattr(server_args, "tokenizer_worker_num", 1) or 1) > 1:
-            elsewhere = "--tokenizer-worker-num above 1"
-        elif machine.here.env.get("SGLANG_RUST_SERVER", "").lower() in ("1", "true", "yes"):
-            elsewhere = "SGLANG_RUST_SERVER"
+        elsewhere = http.spoken_elsewhere(getattr(server_args, "tokenizer_worker_num", None))
         if elsewhere is None:
             return
         why = f"{elsewhere}: plugins are not loaded where HTTP is spoken then"

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import aiohttp
 from multidict import CIMultiDict
 
+from sglang_scaling_fixes import vouch
+
 Headers = list[tuple[bytes, bytes]]
 
 HOP_BY_HOP = frozenset(
@@ -29,7 +31,7 @@ _ROUTING = frozenset(
         "x-data-parallel-rank",
         "x-override-routed-dp-rank",
         "x-override-disagg-prefill-dp-rank",
-        "x-sglang-scaling-fixes-word",
+        vouch.HEADER,
     }
 )
 """What a server takes from whoever balances: no client's reaches a worker."""

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 import aiohttp
 
 from sglang_scaling_fixes.retry.telemetry import log
+from sglang_scaling_fixes.vouch import FALSE_ALARM_PATH, HEADER
 
-PATH = "/sglang_scaling_fixes/false_alarm"
-WORD_HEADER = "x-sglang-scaling-fixes-word"
 TIMEOUT_S = 10.0
 MOST = 64
 """Under way at once. What is not told costs a cached prompt, and no correct answer."""
@@ -37,9 +36,11 @@ class Withdrawals:
 
     async def _tell(self, url: str, word: str) -> None:
         limit = aiohttp.ClientTimeout(total=TIMEOUT_S)
-        headers = {WORD_HEADER: word}
+        headers = {HEADER: word}
         try:
-            async with self._session.post(url + PATH, headers=headers, timeout=limit) as response:
+            async with self._session.post(
+                url + FALSE_ALARM_PATH, headers=headers, timeout=limit
+            ) as response:
                 if response.status >= 400:
                     log(event="not_withdrawn", worker=url, message=f"status {response.status}")
         except (aiohttp.ClientError, OSError, TimeoutError) as error:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from sglang_scaling_fixes import vouch
 from sglang_scaling_fixes.fix import Armed, Fix
 from sglang_scaling_fixes.specguard import points
 from sglang_scaling_fixes.specguard.flags import SETTINGS
@@ -67,7 +68,7 @@ class AnomalyGuard(Fix):
     def routes(self) -> Mapping[str, Answer]:
         from sglang_scaling_fixes.specguard import attach, notify
 
-        return {notify.WITHDRAWAL_PATH: partial(notify.withdraw, secret=attach.secret)}
+        return {vouch.FALSE_ALARM_PATH: partial(notify.withdraw, secret=attach.secret)}
 
     def error_edits(self) -> Sequence[Edit]:
         from sglang_scaling_fixes.specguard import error_type

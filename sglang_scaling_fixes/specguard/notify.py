@@ -32,14 +32,12 @@ from http import HTTPStatus
 from typing import Any
 
 from sglang_scaling_fixes.specguard import tellings
-from sglang_scaling_fixes.specguard.tellings import HEADER, Telling
-from sglang_scaling_fixes.vouch import FALSE_ALARM, vouched
+from sglang_scaling_fixes.specguard.tellings import Telling
+from sglang_scaling_fixes.vouch import FALSE_ALARM, HEADER, vouched
 
 logger = logging.getLogger(__name__)
 
 PATH = "/sglang_scaling_fixes/kv_anomaly"
-WITHDRAWAL_PATH = "/sglang_scaling_fixes/false_alarm"
-"""On a server's own port, for the retry proxy."""
 QUICK_S = 0.25
 """Seconds that a scheduler waits for prefill at most, once per anomaly. A few ms are usual."""
 TIMEOUT_S = 5.0
@@ -196,7 +194,7 @@ def _judge(telling: Telling, word: str, secret: bytes | None) -> tuple[HTTPStatu
 async def withdraw(
     headers: Mapping[str, str], secret: Callable[[], bytes | None]
 ) -> tuple[HTTPStatus, str]:
-    """The answer to `POST WITHDRAWAL_PATH`."""
+    """The answer to a POST to `FALSE_ALARM_PATH`."""
     known = secret()
     if known is None:
         return HTTPStatus.NOT_IMPLEMENTED, "no --spec-guard-secret-file here"

@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from sglang_scaling_fixes import machine
+from sglang_scaling_fixes import http, machine
 from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.errors import ConfigError
 from sglang_scaling_fixes.specguard.detector import SETS, Rules
@@ -185,10 +185,8 @@ def check(server_args: Any, config: Config) -> None:
             refuse("--" + field.replace("_", "-"), why)
     if (resolved(server_args, "pp_size") or 1) > 1:
         refuse("--pp-size above 1", "the stages would end a request in different steps")
-    if (resolved(server_args, "tokenizer_worker_num") or 1) > 1:
-        refuse("--tokenizer-worker-num above 1", "plugins are not loaded where HTTP is spoken then")
-    if machine.here.env.get("SGLANG_RUST_SERVER", "").lower() in ("1", "true", "yes"):
-        refuse("SGLANG_RUST_SERVER", "plugins are not loaded where HTTP is spoken then")
+    if elsewhere := http.spoken_elsewhere(resolved(server_args, "tokenizer_worker_num")):
+        refuse(elsewhere, "plugins are not loaded where HTTP is spoken then")
     if resolved(server_args, "hicache_host_memory_mode") == "buffer_only":
         refuse(
             "--hicache-host-memory-mode buffer_only",

@@ -25,7 +25,6 @@ from sglang_scaling_fixes.vouch import FALSE_ALARM, vouch, vouched
 
 FIELD = "sglang_scaling_fixes_kv_anomaly_"
 """The beginning of our fields' names in set_internal_state."""
-HEADER = "x-sglang-scaling-fixes-word"
 ACCUSED = "kv_anomaly"
 """The kind of the word that signs an accusation."""
 LIFE_S = 300

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -154,23 +155,41 @@ def body(given: list[int] | None = None, **options: Any) -> dict[str, Any]:
     return {"input_ids": PROMPT, "sampling_params": {**sampling, **options}, **top, **resumed}
 
 
-@pytest.fixture(scope="module")
-def worker(new: Environment, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+@contextlib.contextmanager
+def alone(
+    environment: Environment,
+    name: str,
+    run_dirs: pytest.TempPathFactory,
+    *flags: str,
+    model: Callable[[Environment], checkpoints.Model] = checkpoints.llama,
+) -> Iterator[Server]:
+    """A server of its own for the model in whose tokenizer any text can be written."""
     server = Server(
-        new,
-        of_bytes(checkpoints.llama(new)),
-        "resume",
+        environment,
+        of_bytes(model(environment)),
+        name,
         "alone",
         place=LOCAL,
         client=LOCAL,
-        run_dir=tmp_path_factory.mktemp("resume"),
-        flags=("--max-total-tokens", "4096", "--sleep-on-idle", "--plugin", *FLAGS),
+        run_dir=run_dirs.mktemp(name),
+        flags=("--max-total-tokens", "4096", "--plugin", *flags),
     )
     try:
         server.wait_ready()
-        yield Worker(server, server.get("/v1/models").body["data"][0]["id"])
+        yield server
     finally:
         server.end()
+
+
+def named(server: Server) -> Worker:
+    """With the name that it gives its model."""
+    return Worker(server, server.get("/v1/models").body["data"][0]["id"])
+
+
+@pytest.fixture(scope="module")
+def worker(new: Environment, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    with alone(new, "resume", tmp_path_factory, "--sleep-on-idle", *FLAGS) as server:
+        yield named(server)
 
 
 KINDS: dict[str, dict[str, Any]] = {

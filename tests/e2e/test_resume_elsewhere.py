@@ -13,10 +13,10 @@ from sglang_scaling_fixes.lab.install import Environment
 from sglang_scaling_fixes.lab.servers import checkpoints
 from sglang_scaling_fixes.lab.servers import server as lab_server
 from sglang_scaling_fixes.lab.servers.cluster import Cluster, ClusterSpec
-from sglang_scaling_fixes.lab.servers.link import LOCAL, link
+from sglang_scaling_fixes.lab.servers.link import link
 from sglang_scaling_fixes.lab.servers.pending import Outcome
 from sglang_scaling_fixes.lab.servers.serve import SPEC_FLAGS
-from sglang_scaling_fixes.lab.servers.server import COMMON_FLAGS, Server
+from sglang_scaling_fixes.lab.servers.server import COMMON_FLAGS
 from sglang_scaling_fixes.resume.wire import FIELD
 
 from .test_resume import (
@@ -28,8 +28,10 @@ from .test_resume import (
     REQUESTS,
     TOKENS,
     Worker,
+    alone,
     body,
     folded,
+    named,
     of_bytes,
     read,
     so_far,
@@ -41,24 +43,11 @@ pytestmark = pytest.mark.e2e
 @pytest.fixture(scope="module")
 def drafting(new: Environment, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
     """MTP, outputs as deltas, and every answer begins with a thought."""
-    server = Server(
-        new,
-        of_bytes(checkpoints.tiny_glm(new)),
-        "drafting",
-        "alone",
-        place=LOCAL,
-        client=LOCAL,
-        run_dir=tmp_path_factory.mktemp("drafting"),
-        flags=(
-            *("--max-total-tokens", "4096", "--sleep-on-idle", "--plugin", *SPEC_FLAGS),
-            *("--incremental-streaming-output", "--reasoning-parser", "deepseek-r1"),
-        ),
-    )
-    try:
-        server.wait_ready()
-        yield Worker(server, server.get("/v1/models").body["data"][0]["id"])
-    finally:
-        server.end()
+    flags = "--sleep-on-idle", *SPEC_FLAGS, "--incremental-streaming-output"
+    parser = "--reasoning-parser", "deepseek-r1"
+    model = checkpoints.tiny_glm
+    with alone(new, "drafting", tmp_path_factory, *flags, *parser, model=model) as server:
+        yield named(server)
 
 
 @pytest.mark.parametrize("kind", ["plain", "schema", "characters"])
@@ -109,23 +98,10 @@ def overlapping(new: Environment, tmp_path_factory: pytest.TempPathFactory) -> I
     flags = tuple(flag for flag in COMMON_FLAGS if flag != "--disable-overlap-schedule")
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(lab_server, "COMMON_FLAGS", flags)
-        server = Server(
-            new,
-            of_bytes(checkpoints.llama(new)),
-            "overlapping",
-            "alone",
-            place=LOCAL,
-            client=LOCAL,
-            run_dir=tmp_path_factory.mktemp("overlapping"),
-            flags=("--max-total-tokens", "4096", "--plugin"),
-        )
-    try:
-        server.wait_ready()
-        info = server.get("/server_info").body
-        assert info["disable_overlap_schedule"] is False
-        yield Worker(server, "model")
-    finally:
-        server.end()
+        with alone(new, "overlapping", tmp_path_factory) as server:
+            info = server.get("/server_info").body
+            assert info["disable_overlap_schedule"] is False
+            yield Worker(server, "model")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -142,21 +118,8 @@ def test_with_the_overlap_schedule_tokens_are_counted_as_late(
 def older(old: Environment, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
     """A release whose requests hold lists. It has no grammars on a CPU, and its /v1/responses sends
     nothing before the answer is whole."""
-    server = Server(
-        old,
-        of_bytes(checkpoints.llama(old)),
-        "older",
-        "alone",
-        place=LOCAL,
-        client=LOCAL,
-        run_dir=tmp_path_factory.mktemp("older"),
-        flags=("--max-total-tokens", "4096", "--plugin"),
-    )
-    try:
-        server.wait_ready()
-        yield Worker(server, server.get("/v1/models").body["data"][0]["id"])
-    finally:
-        server.end()
+    with alone(old, "older", tmp_path_factory) as server:
+        yield named(server)
 
 
 @pytest.mark.parametrize("kind", ["plain", "frequency", "presence", "repetition"])

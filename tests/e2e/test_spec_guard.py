@@ -21,8 +21,7 @@ from sglang_scaling_fixes.lab.servers.pending import greedy
 from sglang_scaling_fixes.lab.servers.serve import Options, Served, prompt
 from sglang_scaling_fixes.specguard.notify import WITHDRAWAL_PATH
 from sglang_scaling_fixes.specguard.settings import SECRET_FLAG
-from sglang_scaling_fixes.specguard.tellings import HEADER
-from sglang_scaling_fixes.vouch import FALSE_ALARM, FRESH, UNGUARDED, vouch
+from sglang_scaling_fixes.vouch import FALSE_ALARM, FRESH, HEADER, UNGUARDED, vouch
 
 from .servers import resting
 

@@ -27,8 +27,6 @@ from typing import Any
 
 from sglang_scaling_fixes import vouch
 from sglang_scaling_fixes.retry.trail import FIELD
-from sglang_scaling_fixes.retry.withdrawal import PATH as FALSE_ALARM
-from sglang_scaling_fixes.retry.withdrawal import WORD_HEADER
 from tests.retry.progress import moves
 
 ANOMALY = "kv_anomaly: accept length 1.02 of 3.1 expected"
@@ -84,13 +82,13 @@ class FakeWorker:
 
     @property
     def generations(self) -> list[Seen]:
-        return [one for one in self.seen if one.target not in ("/health", FALSE_ALARM)]
+        return [one for one in self.seen if one.target not in ("/health", vouch.FALSE_ALARM_PATH)]
 
     @property
     def withdrawn(self) -> list[vouch.Word | None]:
         """The words of the false alarms that it was told of."""
-        told = [dict(one.headers) for one in self.seen if one.target == FALSE_ALARM]
-        return [vouch.vouched(SECRET, said[WORD_HEADER], time.time()) for said in told]
+        told = [dict(one.headers) for one in self.seen if one.target == vouch.FALSE_ALARM_PATH]
+        return [vouch.vouched(SECRET, said[vouch.HEADER], time.time()) for said in told]
 
     async def __aenter__(self) -> FakeWorker:
         listener = socket.create_server(("127.0.0.1", self.port))

@@ -91,6 +91,7 @@ class Decode:
         return Lenient(
             bootstrap_room=room, bootstrap_host="192.0.2.1", bootstrap_port=8, rid=object(),
             origin_input_ids=[1], output_ids=[], return_logprob=False,
+            sampling_params=SimpleNamespace(max_new_tokens=8),
         )
 
     def expose(self, room=ROOM):

@@ -107,6 +107,7 @@ class DecodeSide:
         self._group = TpGroup(queue.gloo_group)
         self.ledger.group = self._group.of_first(self.ledger.group)
         self._buffers = queue.metadata_buffers
+        self._longest_reserved = layout.longest_reserved()
 
     def protects(self, manager: Any) -> bool:
         """True when `manager` and its allocators are behind this side."""
@@ -125,7 +126,7 @@ class DecodeSide:
         if (why := self.rooms.refusal(room)) is not None:
             self.relief.refuse(queue, req, *why)
             return True
-        needs = layout.admission_tokens(queue, req)
+        needs = layout.admission_tokens(queue, req, self._longest_reserved)
         why = self.relief.refusal(prefill, needs, self._quarantine.tokens)
         if why is None:
             return False

@@ -30,6 +30,19 @@ def looks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pressure, "LOOK_AGAIN_S", 0.0)
 
 
+def wait_until_served(decode: Decode) -> None:
+    """Ticks until `PREFILL` is not refused, for 10 s at most."""
+    until = time.monotonic() + 10
+    while decode.refused(PREFILL) and time.monotonic() < until:
+        decode.guard.tick()
+        time.sleep(0.05)
+
+
+def takes_connections(instance: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    serves = liveness.serves
+    monkeypatch.setattr(liveness, "serves", lambda a: True if a == instance else serves(a))
+
+
 # A fence that cannot be made
 
 
@@ -137,12 +150,8 @@ def test_a_restarted_prefill_is_served_without_a_fence(
     gone(decode)
     decode.guard.tick()
     assert decode.refused(PREFILL)  # control: as long as nobody is there
-    serves = liveness.serves
-    monkeypatch.setattr(liveness, "serves", lambda a: True if a == PREFILL else serves(a))
-    until = time.monotonic() + 10
-    while decode.refused(PREFILL) and time.monotonic() < until:
-        decode.guard.tick()
-        time.sleep(0.05)
+    takes_connections(PREFILL, monkeypatch)
+    wait_until_served(decode)
     assert not decode.refused(PREFILL), decode.answers
 
 
@@ -152,10 +161,7 @@ def test_one_that_answers_at_the_same_rank_port_is_served(fences: Any) -> None:
     gone(decode)
     with socket.create_server(("127.0.0.1", decode.port)):
         decode.hears(messages.AbortAck(decode.rank, "successor", held.lease, "unknown"))
-        until = time.monotonic() + 10
-        while decode.refused(PREFILL) and time.monotonic() < until:
-            decode.guard.tick()
-            time.sleep(0.05)
+        wait_until_served(decode)
         assert not decode.refused(PREFILL), decode.answers
         assert decode.guard.ledger.holding  # nothing was proven by it
 
@@ -186,12 +192,8 @@ def test_a_successor_does_not_wait_for_anothers_transfer(
         decode.guard.tick()
     assert fences.switched and not fences.proofs_at_close
     assert decode.refused(PREFILL)  # control: nobody has taken its place
-    serves = liveness.serves
-    monkeypatch.setattr(liveness, "serves", lambda a: True if a == PREFILL else serves(a))
-    until = time.monotonic() + 10
-    while decode.refused(PREFILL) and time.monotonic() < until:
-        decode.guard.tick()
-        time.sleep(0.05)
+    takes_connections(PREFILL, monkeypatch)
+    wait_until_served(decode)
     assert not fences.proofs_at_close and not decode.refused(PREFILL), decode.answers
 
 

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 from sglang_scaling_fixes.routes import Routes
 from sglang_scaling_fixes.specguard import attach, notify, tellings
-from sglang_scaling_fixes.specguard.tellings import HEADER, Telling
-from sglang_scaling_fixes.vouch import FALSE_ALARM, UNGUARDED, vouch
+from sglang_scaling_fixes.specguard.tellings import Telling
+from sglang_scaling_fixes.vouch import FALSE_ALARM, FALSE_ALARM_PATH, HEADER, UNGUARDED, vouch
 
 ACCUSED, WITHDRAWN = Telling(5, 2**62), Telling(5)
 SECRET = b"a secret that both of them know"
@@ -239,11 +239,11 @@ def ask_to_withdraw(secret: bytes | None, **headers: str) -> tuple[int, str]:
     async def answer(found: Any) -> Any:
         return await notify.withdraw(found, lambda: secret)
 
-    app.add_middleware(Routes, answers={notify.WITHDRAWAL_PATH: answer})
+    app.add_middleware(Routes, answers={FALSE_ALARM_PATH: answer})
     client = TestClient(app)
-    assert client.get(notify.WITHDRAWAL_PATH).status_code == 404
+    assert client.get(FALSE_ALARM_PATH).status_code == 404
     assert client.post("/other").status_code == 404
-    found = client.post(notify.WITHDRAWAL_PATH, headers=headers)
+    found = client.post(FALSE_ALARM_PATH, headers=headers)
     return found.status_code, found.text
 
 
