@@ -19,9 +19,15 @@ from sglang_scaling_fixes.lab.install import Environment
 from sglang_scaling_fixes.lab.servers import tokenizer
 from sglang_scaling_fixes.lab.servers.pending import greedy
 from sglang_scaling_fixes.lab.servers.serve import Options, Served, prompt
-from sglang_scaling_fixes.specguard.notify import WITHDRAWAL_PATH
 from sglang_scaling_fixes.specguard.settings import SECRET_FLAG
-from sglang_scaling_fixes.vouch import FALSE_ALARM, FRESH, HEADER, UNGUARDED, vouch
+from sglang_scaling_fixes.vouch import (
+    FALSE_ALARM,
+    FALSE_ALARM_PATH,
+    FRESH,
+    HEADER,
+    UNGUARDED,
+    vouch,
+)
 
 from .servers import resting
 
@@ -140,7 +146,7 @@ def test_a_repetition_moves_those_who_share_its_beginning_once_and_a_false_alarm
 
 def post_word(server: Any, word: str) -> int:
     request = urllib.request.Request(
-        f"{server.url}{WITHDRAWAL_PATH}", b"", {HEADER: word}, method="POST"
+        f"{server.url}{FALSE_ALARM_PATH}", b"", {HEADER: word}, method="POST"
     )
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
