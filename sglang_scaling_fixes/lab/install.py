@@ -24,6 +24,7 @@ from pathlib import Path
 
 from sglang_scaling_fixes import paths
 from sglang_scaling_fixes.console import Progress
+from sglang_scaling_fixes.lab import debian
 from sglang_scaling_fixes.lab.errors import LabError
 from sglang_scaling_fixes.lab.runtime import cpu_env
 
@@ -287,18 +288,9 @@ def _ensure_verbs(progress: Progress) -> None:
 def _fetch_verbs(progress: Progress) -> None:
     """Unpack the Debian packages into the lab home; needs no root."""
     folder = _verbs_folder()
-    downloads = folder / "deb"
-    downloads.mkdir(parents=True, exist_ok=True)
     progress(f"fetching {', '.join(_VERBS_PACKAGES)} into {folder}")
-    for package in (*_VERBS_PACKAGES, *_VERBS_NEEDS):
-        subprocess.run(
-            ["apt-get", "download", package], cwd=downloads, capture_output=True, check=False
-        )
-    for archive in downloads.glob("*.deb"):
-        subprocess.run(
-            ["dpkg-deb", "-x", str(archive), str(downloads)], capture_output=True, check=False
-        )
-    for library in downloads.rglob("*.so.*"):
+    debian.unpack((*_VERBS_PACKAGES, *_VERBS_NEEDS), folder / "deb")
+    for library in (folder / "deb").rglob("*.so.*"):
         target = folder / library.name
         if not target.exists():
             target.symlink_to(library.resolve())

@@ -1,0 +1,1 @@
+"""RDMA without an RDMA device: verbs in software, for Mooncake's own RDMA transport."""

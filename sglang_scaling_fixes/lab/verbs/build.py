@@ -1,0 +1,143 @@
+"""Compiles verbs in software on this machine, and says what is missing where it cannot."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from sglang_scaling_fixes.console import Progress
+from sglang_scaling_fixes.lab import debian
+from sglang_scaling_fixes.lab.errors import LabError
+from sglang_scaling_fixes.lab.install import lab_home
+
+SOURCE = Path(__file__).parent / "source"
+DEVICES = Path(__file__).parent / "devices.py"
+SYSTEM_DEVICES = Path("/sys/class/infiniband")
+LIBRARY, NIC = "libibverbs.so.1", "softnic"
+HEADERS = "libibverbs-dev"
+
+NIC_SOURCES = ("softnic.c", "links.c", "pairs.c", "memory.c")
+_FLAGS = ("-O2", "-std=gnu11", "-Wall", "-Wextra")
+_OTHERWISE = "or use --transport tcp"
+
+
+def build(progress: Progress = print) -> Path:
+    """The folder of the library and its NIC, compiled if that is not done yet.
+
+    LabError beside a real RDMA device, without namespaces, a C compiler, or the headers of
+    libibverbs. Nothing is left half done: the folder appears when it is whole.
+    """
+    _refuse_real_devices()
+    _check_namespaces()
+    folder = lab_home() / "verbs" / _digest()
+    if folder.exists():
+        return folder
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        raise LabError(f"RDMA in software is compiled here: install a C compiler, {_OTHERWISE}")
+    include = headers(compiler, progress)
+    progress(f"compiling RDMA verbs in software into {folder}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as name:
+        made = Path(name) / "made"
+        made.mkdir()
+        compile_c(compiler, [SOURCE / name for name in NIC_SOURCES], made / NIC)
+        compile_c(
+            compiler,
+            [SOURCE / "libibverbs.c"],
+            made / LIBRARY,
+            *include,
+            *("-shared", "-fPIC", f"-Wl,-soname,{LIBRARY}"),
+            f"-Wl,--version-script={SOURCE / 'libibverbs.map'}",
+        )
+        try:
+            made.rename(folder)
+        except OSError:  # somebody else was faster
+            if not folder.exists():
+                raise
+    return folder
+
+
+def compile_c(compiler: str, sources: list[Path], target: Path, *flags: str) -> None:
+    """Compile `sources` into `target`. LabError with the compiler's first words."""
+    command = [compiler, *_FLAGS, "-o", str(target), *map(str, sources), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        said = " ".join(done.stderr.split()[:40])
+        raise LabError(f"could not compile RDMA verbs in software ({said}), {_OTHERWISE}")
+
+
+def environment(folder: Path, address: str, inherited: str | None) -> dict[str, str]:
+    """What a process needs to have the device `rdma0` at `address`, and Mooncake to use it.
+
+    `inherited`: the LD_LIBRARY_PATH that it would have otherwise.
+    """
+    return {
+        "LD_LIBRARY_PATH": os.pathsep.join(filter(None, [str(folder), inherited])),
+        "SOFTVERBS_DEVICES": f"rdma0={address}",
+        "MOONCAKE_PROTOCOL": "rdma",
+    }
+
+
+def with_devices(names: str, command: list[str]) -> list[str]:
+    """`command` where /sys and /dev show the RDMA devices `names` (commas between them)."""
+    return [sys.executable, "-I", str(DEVICES), names, "--", *command]
+
+
+def _digest() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(SOURCE.iterdir()):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _refuse_real_devices() -> None:
+    found = sorted(path.name for path in SYSTEM_DEVICES.glob("*"))
+    if found:
+        raise LabError(
+            f"this machine has RDMA devices ({', '.join(found)}), and beside those the lab pretends"
+            " nothing: use --transport tcp"
+        )
+
+
+def _check_namespaces() -> None:
+    probe = subprocess.run(
+        with_devices("rdma0", ["true"]), capture_output=True, text=True, check=False
+    )
+    if probe.returncode != 0:
+        raise LabError(f"{probe.stderr.strip()}: allow mount namespaces, {_OTHERWISE}")
+
+
+def headers(compiler: str, progress: Progress) -> list[str]:
+    """Flags with which infiniband/verbs.h is found."""
+    folder = lab_home() / "verbs" / "headers"
+    include = [f"-I{folder / 'usr' / 'include'}"]
+    if _compiles(compiler, []):
+        return []
+    if not _compiles(compiler, include):
+        progress(f"fetching {HEADERS} into {folder}")
+        debian.unpack([HEADERS], folder)
+    if not _compiles(compiler, include):
+        raise LabError(
+            "RDMA in software needs infiniband/verbs.h: install libibverbs-dev (Debian, Ubuntu) or"
+            f" rdma-core-devel (others), {_OTHERWISE}"
+        )
+    return include
+
+
+def _compiles(compiler: str, flags: list[str]) -> bool:
+    return (
+        subprocess.run(
+            [compiler, "-fsyntax-only", "-xc", "-", *flags],
+            input="#include <infiniband/verbs.h>\n",
+            text=True,
+            capture_output=True,
+            check=False,
+        ).returncode
+        == 0
+    )
