@@ -179,6 +179,28 @@ def mooncake_retries() -> bool:
     return machine.here.rdma().possible or any(name in machine.here.env for name in _NAMES_DEVICES)
 
 
+POSTS = "MC_RETRY_CNT"
+"""How often Mooncake's RDMA transport posts a slice that failed (its own default: 9)."""
+
+
+def posts_again() -> str | None:
+    """What is wrong with this environment's `POSTS`, None if a write is posted once or by TCP.
+
+    A slice that had no answer is posted again, over another device if either side has one, and
+    nobody ends the queue pair of the first try. Status 0 may then be the second try's, while
+    bytes of the first are on the network (`tests/mooncake/test_two_rails.py`). Which devices the
+    other side has, nobody here knows.
+    """
+    found = machine.here.env.get(POSTS)
+    if found == "1" or _tcp_forced() or not mooncake_retries():
+        return None
+    return (
+        f"{POSTS}{' is not set' if found is None else f'={found}'}: over RDMA a failed write would "
+        f"be posted again while the first one may still land; set {POSTS}=1 (safe-reclaim does so "
+        "by itself where it is not set at the start), or start with --plugin none"
+    )
+
+
 def _protocol(version: str) -> str:
     """How Mooncake writes if it can open the devices it sees (see `needs_rdma`).
 

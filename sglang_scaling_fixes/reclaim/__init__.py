@@ -52,7 +52,7 @@ class SafeReclaim(Fix):
 
     def arm(self, config: Config) -> Armed:
         """Attach both roles: which one this process will have is not known yet."""
-        os.environ.setdefault("MC_TRANSFER_TIMEOUT", TRANSFER_TIMEOUT_S)
+        from sglang_scaling_fixes import release
         from sglang_scaling_fixes.attach import (
             LAST_RELEASE,
             is_there,
@@ -64,6 +64,9 @@ class SafeReclaim(Fix):
         from sglang_scaling_fixes.reclaim.decode import attach as attach_decode
         from sglang_scaling_fixes.reclaim.prefill import attach as attach_prefill
 
+        os.environ.setdefault("MC_TRANSFER_TIMEOUT", TRANSFER_TIMEOUT_S)
+        if release.mooncake_retries():  # Mooncake reads it when its first engine is made
+            os.environ.setdefault(release.POSTS, "1")
         if not is_wrapped(points.TRANSFER_WORKER.target):
             attach_decode.attach(config)
             attach_prefill.attach()

@@ -64,6 +64,8 @@ def check(server_args: Any, *, fence_asked: bool = False) -> None:
             "SGLANG_DISAGG_STAGING_BUFFER: transfers through staging buffers are not protected "
             "yet; unset it, or start with --plugin none"
         )
+    if release.POSTS in machine.here.env and (problem := release.posts_again()) is not None:
+        raise ConfigError(problem)
     obstacle = fence.obstacle(server_args)
     if mode == "decode" and fence_asked and obstacle is not None:
         raise ConfigError(f"--safe-reclaim-fence always: {obstacle}; drop one of the two")
@@ -124,6 +126,8 @@ def _check_transport(manager: Any) -> None:
         return
     if release.needs_rdma(found) and not fence.opened_rdma(manager.engine):
         raise ConfigError(release.without_rdma(found.distribution))
+    if (problem := release.posts_again()) is not None:
+        raise ConfigError(problem)
     missing = [name for name in _ONE_SUBMISSION if not hasattr(manager.engine.engine, name)]
     if release.mooncake_retries() and missing:
         raise ConfigError(

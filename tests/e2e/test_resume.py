@@ -65,29 +65,33 @@ class Event:
 GROWING = {"content", "reasoning_content", "text", "delta", "arguments", "partial_json"}
 
 
-def folded(events: Iterable[Event]) -> list[tuple[Any, list[str]]]:
-    """Consecutive events that say more of the same as one: stock joins some when it is busy."""
-    found: list[tuple[Any, list[str]]] = []
+def folded(events: Iterable[Event]) -> tuple[list[Any], dict[str, str]]:
+    """The shapes of the events, each once for those in a row, and what each field said in all.
+
+    Stock says several tokens in one event when it is busy, the last one not excepted.
+    """
+    shapes: list[Any] = []
+    said: dict[str, str] = {}
     for event in events:
-        said: list[str] = []
-        shape = _shape(event.told(), said)
-        if found and found[-1][0] == shape:
-            found[-1] = shape, [a + b for a, b in zip(found[-1][1], said, strict=True)]
-        else:
-            found.append((shape, said))
-    return found
+        shape = _shape(event.told(), "", said)
+        if shapes[-1:] != [shape]:
+            shapes.append(shape)
+    return shapes, said
 
 
-def _shape(value: Any, said: list[str]) -> Any:
+def _shape(value: Any, path: str, said: dict[str, str]) -> Any:
     if isinstance(value, list):
-        return [_shape(each, said) for each in value]
+        return [_shape(each, f"{path}[{i}]", said) for i, each in enumerate(value)]
     if not isinstance(value, dict):
         return value
     shape = {}
     for key, each in value.items():
+        at = f"{path}.{key}"
         if key in GROWING and isinstance(each, str):
-            said.append(each)
-        shape[key] = "..." if key in GROWING and isinstance(each, str) else _shape(each, said)
+            said[at] = said.get(at, "") + each
+            shape[key] = "..."
+        else:
+            shape[key] = _shape(each, at, said)
     return shape
 
 

@@ -1,22 +1,26 @@
-"""Two processes with a real Mooncake engine each, over TCP on the loopback.
+"""Two processes with a real Mooncake engine each, on the loopback: over TCP, or with
+MOONCAKE_PROTOCOL=rdma over RDMA verbs in software.
 
 python -m tests.mooncake.engines receive MODE   |   send ONCE SESSION ADDRESS   |   leave DOOR
 
-Both print JSON lines and read lines from stdin. The receiver says where it is, and on
-"go" waits for the first byte of a long write and then does what MODE says:
+Both print JSON lines and read lines from stdin. The receiver says where it is. At the first byte
+of a long write it says so, and on the next line does what MODE says:
 
     fence          fence.switch and fence.retire, as decode does, without waiting
-    unregister     what renewing the registration would do
+    unregister     the end of the registration
+    renew          its end, and a new one of the same memory
     switch         fence.switch alone
 
-Then it clears its memory and reports how many bytes arrived afterwards. Under "switch" it
-clears nothing, and after the last line retires the first engine.
+Then it says how many bytes were there, clears its memory, and on the next line says how many came
+afterwards. Under "switch" it clears nothing, and after the last line retires the first engine.
+Under "count" it waits for no write: it answers each line with the bytes that came, and clears them.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
+import os
 import socket
 import sys
 import time
@@ -39,7 +43,8 @@ class StockEngine:
         self.hostname, self.gpu_id, self.ib_device = hostname, gpu_id, ib_device
         before = fence.openings()
         self.engine = TransferEngine()
-        assert self.engine.initialize(hostname, "P2PHANDSHAKE", "tcp", ib_device) == 0
+        protocol = os.environ.get("MOONCAKE_PROTOCOL", "tcp")
+        assert self.engine.initialize(hostname, "P2PHANDSHAKE", protocol, ib_device) == 0
         self.session_id = f"{hostname}:{self.engine.get_rpc_port()}"
         fence.record(self, fence.openings() - before)
 
@@ -90,9 +95,15 @@ def receive(mode: str) -> None:
     memory = Memory(0)
     manager = Manager(memory)
     say(session=manager.engine.session_id, address=memory.address)
-    sys.stdin.readline()
+    if mode == "count":
+        for _ in sys.stdin:
+            say(count=memory.count(255))
+            memory.fill(0)
+        return
     while memory.first() == b"\0":
         time.sleep(0.0002)
+    say(begun=True)
+    sys.stdin.readline()
     if mode == "switch":
         old = fence.switch(manager)
         say(session=manager.engine.session_id, address=memory.address)
@@ -105,13 +116,15 @@ def receive(mode: str) -> None:
         return
     if mode == "fence":
         fence.retire(fence.switch(manager), lambda ports: ports)
-        session = manager.engine.session_id
     else:
         manager.engine.engine.unregister_memory(memory.address)
-        session = manager.engine.session_id
+        if mode == "renew":
+            manager.register_buffer_to_engine()
+    landed = memory.count(255)
     memory.fill(0)
-    time.sleep(2)
-    say(late=memory.count(255), session=session, address=memory.address)
+    say(landed=landed, session=manager.engine.session_id, address=memory.address)
+    sys.stdin.readline()
+    say(late=memory.count(255))
     sys.stdin.readline()
     say(small=memory.count(255, SMALL))
 

@@ -31,7 +31,7 @@ ENVIRONMENTS: tuple[dict[str, str], ...] = ({}, {"MC_FORCE_TCP": "1"})
 PROBE = (
     CLAIM
     + """
-import json, sys, sglang
+import json, os, sys, sglang
 from sglang_scaling_fixes import fixes, flags
 config = flags.from_env()
 states = [state.as_dict() for state in fixes.arm_all(config)]
@@ -47,6 +47,7 @@ for root, env, wheel in json.loads(sys.argv[1]):
         "state": state.as_dict(),
         "protocol": found.protocol,
         "once": release.mooncake_retries(),
+        "posts": os.environ.pop(release.POSTS, None),
         "problem": release.mooncake_problem(found),
     })
 machine.here = here
@@ -140,5 +141,6 @@ def test_both_fixes_hold(old: Environment, new: Environment, release: str, tmp_p
         sees = bool(MACHINES[name].devices)
         assert told["protocol"] == ("rdma" if sees and not env else "tcp-v2"), case
         assert told["once"] == (sees or bool(MACHINES[name].doubt)), case
+        assert told["posts"] == ("1" if told["once"] else None), case
         cuda = not wheel.endswith("-non-cuda")
         assert bool(told["problem"]) == (cuda and not sees and not env), case

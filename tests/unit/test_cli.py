@@ -25,6 +25,7 @@ def result(corrupted: int) -> dict[str, Any]:
     return {
         "release": "0.5.12",
         "scenario": "abort",
+        "transport": "tcp",
         "stock": stock,
         "fixed": fixed,
         "stock_safe": False,

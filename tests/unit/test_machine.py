@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import itertools
 import os
 import socket
@@ -21,6 +22,7 @@ from sglang_scaling_fixes.machine import Machine, MachineError
 from sglang_scaling_fixes.reclaim import server_args
 from sglang_scaling_fixes.reclaim.decode import fence
 from tests.machines import MACHINES, Made
+from tests.unit.reclaim.test_server_args import args
 
 CUDA, CUDA13, CPU, NPU = release.MOONCAKE_DISTRIBUTIONS
 NEW, OLD = "0.3.13.post1", "0.3.11"
@@ -233,13 +235,33 @@ def test_an_rdma_device_of_somebody_else_is_not_mooncakes(
     claim: Claim, started: Manager, wheel: str
 ) -> None:
     claim(MACHINES["several HCAs"], {}, **{wheel: NEW})
-    machine.here = Busy(machine.here.root, {}, machine.here.version)
+    machine.here = Busy(machine.here.root, {release.POSTS: "1"}, machine.here.version)
     (machine.here.root / "proc/self/fd").mkdir(parents=True)
     assert HANDLE in fence.openings()
     with pytest.raises(ConfigError, match=rf"no RDMA device.*{wheel} may.*MC_FORCE_TCP=1"):
         server_args._check_transport(started)
     fence.record(started.engine, {"port 1", HANDLE})
     server_args._check_transport(started)
+
+
+@pytest.mark.parametrize("said", [None, "", "0", "1", "2", "9", "one"])
+@pytest.mark.parametrize("name", ["no devices", "one HCA", "several HCAs", "no /sys"])
+def test_a_write_that_rdma_would_post_again_is_refused(
+    claim: Claim, started: Manager, name: str, said: str | None
+) -> None:
+    """Before the start what an operator set, after it whatever is in force."""
+    env = {} if said is None else {release.POSTS: said}
+    claim(MACHINES[name], env, **{CPU: NEW})
+    fence.record(started.engine, {"port 1", HANDLE})
+    wrong = name != "no devices" and said != "1"
+    refused = pytest.raises(ConfigError, match=rf"MC_RETRY_CNT.*{said or ''}.*set MC_RETRY_CNT=1")
+    with refused if wrong else contextlib.nullcontext():
+        server_args._check_transport(started)
+    with refused if wrong and said is not None else contextlib.nullcontext():
+        server_args.check(args())
+    claim(MACHINES[name], {**env, "MC_FORCE_TCP": "1"}, **{CPU: NEW})
+    server_args._check_transport(started)
+    server_args.check(args())
 
 
 def test_forced_tcp_needs_no_device(claim: Claim, started: Manager) -> None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from sglang_scaling_fixes.lab.verbs import build
+from sglang_scaling_fixes.lab.verbs import NIC, build
 
 SIZE = 1 << 20
 PACKET = 16 << 10
@@ -44,7 +44,7 @@ class Verbs:
             assert before.count(text) == 1, (name, text)
             path.write_text(before.replace(text, other))
         compiler = shutil.which("cc") or "gcc"
-        build.compile_c(compiler, [source / name for name in build.NIC_SOURCES], into / build.NIC)
+        build.compile_c(compiler, [source / name for name in build.NIC_SOURCES], into / NIC)
         build.compile_c(
             compiler,
             [Path(__file__).with_name("driver.c")],
@@ -169,7 +169,7 @@ def nics() -> list[int]:
 
 
 def _is_nic(pid: int) -> bool:
-    return arguments(pid)[:1] == [build.NIC]
+    return arguments(pid)[:1] == [NIC]
 
 
 def arguments(pid: int) -> list[str]:

@@ -18,7 +18,7 @@ def race_table(result: dict[str, Any]) -> str:
     rows = [["", *(name.replace("_", " ") for name in _COLUMNS)]]
     rows += [[half, *(str(result[half][c]) for c in _COLUMNS)] for half in ("stock", "fixed")]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    title = f"SGLang {result['release']}, scenario {result['scenario']}"
+    title = f"SGLang {result['release']}, scenario {result['scenario']}{_over(result)}"
     lines = [
         "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(pairs))
         for pairs in (list(zip(row, widths, strict=True)) for row in rows)
@@ -31,7 +31,8 @@ def race_table(result: dict[str, Any]) -> str:
 def soak_table(result: dict[str, Any]) -> str:
     """The counts, one a line; then proofs and what refused requests were told."""
     width = max(len(name) for name in SOAK_ROWS)
-    lines = ["", f"SGLang {result['release']}, soak of {result['minutes']:g} min, {result['half']}"]
+    title = f"SGLang {result['release']}, soak of {result['minutes']:g} min, {result['half']}"
+    lines = ["", title + _over(result)]
     lines += [f"{name.replace('_', ' '):<{width}}  {result[name]:>6}" for name in SOAK_ROWS]
     proofs = ", ".join(f"{name} {count}" for name, count in result["frees_by_proof"].items())
     lines.append(f"{'frees by proof':<{width}}  {proofs or 'none'}")
@@ -39,3 +40,7 @@ def soak_table(result: dict[str, Any]) -> str:
     if result["decode_crashed"]:
         lines.append(f"The decode server ended by itself: logs in {result['run_dir']}")
     return "\n".join([*lines, ""])
+
+
+def _over(result: dict[str, Any]) -> str:
+    return ", over RDMA verbs in software" if result["transport"] == "rdma" else ""

@@ -365,14 +365,15 @@ class Race:
 
 
 class _Stopped:
-    """SIGSTOP on entry, SIGCONT on the way out whatever happens."""
+    """SIGSTOP on entry, SIGCONT on the way out whatever happens: of its RDMA devices, too, since
+    this stands in for a link."""
 
     def __init__(self, server: Server) -> None:
         self._server = server
 
     def __enter__(self) -> None:
-        self._server.signal(signal.SIGSTOP)
+        self._server.signal(signal.SIGSTOP, nics=True)
         time.sleep(SETTLE_S)
 
     def __exit__(self, *_error: object) -> None:
-        self._server.signal(signal.SIGCONT)
+        self._server.signal(signal.SIGCONT, nics=True)

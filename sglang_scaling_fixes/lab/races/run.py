@@ -22,6 +22,8 @@ from sglang_scaling_fixes.lab.races.short import ShortSends
 from sglang_scaling_fixes.lab.servers import checkpoints
 from sglang_scaling_fixes.lab.servers.cluster import Cluster
 from sglang_scaling_fixes.lab.servers.link import link
+from sglang_scaling_fixes.lab.verbs import Transport
+from sglang_scaling_fixes.lab.verbs.build import build
 
 TRIES_PER_ROUND = 3
 RUNS_KEPT = 40
@@ -37,6 +39,7 @@ def run(
     stock_only: bool = False,
     fixed_only: bool = False,
     shaped: bool = True,
+    transport: Transport = "tcp",
 ) -> dict[str, Any]:
     """Race stock and fixed servers of `release` on the same schedule; counts per half.
 
@@ -50,11 +53,14 @@ def run(
         raise LabError("stock_only and fixed_only exclude each other")
     began = time.monotonic()
     environment = install(release, progress)
+    if transport == "rdma":
+        build(progress)
     checkpoint = checkpoints.llama(environment)
     run_dir = new_run_dir(release, plan.name)
     result: dict[str, Any] = {
         "release": release,
         "scenario": plan.name,
+        "transport": transport,
         "seed": seed,
         "run_dir": str(run_dir),
         "stock": None,
@@ -78,7 +84,7 @@ def run(
                 )
             result["link"] = way.reason
             tell(f"starting 2 prefill servers and 1 decode server ({way.reason})")
-            spec = plan.cluster(release, fixed=half == "fixed")
+            spec = plan.cluster(release, fixed=half == "fixed", transport=transport)
             with Cluster(environment, checkpoint, way, folder, spec) as cluster:
                 tell(f"ready after {cluster.ready_s:.0f} s")
                 kind = ShortSends if plan.ending is scenarios.Ending.SHORT else Race

@@ -16,6 +16,7 @@ from sglang_scaling_fixes.lab.errors import LabError
 from sglang_scaling_fixes.lab.runtime import LOSE
 from sglang_scaling_fixes.lab.servers import checkpoints
 from sglang_scaling_fixes.lab.servers.cluster import ClusterSpec
+from sglang_scaling_fixes.lab.verbs import Transport
 
 HOLDS_FROM = (0, 5, 21)
 """First release whose decode holds the slots of an aborted transfer (30 s) by default."""
@@ -83,7 +84,7 @@ class Scenario:
         refuses = _numbers(release) >= REFUSES_FROM
         return (*self.slow_flags, *(self.slow_flags_refusing if refuses else ()))
 
-    def cluster(self, release: str, *, fixed: bool) -> ClusterSpec:
+    def cluster(self, release: str, *, fixed: bool, transport: Transport = "tcp") -> ClusterSpec:
         """The servers of one half of the race: stock's, or those with the plugin."""
         armed = ("--plugin",) if fixed else ()
         return ClusterSpec(
@@ -93,6 +94,7 @@ class Scenario:
             env=self.env,
             decode_env=self.decode_env,
             slow_env=self.slow_env,
+            transport=transport,
         )
 
     @property

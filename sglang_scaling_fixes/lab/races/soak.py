@@ -36,6 +36,8 @@ from sglang_scaling_fixes.lab.servers.cluster import Cluster, ClusterSpec
 from sglang_scaling_fixes.lab.servers.link import link
 from sglang_scaling_fixes.lab.servers.pending import Outcome
 from sglang_scaling_fixes.lab.servers.server import ANSWER_S, Server
+from sglang_scaling_fixes.lab.verbs import Transport
+from sglang_scaling_fixes.lab.verbs.build import build
 
 FIXED_FLAGS = ("--plugin",)
 RATE_MBIT = 48.0
@@ -62,6 +64,7 @@ def run(
     progress: Progress = print,
     *,
     stock: bool = False,
+    transport: Transport = "tcp",
 ) -> dict[str, Any]:
     """Soak one cluster of `release`; `stock` without the plugin, as the control."""
     if release in NO_LOGPROBS:
@@ -71,11 +74,13 @@ def run(
         )
     began = time.monotonic()
     environment = install(release, progress)
+    if transport == "rdma":
+        build(progress)
     checkpoint = checkpoints.llama(environment)
     run_dir = new_run_dir(release, "soak-stock" if stock else "soak")
     with link(RATE_MBIT, run_dir) as way:
         progress(f"starting 2 prefill servers and 1 decode server ({way.reason})")
-        with Cluster(environment, checkpoint, way, run_dir, _spec(stock)) as cluster:
+        with Cluster(environment, checkpoint, way, run_dir, _spec(stock, transport)) as cluster:
             progress(f"ready after {cluster.ready_s:.0f} s")
             soak = Soak(cluster, seed, progress)
             soak.load(60 * minutes)
@@ -85,6 +90,7 @@ def run(
         "minutes": minutes,
         "seed": seed,
         "half": "stock" if stock else "fixed",
+        "transport": transport,
         "run_dir": str(run_dir),
         "link": way.reason,
         **found,
@@ -92,8 +98,9 @@ def run(
     }
 
 
-def _spec(stock: bool) -> ClusterSpec:
+def _spec(stock: bool, transport: Transport) -> ClusterSpec:
     return ClusterSpec(
+        transport=transport,
         flags=() if stock else FIXED_FLAGS,
         prefill_flags=("--prefill-max-requests", "1"),
         decode_env={"SGLANG_DISAGGREGATION_WAITING_TIMEOUT": str(WAITING_S)},

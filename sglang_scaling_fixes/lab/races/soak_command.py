@@ -7,6 +7,7 @@ import argparse
 from sglang_scaling_fixes.console import add_result_arguments, say, show
 from sglang_scaling_fixes.lab.races import soak
 from sglang_scaling_fixes.lab.races.report import soak_table
+from sglang_scaling_fixes.lab.verbs.flag import add_transport_argument
 
 RELEASE = "0.5.23"
 
@@ -16,12 +17,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=_minutes, default=10.0, help="of load (default 10)")
     parser.add_argument("--seed", type=int, default=1, help="of everything random (default 1)")
     parser.add_argument("--stock", action="store_true", help="without the plugin: the control")
+    add_transport_argument(parser)
     add_result_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Status 1 if anything was corrupted, leaked or unanswered. Raises LabError."""
-    result = soak.run(args.release, args.minutes, args.seed, progress=say, stock=args.stock)
+    result = soak.run(
+        args.release,
+        args.minutes,
+        args.seed,
+        progress=say,
+        stock=args.stock,
+        transport=args.transport,
+    )
     show(args, result, soak_table)
     return 0 if soak.passed(result) else 1
 

@@ -23,6 +23,7 @@ from sglang_scaling_fixes.lab.servers.checkpoints import Model
 from sglang_scaling_fixes.lab.servers.link import Link, Place
 from sglang_scaling_fixes.lab.servers.pending import Pending, greedy
 from sglang_scaling_fixes.lab.servers.server import Role, Server, refuse_a_gpu
+from sglang_scaling_fixes.lab.verbs import Transport
 
 POOL_TOKENS = 1500
 """KV slots of a server, unless a cluster is told otherwise."""
@@ -46,6 +47,7 @@ class ClusterSpec:
     decode_env: Mapping[str, str] = field(default_factory=dict)
     slow_env: Mapping[str, str] = field(default_factory=dict)
     tokens: int = POOL_TOKENS  # KV slots of each server
+    transport: Transport = "tcp"  # what prefill writes KV with
     sleep_on_idle: bool = False
     """Stock's own: a scheduler without a request waits for one, and looks up once a second."""
 
@@ -141,6 +143,7 @@ class Cluster:
             run_dir=self._run_dir,
             flags=[*self._spec.common_flags(), *flags, *self._spec.flags],
             env={**env, **self._spec.env},
+            transport=self._spec.transport,
         )
         self._stack.callback(server.end)
         return server

@@ -20,6 +20,8 @@ from sglang_scaling_fixes.lab.servers.client import Answer, Call, call
 from sglang_scaling_fixes.lab.servers.link import Place
 from sglang_scaling_fixes.lab.servers.process import Supervised
 from sglang_scaling_fixes.lab.standins import gpu
+from sglang_scaling_fixes.lab.verbs import NIC, Transport
+from sglang_scaling_fixes.lab.verbs.build import over_rdma
 
 Role = Literal["prefill", "decode", "alone"]
 
@@ -50,6 +52,7 @@ class Server:
         run_dir: Path,
         flags: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
+        transport: Transport = "tcp",
     ) -> None:
         self.name = name
         self.role = role
@@ -59,6 +62,7 @@ class Server:
         self._environment = environment
         self._model = model
         self._env = dict(env or {})
+        self._transport = transport
         self._log = run_dir / f"{name}.log"
         self._command = [
             str(environment.python), "-m", "sglang.launch_server",
@@ -88,12 +92,11 @@ class Server:
         options = ["--scratch", scratch]
         if self.place.netns is not None:
             options += ["--netns", self.place.netns]
-        self.process = Supervised(
-            self._command,
-            log=self._log,
-            env=_server_env(self._environment, self._model, self.place, scratch, self._env),
-            supervisor_options=options,
-        )
+        command = self._command
+        env = _server_env(self._environment, self._model, self.place, scratch, self._env)
+        if self._transport == "rdma":
+            command, env = over_rdma(command, env, {"rdma0": self.place.address})
+        self.process = Supervised(command, log=self._log, env=env, supervisor_options=options)
 
     def restart(self) -> None:
         """Start anew at the same address and ports, as an operator's supervisor would."""
@@ -104,11 +107,16 @@ class Server:
         """Kill the server with all its processes and wait until they are gone."""
         self.process.end()
 
-    def signal(self, number: signal.Signals) -> None:
-        """Send a signal to each of the server's processes."""
+    def signal(self, number: signal.Signals, *, nics: bool = False) -> None:
+        """Send a signal to each of the server's processes.
+
+        Its RDMA devices are not among them: they go on while it is stopped, and end after it.
+        With `nics` they get the signal, too.
+        """
         for pid in self.process.pids():
-            with suppress(ProcessLookupError):
-                os.kill(pid, number)
+            with suppress(ProcessLookupError, FileNotFoundError):
+                if nics or Path(f"/proc/{pid}/comm").read_text().strip() != NIC:
+                    os.kill(pid, number)
 
     def wait_ready(self, timeout_s: float = READY_S) -> float:
         """Seconds from start until the server answered; LabError if it ends or never does."""

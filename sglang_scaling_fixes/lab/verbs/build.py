@@ -8,17 +8,19 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from sglang_scaling_fixes.console import Progress
 from sglang_scaling_fixes.lab import debian
 from sglang_scaling_fixes.lab.errors import LabError
 from sglang_scaling_fixes.lab.install import lab_home
+from sglang_scaling_fixes.lab.verbs import NIC
 
 SOURCE = Path(__file__).parent / "source"
 DEVICES = Path(__file__).parent / "devices.py"
 SYSTEM_DEVICES = Path("/sys/class/infiniband")
-LIBRARY, NIC = "libibverbs.so.1", "softnic"
+LIBRARY = "libibverbs.so.1"
 HEADERS = "libibverbs-dev"
 
 NIC_SOURCES = ("softnic.c", "links.c", "pairs.c", "memory.c")
@@ -72,21 +74,27 @@ def compile_c(compiler: str, sources: list[Path], target: Path, *flags: str) -> 
         raise LabError(f"could not compile RDMA verbs in software ({said}), {_OTHERWISE}")
 
 
-def environment(folder: Path, address: str, inherited: str | None) -> dict[str, str]:
-    """What a process needs to have the device `rdma0` at `address`, and Mooncake to use it.
+def over_rdma(
+    command: Sequence[str], env: Mapping[str, str], devices: Mapping[str, str]
+) -> tuple[list[str], dict[str, str]]:
+    """`command` and its environment where it has these devices (IPv4 addresses by name).
 
-    `inherited`: the LD_LIBRARY_PATH that it would have otherwise.
+    Mooncake then writes with them. Raises as `build` does.
     """
-    return {
-        "LD_LIBRARY_PATH": os.pathsep.join(filter(None, [str(folder), inherited])),
-        "SOFTVERBS_DEVICES": f"rdma0={address}",
+    folder = build(progress=lambda _: None)
+    inherited = {name: value for name, value in env.items() if name != "MC_FORCE_TCP"}
+    libraries = filter(None, [str(folder), env.get("LD_LIBRARY_PATH")])
+    additions = {
+        "LD_LIBRARY_PATH": os.pathsep.join(libraries),
+        "SOFTVERBS_DEVICES": ",".join(f"{name}={address}" for name, address in devices.items()),
         "MOONCAKE_PROTOCOL": "rdma",
     }
+    return _with_devices(devices, command), {**inherited, **additions}
 
 
-def with_devices(names: str, command: list[str]) -> list[str]:
-    """`command` where /sys and /dev show the RDMA devices `names` (commas between them)."""
-    return [sys.executable, "-I", str(DEVICES), names, "--", *command]
+def _with_devices(names: Iterable[str], command: Sequence[str]) -> list[str]:
+    """`command` where /sys and /dev show RDMA devices of these names."""
+    return [sys.executable, "-I", str(DEVICES), ",".join(names), "--", *command]
 
 
 def _digest() -> str:
@@ -107,7 +115,7 @@ def _refuse_real_devices() -> None:
 
 def _check_namespaces() -> None:
     probe = subprocess.run(
-        with_devices("rdma0", ["true"]), capture_output=True, text=True, check=False
+        _with_devices(["rdma0"], ["true"]), capture_output=True, text=True, check=False
     )
     if probe.returncode != 0:
         raise LabError(f"{probe.stderr.strip()}: allow mount namespaces, {_OTHERWISE}")

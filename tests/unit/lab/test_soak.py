@@ -15,6 +15,7 @@ RESULT: dict[str, Any] = {
     "release": "0.5.23",
     "minutes": 1.0,
     "half": "fixed",
+    "transport": "tcp",
     "frees_by_proof": {"P2": 3},
     "refusals": {"Decode transfer failed": 2},
     "decode_crashed": False,
