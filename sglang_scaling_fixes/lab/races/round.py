@@ -45,6 +45,7 @@ STALL_S = 4.0  # below the two missed heartbeats (10 s) that fail a stopped pref
 SETTLE_S = 0.05  # bytes already in socket buffers arrive within this
 REUSE_S = 0.5  # a prefill that learns of an abort has ended the request by then
 REFUSED_S = 1.0  # before the load tries again
+REFUSED_TRIES = 30
 CLEAR_TRIES = 20
 _STALL_SAMPLE_S = 0.0005
 
@@ -126,6 +127,8 @@ class Race:
             outcomes = [one.wait(prefill=False) for one in (*waiting, *running)]
             if running:
                 compared += self._load_goes_on(victims, outcomes, traffic)
+            else:
+                compared += self._refused_come_again(victims, outcomes)
             self._wait_quiet(traffic)
             if traffic.sent() - sent_at_end < LATE_BYTES:
                 raise Invalid(f"{traffic.sent() - sent_at_end} bytes were sent after the end")
@@ -255,6 +258,22 @@ class Race:
             outcomes += [one.wait(prefill=False) for one in sent]
             repeated += again
             time.sleep(SAMPLE_S if outcomes[-1].refusal is None else REFUSED_S)
+        return repeated
+
+    def _refused_come_again(self, victims: list[Victim], outcomes: list[Outcome]) -> list[Victim]:
+        """As a client does at a 503 with Retry-After, a bounded number of times; adds outcomes."""
+        repeated: list[Victim] = []
+        refused = [v for v, o in zip(victims, outcomes, strict=True) if o.refusal is not None]
+        for number in range(REFUSED_TRIES):
+            if not refused:
+                break
+            time.sleep(REFUSED_S)
+            again = [replace(victim, rid=f"{victim.rid}-{number}") for victim in refused]
+            sent = [self._send(victim) for victim in again]
+            found = [one.wait(prefill=False) for one in sent]
+            refused = [v for v, o in zip(refused, found, strict=True) if o.refusal is not None]
+            repeated += again
+            outcomes += found
         return repeated
 
     def _send(self, victim: Victim) -> Pending:

@@ -1,0 +1,30 @@
+"""Races on real servers whose Mooncake writes with its own RDMA transport, over verbs in software.
+
+Each stock half is the negative control: the same schedule, the same release, no flag.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sglang_scaling_fixes.lab.races import run as race
+from sglang_scaling_fixes.lab.races import scenarios
+from tests.releases import OLD
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.mark.parametrize("scenario", ["abort", "poisoned"])
+def test_stock_corrupts_and_fixed_does_not(scenario: str) -> None:
+    """"abort" waits for prefill's proof; "poisoned" has none but a fence."""
+    result = race.run(OLD, scenario, rounds=1, transport="rdma")
+    if scenarios.scenario(scenario).stallable is False and "SIGSTOP" in result["link"]:
+        pytest.skip(result["link"])
+    stock, fixed = result["stock"], result["fixed"]
+    assert stock["corrupted_pages"] > 0
+    assert (fixed["aborted"], fixed["corrupted_pages"], fixed["wrong_outputs"]) == (1, 0, 0)
+    assert fixed["victims"] > fixed["refused"]
+    for half in ("stock", "fixed"):
+        assert all(one["slots_shared"] > 0 for one in result["rounds"][half])
