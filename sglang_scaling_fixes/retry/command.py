@@ -94,7 +94,10 @@ _NUMBERS = {
         "SECONDS",
         "give up a worker that sends no byte for so long, or a client that reads none",
     ),
-    "first_token_timeout": ("SECONDS", "give up a stream without a first event; comments are none"),
+    "first_token_timeout": (
+        "SECONDS",
+        "give up a stream without a first event so long after it was asked for",
+    ),
     "token_timeout": ("SECONDS", "give up a stream without a next event; comments are none"),
     "drain_delay": ("SECONDS", "after SIGTERM, say 503 on /health for so long, and go on serving"),
     "grace": ("SECONDS", "how long running requests may then go on"),

@@ -42,11 +42,12 @@ class Relay:
 
         `lease` covers what is held back, and what waits for a client that does not read.
         """
+        began = asyncio.get_running_loop().time()
         async with self._client.call(request, call) as response:
             if response.status == 200 and is_event_stream(response):
                 stream = self._new_stream(request, call, response, reply)
                 passing = _PassingStream(self._settings, call.url, stream, reply, lease)
-                await passing.run(response)
+                await passing.run(response, began)
             else:
                 await self._body(call, response, reply, lease)
 
@@ -128,10 +129,15 @@ class _PassingStream:
         self._lease = lease
         self._patience = Patience()
 
-    async def run(self, response: aiohttp.ClientResponse) -> None:
-        """Returns when the client has all of it. Raises Failure."""
+    async def run(self, response: aiohttp.ClientResponse, began: float) -> None:
+        """Returns when the client has all of it. Raises Failure.
+
+        `began`: when it was asked for, by the loop's clock.
+        """
         try:
             with self._patience:
+                waited = asyncio.get_running_loop().time() - began  # for the headers
+                self._patience.wait(self._settings.first_token_timeout - waited)
                 await self._events(response)
         except OutOfPatience:
             which = "next" if self._stream.progress else "first"
@@ -145,7 +151,6 @@ class _PassingStream:
     async def _events(self, response: aiohttp.ClientResponse) -> None:
         stream, patience = self._stream, self._patience
         between = self._settings.token_timeout
-        patience.wait(self._settings.first_token_timeout)
         seen = 0
         unread = 0  # bytes of the last block: the client may not have read it yet
         while not stream.ended:

@@ -98,11 +98,15 @@ class WorkerClient:
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """The response, once its headers have arrived. Raises Failure, also out of the block."""
         response = None
+        idle = self._settings.idle_timeout
+        # The session's own limits do not cover a worker that never reads the request.
+        limit = self._settings.connect_timeout + idle
+        if (
+            request.facts is not None and request.facts.stream
+        ):  # headers may wait for its first token
+            limit = min(limit, self._settings.first_token_timeout)
         try:
-            # The session's own limits do not cover a worker that never reads the request.
-            async with asyncio.timeout(
-                self._settings.connect_timeout + self._settings.idle_timeout
-            ):
+            async with asyncio.timeout(limit):
                 response = await self._response(request, call)
             _refuse_encoded(request, response)
             yield response
@@ -114,8 +118,8 @@ class WorkerClient:
                 Reason.REFUSED, "no connection to the worker", detail=_words(error)
             ) from None
         except TimeoutError:
-            idle = self._settings.idle_timeout
-            raise Failure(Reason.TIMEOUT, f"the worker sent no byte for {idle:g} s") from None
+            silent = idle if response is not None else min(limit, idle)
+            raise Failure(Reason.TIMEOUT, f"the worker sent no byte for {silent:g} s") from None
         except aiohttp.ClientResponseError as error:
             raise Failure(
                 Reason.UNREADABLE, "the worker does not speak HTTP", detail=error.message

@@ -5,8 +5,6 @@ Each stock half is the negative control: the same schedule, the same release, no
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from sglang_scaling_fixes.lab.races import run as race
@@ -18,7 +16,7 @@ pytestmark = pytest.mark.e2e
 
 @pytest.mark.parametrize("scenario", ["abort", "poisoned"])
 def test_stock_corrupts_and_fixed_does_not(scenario: str) -> None:
-    """"abort" waits for prefill's proof; "poisoned" has none but a fence."""
+    """ "abort" waits for prefill's proof; "poisoned" has none but a fence."""
     result = race.run(OLD, scenario, rounds=1, transport="rdma")
     if scenarios.scenario(scenario).stallable is False and "SIGSTOP" in result["link"]:
         pytest.skip(result["link"])

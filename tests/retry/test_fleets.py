@@ -202,6 +202,25 @@ def test_comments_are_no_answer(after: int) -> None:
     run(lambda: test(3600.0))
 
 
+def test_a_worker_that_says_not_even_headers_is_given_up_in_time() -> None:
+    """Stock sends the headers of a chat's stream with its first token. An answer that is no stream
+    has no first token, and may take longer."""
+
+    async def test() -> None:
+        async with fleet("ab", first_token_timeout=0.3, idle_timeout=60) as (proxy, (a, b)):
+            a.plan = b.plan = {"fail": "hang"}
+            told = await post(proxy.url + "/generate", {"tokens": 3, "stream": True})
+            assert told.error["type"] == "worker_timeout", told
+            b.plan = {}
+            found = await post(proxy.url + "/generate", {"tokens": 5, "stream": True})
+            assert found.events[-1] == b"data: [DONE]"
+            a.plan = {}
+            whole = await post(proxy.url + "/generate", {"tokens": 3, "delay": 0.6})
+            assert whole.status == 200
+
+    run(test)
+
+
 def test_what_is_handed_on_as_an_error_is_never_ok() -> None:
     async def test() -> None:
         async with fleet("a", retry_status="503") as (proxy, _):
