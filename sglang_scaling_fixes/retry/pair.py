@@ -165,7 +165,11 @@ async def _at_most(response: aiohttp.ClientResponse, limit: int) -> bytes:
 
 def refuse_fresh(so_far: Continuation, response: aiohttp.ClientResponse) -> None:
     """Raises Failure if prefill computes the prompt alone, without the tokens so far."""
-    if not so_far.off and response.headers.get(RESUMED_HEADER) != str(so_far.begun):
+    if (
+        so_far.plain is None
+        and not so_far.off
+        and response.headers.get(RESUMED_HEADER) != str(so_far.begun)
+    ):
         raise Failure(Reason.ABORTED, "it cannot go on with a stream")
 
 

@@ -16,7 +16,9 @@ from sglang_scaling_fixes.retry.settings import ProxySettings
 from sglang_scaling_fixes.retry.stream import EventStream, Stream
 from sglang_scaling_fixes.retry.trail import (
     RESUMED_HEADER,
+    PlainStream,
     TrailStream,
+    go_on_without,
     refuse_resume,
 )
 from sglang_scaling_fixes.retry.verdict import judge_body, told_in_body
@@ -64,11 +66,13 @@ class Relay:
         if so_far is not None and not so_far.off:
             if response.headers.get(RESUMED_HEADER) == str(so_far.begun):
                 return TrailStream(family, so_far, limit, call.retryable)
-            so_far.off = "its worker has not got the fix resume"
-            if not reply.started:
-                so_far.forget()
-            elif so_far.begun:
+            if so_far.plain is None and reply.started and so_far.begun:
+                so_far.off = "its worker has not got the fix resume"
                 raise Failure(Reason.ABORTED, "the worker cannot go on with a stream")
+            if so_far.plain is None or not so_far.ids:
+                go_on_without(so_far, request)
+            if not so_far.off:
+                return PlainStream(family, so_far, limit, call.retryable)
         generations = request.generations if self._settings.hold_tokens else 1
         return Stream(family, self._settings.hold_tokens, limit, generations, call.retryable)
 

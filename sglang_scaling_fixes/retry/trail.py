@@ -25,6 +25,7 @@ import orjson
 
 from sglang_scaling_fixes.retry.failure import Failure, Reason
 from sglang_scaling_fixes.retry.names import Names
+from sglang_scaling_fixes.retry.plain import Plain, Unfit, plain
 from sglang_scaling_fixes.retry.request import ClientRequest
 from sglang_scaling_fixes.retry.routes import Family
 from sglang_scaling_fixes.retry.sse import data_of, events
@@ -59,12 +60,19 @@ class Continuation:
     begun: int = 0
     """How many tokens the running attempt began with."""
     kept_bytes: int = 0
+    plain: Plain | None = None
+    """How to go on where no worker has the fix; None where they have it."""
+    last: bytes = b""
+    """The last event that the client has."""
 
     def fields(self) -> dict[str, Any]:
         """What to add to the body of the next attempt."""
         if self.off:
             return {}
         self.begun = len(self.ids)
+        if self.plain is not None:
+            last = self.kept[-1][1] if self.kept else self.last
+            return self.plain.fields(self.ids, last) if self.ids else {}
         return {FIELD: {"output_ids": self.ids, "report_ids": True}}
 
     @property
@@ -81,6 +89,8 @@ class Continuation:
         """The oldest that is kept: it is the client's now."""
         self.given, event = self.kept.popleft()
         self.kept_bytes -= len(event)
+        if self.plain is not None:
+            self.last = event
         return event
 
     def forget(self) -> None:
@@ -92,10 +102,12 @@ class Continuation:
 
     def go_back(self, failure: Failure) -> bool:
         """Drop what the failed attempt may have spoiled. False if the client has some of it."""
-        if self.off:
+        if self.off or (self.plain is not None and self.plain.spent(len(self.ids))):
             return False
         if failure.reason is not Reason.ANOMALY:
             return True
+        if self.plain is not None and not self.plain.exact:
+            return False
         suspicion = failure.suspicion
         # A rule over the whole attempt suspects what the attempt has written, and not what it
         # was given.
@@ -132,6 +144,16 @@ def refuse_resume(so_far: Continuation | None, status: int, body: bytes) -> None
     so_far.forget()
     so_far.off = "its worker cannot resume a request of this kind"
     raise NotResumable
+
+
+def go_on_without(so_far: Continuation, request: ClientRequest) -> None:
+    """A worker without the fix has begun the answer: `so_far` is gone on with all the same, or is
+    `off`."""
+    so_far.forget()
+    try:
+        so_far.plain = plain(request)
+    except Unfit as error:
+        so_far.off = f"its worker has not got the fix resume, and {error}"
 
 
 class TrailStream(EventStream):
@@ -196,3 +218,28 @@ class TrailStream(EventStream):
         while so_far.kept and so_far.kept[0][0] <= last:
             out.append(so_far.names.rewritten(so_far.give(), continued=self._continued))
         return b"".join(out)
+
+
+class PlainStream(TrailStream):
+    """The same of a worker without the fix: the events themselves say their tokens."""
+
+    def _take(self, event: bytes) -> None:
+        so_far = self._so_far
+        self._judge(event)
+        if self.failure is not None or not data_of(event):
+            return
+        ids: list[int] | None = None
+        if so_far.plain is not None:
+            try:
+                event, ids = so_far.plain.read(event, so_far.begun)
+            except Unfit as error:
+                so_far.plain, so_far.trail = None, 0
+                so_far.off = f"its worker has not got the fix resume, and {error}"
+        if event:
+            self._unknown.append(event)
+            self._unknown_bytes += len(event)
+        if ids is not None:
+            so_far.ids = ids
+            self._know()
+        elif so_far.plain is None:
+            self._know()

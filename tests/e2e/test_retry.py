@@ -58,8 +58,12 @@ class Proxy:
     def get(self, path: str) -> Answer:
         return call(LOCAL, "127.0.0.1", self.port, path)
 
-    def post(self, path: str, payload: object) -> Answer:
-        return call(LOCAL, "127.0.0.1", self.port, path, payload=payload, timeout_s=180)
+    def post(self, path: str, payload: object, session: str = "") -> Answer:
+        """`session`: the conversation that it belongs to, if it says so."""
+        headers = {"X-Session-Id": session} if session else {}
+        return call(
+            LOCAL, "127.0.0.1", self.port, path, payload=payload, timeout_s=180, headers=headers
+        )
 
     def end(self) -> str:
         """End it, and return what it logged."""

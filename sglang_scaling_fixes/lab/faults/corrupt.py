@@ -5,7 +5,8 @@ have been generated, the first SHARE (0 to 1) of its context's latent KV is over
 layers of the target model; the draft keeps its own. A prefix that the radix tree shares is
 overwritten for all who share it, now and later. An id counts once. KIND says with what: `noise`,
 Gaussian of each row's own size; `zero`; `mixed`, the same rows in another order, as if
-pages had been exchanged. Loaded only where SGLANG_SCALING_FIXES_LAB_CORRUPT=1.
+pages had been exchanged. Loaded only where SGLANG_SCALING_FIXES_LAB_CORRUPT=1. With
+SGLANG_SCALING_FIXES_LAB_CORRUPT=KIND:SHARE:AFTER it is done to every request, whatever its id.
 """
 
 from __future__ import annotations
@@ -32,18 +33,19 @@ class _Request:
 
 
 class Corruptor:
-    """One per target backend."""
+    """One per target backend. `always`: the id that every request is taken to have."""
 
-    def __init__(self) -> None:
+    def __init__(self, always: str | None = None) -> None:
         self._requests: dict[str, _Request] = {}
+        self._always = always
 
     def visit(self, rid: str, slots: Tensor, pool: Any) -> None:
         """Called for each request before a decoding step; `slots` are its context's."""
-        if not rid.startswith(_PREFIX):
+        if self._always is None and not rid.startswith(_PREFIX):
             return
         request = self._requests.get(rid)
         if request is None:
-            kind, share, after = parse(rid)
+            kind, share, after = parse(self._always or rid)
             request = _Request(kind, share, len(slots) + after)
             self._requests[rid] = request
         if not request.done and len(slots) >= request.due:
@@ -81,4 +83,7 @@ def _overwrite(buffer: Tensor, slots: Tensor, kind: str) -> None:
 
 def corruptor() -> Corruptor | None:
     """For a target backend of this process, if the environment asks for one."""
-    return Corruptor() if os.environ.get(CORRUPT) == "1" else None
+    said = os.environ.get(CORRUPT)
+    if not said:
+        return None
+    return Corruptor(None if said == "1" else f"{_PREFIX}{said}")

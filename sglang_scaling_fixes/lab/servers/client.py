@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,17 +35,25 @@ class Call:
     """One request; `run` waits for the answer, `hang_up` from another thread ends it."""
 
     def __init__(
-        self, client: Place, host: str, port: int, path: str, *, payload: object = None
+        self,
+        client: Place,
+        host: str,
+        port: int,
+        path: str,
+        *,
+        payload: object = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         self._where = (client, host, port)
         self._path = path
+        self._headers = dict(headers or {})
         self._body = None if payload is None else json.dumps(payload)
         self._connection: _Connection | None = None
 
     def run(self, timeout_s: float = 10.0) -> Answer:
         """GET, or POST if there is a payload. Never raises for a server's sake."""
         connection = self._connection = _Connection(*self._where, timeout_s)
-        headers = {"Connection": "close", "Content-Type": "application/json"}
+        headers = {"Connection": "close", "Content-Type": "application/json", **self._headers}
         try:
             method = "GET" if self._body is None else "POST"
             connection.request(method, self._path, body=self._body, headers=headers)
@@ -71,9 +80,10 @@ def call(
     *,
     payload: object = None,
     timeout_s: float = 10.0,
+    headers: Mapping[str, str] | None = None,
 ) -> Answer:
     """GET `path`, or POST it with a JSON payload.  Never raises for a server's sake."""
-    return Call(client, host, port, path, payload=payload).run(timeout_s)
+    return Call(client, host, port, path, payload=payload, headers=headers).run(timeout_s)
 
 
 def _decode(body: bytes) -> Any:

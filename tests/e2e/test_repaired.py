@@ -1,0 +1,132 @@
+"""Corruption that begins late, in every API: clients of a trail get the sound worker's answer.
+
+Run by `make test-long`. This model's own text becomes a loop after some 400 tokens, so the rule for
+loops is off here: what is corrupt is found by its accept length.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+
+from sglang_scaling_fixes.lab import runtime
+from sglang_scaling_fixes.lab.install import Environment
+from sglang_scaling_fixes.lab.servers.client import Answer
+from sglang_scaling_fixes.lab.servers.serve import Options, prompt
+from sglang_scaling_fixes.lab.servers.server import Server
+
+from .servers import resting
+from .test_resume import Event, folded
+from .test_retry import JUDGED_WITHIN, TRAIL, Proxy
+
+pytestmark = [pytest.mark.e2e, pytest.mark.long]
+
+SESSIONS = 6
+"""Conversations of each kind: about half of them begin on the worker that corrupts."""
+SOUND = Options(
+    spec=True,
+    text=True,
+    tokens=8192,
+    flags=(
+        *("--plugin", "--spec-guard", "abort", "--spec-guard-after", "64"),
+        *("--spec-guard-max-rate", "1"),
+    ),
+)
+LONG_TEXT = {"type": "object", "properties": {"it": {"type": "string", "minLength": 4000}}}
+TOOL = {
+    "type": "function",
+    "function": {"name": "say", "parameters": {**LONG_TEXT, "required": ["it"]}},
+}
+
+
+def requests(model: str, count: int) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Of `count` tokens each, greedy."""
+    asked = [{"role": "user", "content": "".join(f"w{token}" for token in prompt(200, seed=22))}]
+    common = {"model": model, "temperature": 0, "stream": True}
+    chat = {**common, "messages": asked, "max_tokens": count, "ignore_eos": True}
+    path = "/v1/chat/completions"
+    ids = {"max_new_tokens": count, "temperature": 0, "ignore_eos": True}
+    return {
+        "generate": (
+            "/generate",
+            {"input_ids": prompt(450, seed=23), "sampling_params": ids, "stream": True},
+        ),
+        "completions": (
+            "/v1/completions",
+            {**common, "prompt": prompt(450, seed=25), "max_tokens": count, "ignore_eos": True},
+        ),
+        "chat": (path, chat),
+        "characters": (path, {**chat, "regex": "([à-ÿ][一-龥])+"}),
+        "tool call": (path, {**chat, "tools": [TOOL], "tool_choice": "required"}),
+        "responses": (
+            "/v1/responses",
+            {
+                **common,
+                "input": asked[0]["content"],
+                "max_output_tokens": count,
+                "ignore_eos": True,
+            },
+        ),
+        "messages": ("/v1/messages", {**common, "messages": asked, "max_tokens": count}),
+    }
+
+
+@dataclass
+class Fleet:
+    good: int
+    sound: Server
+    bad: Server
+    proxy: Proxy
+
+    def anomalies(self) -> int:
+        lines = str(self.proxy.get("/metrics").body).splitlines()
+        found = [line for line in lines if "migrations_total{" in line and "anomaly" in line]
+        return round(sum(float(line.split()[-1]) for line in found))
+
+
+@pytest.fixture(scope="module", params=[300, 1000])
+def fleet(
+    request: pytest.FixtureRequest, new: Environment, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Fleet]:
+    good = request.param
+    bad = replace(SOUND, env={runtime.CORRUPT: f"noise:1.0:{good}"})
+    with (
+        resting(bad, new, tmp_path_factory.mktemp("bad")) as one,
+        resting(SOUND, new, tmp_path_factory.mktemp("sound")) as other,
+    ):
+        servers = [served.servers[0] for served in (one, other)]
+        urls = [server.url for server in servers]
+        proxy = Proxy(urls, "--migrations", "1", "--trail-tokens", TRAIL)
+        try:
+            yield Fleet(good, servers[1], servers[0], proxy)
+        finally:
+            proxy.end()
+
+
+def answered(answer: Answer) -> Any:
+    """What a client has of a stream in the end."""
+    lines = [line[6:] for line in str(answer.body).splitlines() if line.startswith("data: {")]
+    events = [Event(json.loads(line)) for line in lines]
+    if "output_ids" in events[-1].data:
+        return events[-1].data["output_ids"], events[-1].data["text"]
+    return folded(events)
+
+
+@pytest.mark.parametrize("kind", requests("", 0))
+def test_what_is_spoiled_late_is_written_again(fleet: Fleet, kind: str) -> None:
+    model = fleet.sound.get("/v1/models").body["data"][0]["id"]
+    path, body = requests(model, fleet.good + JUDGED_WITHIN)[kind]
+    wanted = answered(fleet.sound.post(path, body))
+    assert len(str(wanted)) > fleet.good
+    before = fleet.anomalies()
+    for number in range(SESSIONS):
+        # Another beginning of the conversation, and another worker: the text is the same.
+        answer = fleet.proxy.post(path, body, session=f"{kind}-{number}")
+        assert answered(answer) == wanted
+    assert fleet.anomalies() > before
+    # The control: the worker that corrupts, asked alone.
+    assert answered(fleet.bad.post(path, body)) != wanted
