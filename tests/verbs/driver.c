@@ -5,8 +5,9 @@
  *   open N                   -> 0              device N; all below are its
  *   register ACCESS          -> KEY            all of the memory
  *   deregister KEY           -> ERROR
- *   pair DEPTH               -> NUMBER         a queue pair and its own completion queue
- *   meet NUMBER ADDRESS      -> ERROR          of the last pair: to that peer, up to RTS
+ *   pair DEPTH [ENTRIES]     -> NUMBER         a queue pair and its own completion queue
+ *   meet NUMBER ADDRESS ACCESS -> ERROR        of the last pair: to that peer, up to RTS
+ *   become STATE             -> ERROR
  *   fail | reset | destroy   -> ERROR
  *   state                    -> STATE
  *   write|read|send KEY REMOTE-ADDRESS REMOTE-KEY OFFSET LENGTH ID  -> ERROR
@@ -52,8 +53,8 @@ static void open_device(int number) {
     ibv_free_device_list(devices);
 }
 
-static uint32_t make_pair(int depth) {
-    cq = ibv_create_cq(context, depth * 2, NULL, NULL, 0);
+static uint32_t make_pair(int depth, int entries) {
+    cq = ibv_create_cq(context, entries, NULL, NULL, 0);
     struct ibv_qp_init_attr asked = {
         .send_cq = cq, .recv_cq = cq, .qp_type = IBV_QPT_RC, .sq_sig_all = 1,
         .cap = {.max_send_wr = depth, .max_recv_wr = depth, .max_send_sge = 1, .max_recv_sge = 1},
@@ -63,10 +64,10 @@ static uint32_t make_pair(int depth) {
     return qp->qp_num;
 }
 
-static int meet(uint32_t number, const char *address) {
+static int meet(uint32_t number, const char *address, unsigned access) {
     struct ibv_qp_attr to = {
         .qp_state = IBV_QPS_INIT, .port_num = 1,
-        .qp_access_flags = IBV_ACCESS_REMOTE_WRITE | IBV_ACCESS_REMOTE_READ,
+        .qp_access_flags = access,
     };
     int error = ibv_modify_qp(qp, &to, IBV_QP_STATE | IBV_QP_PKEY_INDEX | IBV_QP_PORT |
                                            IBV_QP_ACCESS_FLAGS);
@@ -195,10 +196,15 @@ int main(void) {
                 }
             printf("%d\n", error);
         } else if (!strcmp(verb, "pair")) {
-            printf("%u\n", make_pair(number));
+            int entries = number * 2;
+            sscanf(rest, "%*u %d", &entries);
+            printf("%u\n", make_pair(number, entries));
         } else if (!strcmp(verb, "meet")) {
-            sscanf(rest, "%*u %63s", address);
-            printf("%d\n", meet(number, address));
+            unsigned access = 0;
+            sscanf(rest, "%*u %63s %u", address, &access);
+            printf("%d\n", meet(number, address, access));
+        } else if (!strcmp(verb, "become")) {
+            printf("%d\n", change(number));
         } else if (!strcmp(verb, "fail")) {
             printf("%d\n", change(IBV_QPS_ERR));
         } else if (!strcmp(verb, "reset")) {

@@ -16,10 +16,10 @@ from sglang_scaling_fixes.lab.verbs import NIC, build
 
 SIZE = 1 << 20
 PACKET = 16 << 10
-ALL = 7  # local write, remote write, remote read
-SUCCESS, PROTECTION, FLUSHED, INVALID, ACCESS, RETRIES = 0, 4, 5, 9, 10, 12
+LOCAL, REMOTE_WRITE, ALL = 1, 2, 7
+SUCCESS, LENGTH, PROTECTION, FLUSHED, INVALID, ACCESS, RETRIES = 0, 1, 4, 5, 9, 10, 12
 RESET, RTS, ERROR = 0, 3, 6
-ACCESS_EVENT, NO_EVENT = 3, -1
+CQ_EVENT, ACCESS_EVENT, NO_EVENT = 0, 3, -1
 PATIENCE_MS = 1500
 HERE, THERE = "127.0.0.1", "127.0.0.2"
 
@@ -96,8 +96,9 @@ class Driver:
     def number(self, *words: object) -> int:
         return int(self.ask(*words))
 
-    def meets(self, peer: Driver) -> None:
-        assert self.number("meet", peer.pair, peer.address) == 0
+    def meets(self, peer: Driver, access: int = ALL) -> None:
+        """`access`: what the peer may do here."""
+        assert self.number("meet", peer.pair, peer.address, access) == 0
 
     def posts(
         self,

@@ -14,12 +14,18 @@ from .drivers import (
     ACCESS,
     ACCESS_EVENT,
     ALL,
+    CQ_EVENT,
     ERROR,
     FLUSHED,
+    INVALID,
+    LENGTH,
+    LOCAL,
     NO_EVENT,
     PACKET,
     PATIENCE_MS,
     PROTECTION,
+    REMOTE_WRITE,
+    RESET,
     RETRIES,
     RTS,
     SIZE,
@@ -76,6 +82,35 @@ def test_a_message_fills_the_receives_in_their_order(both: Two) -> None:
     assert both.receiver.number("count", 7) == 300
 
 
+def a_read_brings_its_bytes_before_what_follows_it_is_complete(both: Two) -> None:
+    both.receiver.number("fill", 9)
+    with both.receiver.held():  # both are there at once
+        both.sender.posts("read", both.receiver, 1, length=SIZE // 2)
+        both.sender.posts("write", both.receiver, 2, offset=SIZE - 8, length=8)
+        assert both.sender.completions(1, QUIET_MS) == []
+    assert both.sender.completions(2) == [(1, SUCCESS), (2, SUCCESS)]
+    assert both.sender.number("count", 9) == SIZE // 2
+
+
+def test_a_read_brings_its_bytes_before_what_follows_it_is_complete(both: Two) -> None:
+    a_read_brings_its_bytes_before_what_follows_it_is_complete(both)
+
+
+def test_a_message_waits_for_its_receive(both: Two) -> None:
+    both.sender.posts("send", both.receiver, 1, length=64)
+    assert both.sender.completions(1, QUIET_MS) == []
+    assert both.receiver.number("receive", both.receiver.key, 0, 64, 2) == 0
+    assert both.receiver.completions(1) == [(2, SUCCESS)]
+    assert both.sender.completions(1) == [(1, SUCCESS)]
+
+
+def test_a_message_longer_than_its_receive_fails_both(both: Two) -> None:
+    both.receiver.number("receive", both.receiver.key, 0, 32, 2)
+    both.sender.posts("send", both.receiver, 1, length=64)
+    assert both.receiver.completions(1) == [(2, LENGTH)]
+    assert both.sender.completions(1) == [(1, INVALID)]
+
+
 def test_requests_of_a_pair_end_in_their_order(both: Two) -> None:
     for ident in range(64):
         kind = "read" if ident % 7 == 3 else "write"
@@ -121,10 +156,15 @@ def test_nothing_lands_under_a_key_that_ended(both: Two, again: bool) -> None:
     nothing_lands_under_a_key_that_ended(both, again)
 
 
-def test_a_write_beyond_its_key_is_refused_whole(both: Two) -> None:
-    both.sender.posts("write", both.receiver, 1, offset=SIZE - 8, length=9)
-    assert both.sender.completions(1)[0][1] in (ACCESS, PROTECTION)
+def a_write_beyond_its_key_is_refused_whole(both: Two) -> None:
+    to = both.receiver.memory + SIZE // 2
+    both.sender.number("write", both.sender.key, to, both.receiver.key, 0, SIZE, 1)
+    assert both.sender.completions(1) == [(1, ACCESS)]
     assert both.receiver.number("count", 7) == 0
+
+
+def test_a_write_beyond_its_key_is_refused_whole(both: Two) -> None:
+    a_write_beyond_its_key_is_refused_whole(both)
 
 
 def test_a_key_that_is_not_open_to_writes_takes_none(both: Two) -> None:
@@ -132,6 +172,20 @@ def test_a_key_that_is_not_open_to_writes_takes_none(both: Two) -> None:
     both.sender.posts("write", both.receiver, 1, remote=local)
     assert both.sender.completions(1) == [(1, ACCESS)]
     assert both.receiver.number("count", 7) == 0
+
+
+def test_a_pair_that_is_not_open_to_writes_takes_none(both: Two) -> None:
+    for one in (both.sender, both.receiver):
+        assert one.number("reset") == 0
+    both.receiver.meets(both.sender, access=LOCAL)
+    both.sender.meets(both.receiver)
+    both.sender.posts("write", both.receiver, 1)
+    assert both.sender.completions(1) == [(1, ACCESS)]
+    assert both.receiver.number("count", 7) == 0
+
+
+def test_memory_that_others_may_write_is_writable_here(both: Two) -> None:
+    assert both.receiver.number("register", REMOTE_WRITE) == 0
 
 
 def test_a_sender_whose_own_key_ended_fails_by_itself(both: Two) -> None:
@@ -178,6 +232,38 @@ def test_completions_of_a_destroyed_pair_are_never_seen(both: Two) -> None:
     time.sleep(QUIET_MS / 1000)  # the answer is back, and nobody looked
     assert both.sender.number("destroy") == 0
     assert both.sender.completions(1, QUIET_MS) == []
+
+
+def test_completions_of_before_a_reset_are_never_seen(both: Two) -> None:
+    both.receiver.number("receive", both.receiver.key, 0, 64, 1)
+    both.sender.posts("send", both.receiver, 1, length=64)
+    assert both.sender.completions(1) == [(1, SUCCESS)]
+    assert both.receiver.number("reset") == 0
+    assert both.receiver.completions(1, QUIET_MS) == []
+    both.receiver.meets(both.sender)
+    assert both.receiver.number("receive", both.receiver.key, 0, 64, 2) == 0
+
+
+@pytest.mark.parametrize("wrong", [(RESET, 2), (RESET, RTS), (ERROR, 2), (ERROR, RTS), (RTS, 1)])
+def test_a_pair_takes_no_short_cut(both: Two, wrong: tuple[int, int]) -> None:
+    first, then = wrong
+    assert both.sender.number("become", first) == 0
+    assert both.sender.number("become", then) == EINVAL
+    assert both.sender.number("state") == first
+
+
+def test_a_completion_queue_that_overflows_is_told_and_takes_its_pair_along(both: Two) -> None:
+    sender = both.sender
+    sender.pair = sender.number("pair", 64, 16)
+    assert both.receiver.number("reset") == 0
+    both.receiver.meets(sender)
+    sender.meets(both.receiver)
+    for ident in range(17):
+        assert sender.posts("write", both.receiver, ident, length=8) == 0
+    assert sender.number("event", 5000) == CQ_EVENT
+    assert sender.number("state") == ERROR
+    assert sender.completions(17, QUIET_MS) == [(ident, SUCCESS) for ident in range(16)]
+    assert sender.number("event", QUIET_MS) == NO_EVENT
 
 
 def test_a_pair_answers_only_the_peer_it_was_told_of(both: Two) -> None:
@@ -255,6 +341,12 @@ def test_a_peer_that_died_is_noticed(both: Two) -> None:
     assert both.sender.completions(1, 10 * PATIENCE_MS) == [(1, RETRIES)]
 
 
+def test_a_process_does_not_outlive_its_nic(both: Two) -> None:
+    """It would see nothing land, and take that for a proof."""
+    os.kill(both.receiver.nic, signal.SIGKILL)
+    eventually(lambda: not arguments(both.receiver.pid))
+
+
 def test_a_healthy_pair_tells_no_event(both: Two) -> None:
     both.sender.posts("write", both.receiver, 1)
     assert both.sender.completions(1) == [(1, SUCCESS)]
@@ -282,7 +374,11 @@ BROKEN: dict[str, tuple[list[tuple[str, str, str]], Check]] = {
     "a failed pair takes packets": (
         [
             ("pairs.c", "    pair->state = STATE_ERROR;\n    disconnect(pair, why);\n", ""),
-            ("pairs.c", "    pair->state = order->modify.state;\n", ""),
+            (
+                "pairs.c",
+                "    pair->state = order->modify.state;\n",
+                "    if (order->modify.state != STATE_ERROR) pair->state = order->modify.state;\n",
+            ),
         ],
         lambda both: nothing_lands_through_a_pair_that_ended(both, "fail"),
     ),
@@ -295,6 +391,14 @@ BROKEN: dict[str, tuple[list[tuple[str, str, str]], Check]] = {
             )
         ],
         lambda both: nothing_lands_under_a_key_that_ended(both, again=False),
+    ),
+    "a read is overtaken": (
+        [("links.c", "(link->readings || (frame", "((frame")],
+        a_read_brings_its_bytes_before_what_follows_it_is_complete,
+    ),
+    "a write is refused at its end": (
+        [("links.c", ".total = index == 0 ? request->length : 0,", ".total = 0,")],
+        a_write_beyond_its_key_is_refused_whole,
     ),
     "nothing is flushed": (
         [

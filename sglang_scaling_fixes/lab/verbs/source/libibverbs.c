@@ -18,8 +18,10 @@
 #include <fcntl.h>
 #include <libgen.h>
 #include <limits.h>
+#include <poll.h>
 #include <pthread.h>
 #include <spawn.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -79,6 +81,19 @@ static struct pair *pairs;
 
 /* ---- the NIC ------------------------------------------------------------------------------- */
 
+/* Without its NIC a process would see nothing land, and take that for a proof. */
+static void nic_is_gone(void) {
+    fprintf(stderr, "softverbs: the NIC of process %d is gone\n", getpid());
+    abort();
+}
+
+static void *watch_nic(void *unused) {
+    struct pollfd end = {.fd = control, .events = POLLRDHUP};
+    while (poll(&end, 1, -1) < 0 && errno == EINTR) continue;
+    nic_is_gone();
+    return unused;
+}
+
 static int start_nic(void) {
     Dl_info here;
     char library[PATH_MAX], program[PATH_MAX + 16], pid[16];
@@ -93,7 +108,6 @@ static int start_nic(void) {
     /* Twice: to its own number dup2 keeps the close-on-exec mark. */
     posix_spawn_file_actions_adddup2(&actions, ends[1], CONTROL_FD + 1);
     posix_spawn_file_actions_adddup2(&actions, CONTROL_FD + 1, CONTROL_FD);
-    posix_spawn_file_actions_addclosefrom_np(&actions, CONTROL_FD + 1);
     pid_t child;
     int failed = posix_spawn(&child, program, &actions, NULL,
                              (char *[]){"softnic", pid, NULL}, environ);
@@ -108,10 +122,12 @@ static int start_nic(void) {
     prctl(PR_SET_PTRACER, hello.value, 0, 0, 0); /* it reads and writes our memory */
     control = ends[0];
     owner = getpid();
+    pthread_t watcher;
+    if (!pthread_create(&watcher, NULL, watch_nic, NULL)) pthread_detach(watcher);
     return 0;
 }
 
-static int tell_nic(const struct order *order, const int *fds, int count) {
+static void tell_nic(const struct order *order, const int *fds, int count) {
     char space[CMSG_SPACE(2 * sizeof(int))] = {0};
     struct iovec part = {(void *)order, sizeof *order};
     struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1};
@@ -124,26 +140,27 @@ static int tell_nic(const struct order *order, const int *fds, int count) {
         passed->cmsg_len = CMSG_LEN(count * sizeof(int));
         memcpy(CMSG_DATA(passed), fds, count * sizeof(int));
     }
-    if (control < 0 || owner != getpid()) return ENODEV;
     ssize_t sent;
     do sent = sendmsg(control, &message, MSG_NOSIGNAL);
     while (sent < 0 && errno == EINTR);
-    return sent == sizeof *order ? 0 : EIO;
+    if (sent != sizeof *order) nic_is_gone();
 }
 
+/* Before any lock is taken: in a forked child somebody else may have held it. */
+static bool has_nic(void) { return control >= 0 && owner == getpid(); }
+
 static int ask_nic_with(const struct order *order, const int *fds, int count, uint32_t *value) {
-    struct reply reply = {EIO, 0};
+    struct reply reply;
+    ssize_t got;
+    if (!has_nic()) return ENODEV;
     pthread_mutex_lock(&lock);
-    int error = tell_nic(order, fds, count);
-    ssize_t got = -1;
-    if (!error) {
-        do got = recv(control, &reply, sizeof reply, 0);
-        while (got < 0 && errno == EINTR);
-        error = got == sizeof reply ? reply.error : EIO;
-    }
+    tell_nic(order, fds, count);
+    do got = recv(control, &reply, sizeof reply, 0);
+    while (got < 0 && errno == EINTR);
+    if (got != sizeof reply) nic_is_gone();
     pthread_mutex_unlock(&lock);
     if (value) *value = reply.value;
-    return error;
+    return reply.error;
 }
 
 static int ask_nic(const struct order *order, uint32_t *value) {
@@ -202,7 +219,7 @@ struct ibv_context *ibv_open_device(struct ibv_device *base) {
     char path[128];
     int ends[2];
     pthread_mutex_lock(&lock);
-    int error = control < 0 || owner != getpid() ? start_nic() : 0;
+    int error = has_nic() ? 0 : start_nic();
     pthread_mutex_unlock(&lock);
     if (!error && pipe2(ends, O_CLOEXEC)) error = errno;
     if (error) {
@@ -212,6 +229,7 @@ struct ibv_context *ibv_open_device(struct ibv_device *base) {
     }
     context->device = (struct device *)base;
     struct order order = {.kind = ORDER_OPEN, .open.address = context->device->address};
+    fcntl(ends[1], F_SETFL, O_NONBLOCK); /* nobody may wait for who does not read events */
     error = ask_nic_with(&order, &ends[1], 1, &context->number);
     close(ends[1]);
     if (error) {
@@ -327,7 +345,9 @@ struct ibv_mr *ibv_reg_mr_iova2(struct ibv_pd *domain, void *address, size_t len
         .kind = ORDER_REGISTER,
         .region = {(uintptr_t)address, length, ((struct domain *)domain)->number, access},
     };
-    int error = iova == (uintptr_t)address ? ask_nic(&order, &region->rkey) : EOPNOTSUPP;
+    bool writes = access & IBV_ACCESS_REMOTE_WRITE && !(access & IBV_ACCESS_LOCAL_WRITE);
+    int error = writes ? EINVAL : EOPNOTSUPP;
+    if (!writes && iova == (uintptr_t)address) error = ask_nic(&order, &region->rkey);
     if (error) {
         free(region);
         errno = error;
@@ -357,6 +377,7 @@ int ibv_dereg_mr(struct ibv_mr *region) {
 struct ibv_comp_channel *ibv_create_comp_channel(struct ibv_context *context) {
     int ends[2];
     if (pipe2(ends, O_CLOEXEC)) return NULL;
+    fcntl(ends[1], F_SETFL, O_NONBLOCK);
     struct channel *channel = calloc(1, sizeof *channel);
     channel->base.context = context;
     channel->base.fd = ends[0];
@@ -382,7 +403,7 @@ struct ibv_cq *ibv_create_cq(struct ibv_context *context, int entries, void *coo
     struct queue *queue = calloc(1, sizeof *queue);
     int fds[2] = {memfd_create("softverbs-completions", MFD_CLOEXEC), -1};
     if (channel) fds[1] = ((struct channel *)channel)->written;
-    struct order order = {.kind = ORDER_CQ, .cq.cookie = (uintptr_t)queue};
+    struct order order = {.kind = ORDER_CQ, .cq = {(uintptr_t)queue, entries}};
     void *ring = MAP_FAILED;
     if (fds[0] >= 0 && !ftruncate(fds[0], sizeof(struct ring)))
         ring = mmap(NULL, sizeof(struct ring), PROT_READ | PROT_WRITE, MAP_SHARED, fds[0], 0);
@@ -478,13 +499,18 @@ void ibv_ack_cq_events(struct ibv_cq *cq, unsigned int count) {
 
 int ibv_get_async_event(struct ibv_context *context, struct ibv_async_event *found) {
     struct event event;
+    struct pollfd more = {.fd = context->async_fd, .events = POLLIN};
     for (;;) {
         if (read(context->async_fd, &event, sizeof event) != sizeof event) return -1;
         pthread_mutex_lock(&lock);
         struct pair *pair = pairs;
-        while (pair && (uintptr_t)pair != event.cookie) pair = pair->following;
+        while (pair && pair->base.qp_num != event.number) pair = pair->following;
         pthread_mutex_unlock(&lock);
-        if (!pair) continue; /* destroyed since */
+        if (!pair) { /* destroyed since */
+            if (poll(&more, 1, 0) == 1) continue;
+            errno = EAGAIN;
+            return -1;
+        }
         found->event_type = event.type;
         if (event.type == IBV_EVENT_CQ_ERR)
             found->element.cq = pair->base.send_cq;
@@ -555,6 +581,7 @@ int ibv_modify_qp(struct ibv_qp *base, struct ibv_qp_attr *said, int mask) {
     struct pair *pair = (struct pair *)base;
     struct order order = {.kind = ORDER_MODIFY, .number = base->qp_num};
     order.modify.has_state = !!(mask & IBV_QP_STATE);
+    order.modify.has_access = !!(mask & IBV_QP_ACCESS_FLAGS);
     order.modify.has_path = !!(mask & IBV_QP_AV);
     order.modify.has_peer = !!(mask & IBV_QP_DEST_QPN);
     order.modify.has_expected = !!(mask & IBV_QP_RQ_PSN);
@@ -562,6 +589,7 @@ int ibv_modify_qp(struct ibv_qp *base, struct ibv_qp_attr *said, int mask) {
     order.modify.has_timeout = !!(mask & IBV_QP_TIMEOUT);
     order.modify.has_retries = !!(mask & IBV_QP_RETRY_CNT);
     order.modify.state = said->qp_state;
+    order.modify.access = said->qp_access_flags;
     memcpy(&order.modify.peer_address, said->ah_attr.grh.dgid.raw + 12, 4);
     order.modify.peer = said->dest_qp_num;
     order.modify.expected = said->rq_psn;
@@ -574,6 +602,8 @@ int ibv_modify_qp(struct ibv_qp *base, struct ibv_qp_attr *said, int mask) {
     remember(&pair->attributes, said, mask);
     base->state = state;
     if (state == IBV_QPS_RESET) {
+        withdraw((struct queue *)base->send_cq, pair);
+        withdraw((struct queue *)base->recv_cq, pair);
         pair->sends_done = pair->sends_posted;
         pair->receives_done = pair->receives_posted;
     }
@@ -642,9 +672,9 @@ static int post_one_send(struct pair *pair, const struct ibv_send_wr *work) {
     order.work.key = work->wr.rdma.rkey;
     int error = pieces_of(&order.work, work->sg_list, work->num_sge);
     if (error) return error;
-    error = tell_nic(&order, NULL, 0);
-    if (!error) pair->sends_posted++;
-    return error;
+    tell_nic(&order, NULL, 0);
+    pair->sends_posted++;
+    return 0;
 }
 
 static int post_one_receive(struct pair *pair, const struct ibv_recv_wr *work) {
@@ -654,13 +684,17 @@ static int post_one_receive(struct pair *pair, const struct ibv_recv_wr *work) {
     if (error) return error;
     if (pair->base.state == IBV_QPS_RESET) return EINVAL;
     if (pair->receives_posted - pair->receives_done >= pair->capacity.max_recv_wr) return ENOMEM;
-    error = tell_nic(&order, NULL, 0);
-    if (!error) pair->receives_posted++;
-    return error;
+    tell_nic(&order, NULL, 0);
+    pair->receives_posted++;
+    return 0;
 }
 
 static int post_send(struct ibv_qp *qp, struct ibv_send_wr *work, struct ibv_send_wr **bad) {
     int error = 0;
+    if (!has_nic()) {
+        *bad = work;
+        return ENODEV;
+    }
     pthread_mutex_lock(&lock);
     while (work && !(error = post_one_send((struct pair *)qp, work))) work = work->next;
     pthread_mutex_unlock(&lock);
@@ -670,6 +704,10 @@ static int post_send(struct ibv_qp *qp, struct ibv_send_wr *work, struct ibv_sen
 
 static int post_receive(struct ibv_qp *qp, struct ibv_recv_wr *work, struct ibv_recv_wr **bad) {
     int error = 0;
+    if (!has_nic()) {
+        *bad = work;
+        return ENODEV;
+    }
     pthread_mutex_lock(&lock);
     while (work && !(error = post_one_receive((struct pair *)qp, work))) work = work->next;
     pthread_mutex_unlock(&lock);

@@ -41,6 +41,7 @@ struct listener {
     enum kind kind;
     int fd;
     uint16_t port;
+    bool waits; /* for a file descriptor that somebody closes */
     uint32_t given, ended;
     struct listener *following;
 };
@@ -55,7 +56,7 @@ struct link {
     enum kind kind;
     int fd; /* -1: closed */
     bool requester, welcomed, ended, leaving; /* ended by the peer; to be closed when all is sent */
-    bool awaits_room;
+    bool awaits_room, full;
     uint32_t own_address; /* of the device, network order */
     struct pair *pair;
     struct reading *readings, **last_reading;
@@ -85,7 +86,8 @@ static struct listener *listen_anew(void) {
         return NULL;
     }
     struct listener *listener = calloc(1, sizeof *listener);
-    *listener = (struct listener){LISTENER, fd, ntohs(here.sin_port), 0, 0, listeners};
+    *listener = (struct listener){
+        .kind = LISTENER, .fd = fd, .port = ntohs(here.sin_port), .following = listeners};
     struct epoll_event wanted = {.events = EPOLLIN, .data.ptr = listener};
     epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &wanted);
     return listeners = listener;
@@ -152,10 +154,12 @@ static void link_free(struct link *link) {
     free(link);
 }
 
-static void await_room(struct link *link, bool room) {
-    if (link->awaits_room == room || link->ended) return;
+static void await(struct link *link, bool room, bool full) {
+    if ((link->awaits_room == room && link->full == full) || link->ended) return;
     link->awaits_room = room;
-    struct epoll_event wanted = {.events = EPOLLIN | (room ? EPOLLOUT : 0), .data.ptr = link};
+    link->full = full;
+    struct epoll_event wanted = {
+        .events = (full ? 0 : EPOLLIN) | (room ? EPOLLOUT : 0), .data.ptr = link};
     epoll_ctl(epoll, EPOLL_CTL_MOD, link->fd, &wanted);
 }
 
@@ -252,6 +256,7 @@ static bool next_request_packet(struct link *link) {
         .magic = FRAME_MAGIC,
         .last = index + 1 == request->packets,
         .sequence = pair->sent,
+        .total = index == 0 ? request->length : 0,
         .address = work->remote + offset,
         .key = work->key,
     };
@@ -315,7 +320,7 @@ void link_pump(struct link *link) {
             if (sent >= 0) {
                 link->send_from += sent;
             } else if (errno == EAGAIN || errno == ENOTCONN) {
-                await_room(link, true);
+                await(link, true, link->full);
                 return;
             } else {
                 link_close(link, strerror(errno));
@@ -325,13 +330,13 @@ void link_pump(struct link *link) {
         link->send_from = link->send_size = 0;
         if (link->leaving) {
             shutdown(link->fd, SHUT_WR);
-            await_room(link, false);
+            await(link, false, link->full);
             return;
         }
         bool more = link->pair && (link->requester ? next_request_packet(link)
                                                    : next_read_packet(link));
         if (!more && link->fd >= 0 && link->send_size == 0) {
-            await_room(link, false);
+            await(link, false, link->full);
             return;
         }
     }
@@ -367,21 +372,36 @@ static void on_hello(struct link *link, const struct frame *frame) {
     put(link, (struct frame){.kind = FRAME_WELCOME});
 }
 
+/* A request is refused by its first packet, before a byte of it; a key may also end in its middle. */
+static bool open_to(const struct pair *pair, const struct frame *frame, uint32_t access) {
+    uint32_t length = frame->total > frame->length ? frame->total : frame->length;
+    return pair->access & access &&
+           region_covers(frame->key, pair->domain, frame->address, length, access);
+}
+
 static uint32_t land(struct pair *pair, const struct frame *frame, const uint8_t *payload) {
     if (frame->kind == FRAME_WRITE) {
-        if (!region_covers(frame->key, pair->domain, frame->address, frame->length,
-                           ACCESS_REMOTE_WRITE))
-            return STATUS_REMOTE_ACCESS;
+        if (!open_to(pair, frame, ACCESS_REMOTE_WRITE)) return STATUS_REMOTE_ACCESS;
         return memory_write(frame->address, payload, frame->length) ? STATUS_SUCCESS
                                                                     : STATUS_REMOTE_OPERATION;
     }
-    if (pair->receives_done == pair->receives_posted) return STATUS_NOT_READY_EXCEEDED;
     const struct work *work = &pair->receives[pair->receives_done % MAX_QUEUE];
-    if (!scatter(pair, work, pair->receive_fill, payload, frame->length))
+    if (!scatter(pair, work, pair->receive_fill, payload, frame->length)) {
+        pair_received(pair, STATUS_LOCAL_LENGTH);
         return STATUS_REMOTE_INVALID;
+    }
     pair->receive_fill += frame->length;
-    if (frame->last) pair_received(pair, pair->receive_fill);
+    if (frame->last) pair_received(pair, STATUS_SUCCESS);
     return STATUS_SUCCESS;
+}
+
+/* What comes behind a read that is being answered waits, so that answers come in order; a message
+ * waits for its receive. */
+static bool must_wait(const struct link *link, const struct frame *frame) {
+    const struct pair *pair = link->pair;
+    return !link->requester && pair &&
+           (link->readings || (frame->kind == FRAME_SEND &&
+                               pair->receives_done == pair->receives_posted));
 }
 
 static void on_request(struct link *link, const struct frame *frame, const uint8_t *payload) {
@@ -391,6 +411,10 @@ static void on_request(struct link *link, const struct frame *frame, const uint8
         return;
     }
     if (frame->kind == FRAME_READ) {
+        if (!open_to(pair, frame, ACCESS_REMOTE_READ)) {
+            refuse(link, frame->sequence, STATUS_REMOTE_ACCESS);
+            return;
+        }
         struct reading *reading = malloc(sizeof *reading);
         *reading = (struct reading){frame->address, frame->length, 0, frame->key,
                                     frame->sequence, NULL};
@@ -475,17 +499,20 @@ static void take_frames(struct link *link) {
             link_close(link, "not a frame");
             break;
         }
-        if (link->received_size - from < sizeof frame + payload || held(link)) break;
+        if (link->received_size - from < sizeof frame + payload) break;
+        if (held(link) || must_wait(link, &frame)) break;
         on_frame(link, &frame, link->received + from + sizeof frame);
         from += sizeof frame + payload;
     }
     if (link->fd < 0) return;
     memmove(link->received, link->received + from, link->received_size - from);
     link->received_size -= from;
-    if (link->ended && !held(link))
+    if (link->ended && !held(link)) {
         link_close(link, "its peer closed it");
-    else
-        link_pump(link);
+        return;
+    }
+    if (link->full && link->received_size < link->received_room) await(link, link->awaits_room, false);
+    link_pump(link);
 }
 
 static void receive(struct link *link) {
@@ -494,7 +521,10 @@ static void receive(struct link *link) {
             take_frames(link);
             if (link->fd < 0) return;
             if (link->received_size == link->received_room) { /* they are held */
-                if (link->received_room >= HELD) return;
+                if (link->received_room >= HELD) {
+                    await(link, link->awaits_room, true);
+                    return;
+                }
                 link->received_room *= 2;
                 link->received = realloc(link->received, link->received_room);
             }
@@ -513,11 +543,18 @@ static void receive(struct link *link) {
     if (link->fd >= 0) take_frames(link);
 }
 
+static void listen_to(struct listener *listener, bool wanted) {
+    listener->waits = !wanted;
+    struct epoll_event events = {.events = wanted ? EPOLLIN : 0, .data.ptr = listener};
+    epoll_ctl(epoll, EPOLL_CTL_MOD, listener->fd, &events);
+}
+
 static void accept_all(struct listener *listener) {
     int fd;
     if (listener->fd < 0) return;
     while ((fd = accept4(listener->fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC)) >= 0)
         link_add(fd, false, 0);
+    if (errno == EMFILE || errno == ENFILE) listen_to(listener, false);
 }
 
 void link_ready(void *what, uint32_t events) {
@@ -575,6 +612,7 @@ void links_work(uint64_t now) {
     for (struct listener **place = &listeners; *place;) {
         struct listener *listener = *place;
         if (listener->fd >= 0) {
+            if (listener->waits) listen_to(listener, true);
             place = &listener->following;
         } else {
             *place = listener->following;

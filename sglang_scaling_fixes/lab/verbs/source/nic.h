@@ -15,9 +15,9 @@
  * and ibv_wc_opcode that are used here (InfiniBand Architecture Specification, volume 1; the
  * numbers are the ABI of libibverbs). This half is compiled without verbs.h. */
 enum {
-    STATUS_SUCCESS = 0, STATUS_LOCAL_PROTECTION = 4, STATUS_FLUSHED = 5,
+    STATUS_SUCCESS = 0, STATUS_LOCAL_LENGTH = 1, STATUS_LOCAL_PROTECTION = 4, STATUS_FLUSHED = 5,
     STATUS_REMOTE_INVALID = 9, STATUS_REMOTE_ACCESS = 10, STATUS_REMOTE_OPERATION = 11,
-    STATUS_RETRIES_EXCEEDED = 12, STATUS_NOT_READY_EXCEEDED = 13,
+    STATUS_RETRIES_EXCEEDED = 12,
     STATE_RESET = 0, STATE_INIT = 1, STATE_RTR = 2, STATE_RTS = 3, STATE_ERROR = 6,
     EVENT_CQ_ERROR = 0, EVENT_REQUEST_ERROR = 2, EVENT_ACCESS_ERROR = 3,
     ACCESS_LOCAL_WRITE = 1, ACCESS_REMOTE_WRITE = 2, ACCESS_REMOTE_READ = 4,
@@ -33,6 +33,8 @@ struct context {
 struct cq {
     uint64_t cookie;
     int events;
+    uint32_t entries;
+    bool overrun;
     struct ring *ring;
 };
 
@@ -49,7 +51,7 @@ struct request { /* in a send queue */
  *    landed   in flight    posted, not read yet
  */
 struct pair {
-    uint32_t number, domain, state, peer, signal_all;
+    uint32_t number, domain, state, access, peer, signal_all;
     uint32_t peer_address; /* network order */
     uint64_t cookie;
     struct context *context;
@@ -78,20 +80,20 @@ bool memory_read(uint64_t address, void *into, size_t length);
 bool memory_write(uint64_t address, const void *from, size_t length);
 
 /* pairs.c: queue pairs and completions */
-struct cq *cq_add(int memory, int events, uint64_t cookie);
+struct cq *cq_add(int memory, int events, uint64_t cookie, uint32_t entries);
 void cq_remove(struct cq *cq);
 struct pair *pair_add(const struct order *order, uint32_t number, struct context *context,
                       struct cq *send_cq, struct cq *receive_cq);
 void pair_remove(struct pair *pair);
 struct pair *pair_numbered(uint32_t number);
 struct pair *pair_first(void);
-void pair_modify(struct pair *pair, const struct order *order);
+bool pair_modify(struct pair *pair, const struct order *order); /* false: not from this state */
 void pair_send(struct pair *pair, const struct work *work);
 void pair_receive(struct pair *pair, const struct work *work);
 void pair_acked(struct pair *pair, uint32_t up_to); /* packets before `up_to` have landed */
 void pair_fail(struct pair *pair, uint32_t status, const char *why);
 void pair_refused(struct pair *pair, uint32_t event); /* it refused a packet of its peer */
-void pair_received(struct pair *pair, uint32_t length);
+void pair_received(struct pair *pair, uint32_t status);
 struct request *pair_request(struct pair *pair, uint32_t sequence);
 bool pair_accepts(const struct pair *pair);
 

@@ -10,12 +10,13 @@ static struct pair *pairs;
 
 /* ---- completions ---------------------------------------------------------------------- */
 
-struct cq *cq_add(int memory, int events, uint64_t cookie) {
+struct cq *cq_add(int memory, int events, uint64_t cookie, uint32_t entries) {
     void *ring = mmap(NULL, sizeof(struct ring), PROT_READ | PROT_WRITE, MAP_SHARED, memory, 0);
     close(memory);
     if (ring == MAP_FAILED) return NULL;
     struct cq *cq = malloc(sizeof *cq);
-    *cq = (struct cq){cookie, events, ring};
+    *cq = (struct cq){.cookie = cookie, .events = events, .entries = 1, .ring = ring};
+    while (cq->entries < entries) cq->entries *= 2; /* as adapters do */
     return cq;
 }
 
@@ -26,16 +27,26 @@ void cq_remove(struct cq *cq) {
 }
 
 static void event(struct pair *pair, uint32_t type) {
-    struct event told = {.cookie = pair->cookie, .type = type};
+    struct event told = {.type = type, .number = pair->number};
     if (write(pair->context->events, &told, sizeof told) != sizeof told)
         note("pair %x: event %u was not told", pair->number, type);
+}
+
+/* Nobody looked: the queue is of no use any more, nor are its pairs. */
+static void overrun(struct pair *pair, struct cq *cq) {
+    cq->overrun = true;
+    event(pair, EVENT_CQ_ERROR);
+    for (struct pair *one = pairs; one; one = one->following)
+        if (one->send_cq == cq || one->receive_cq == cq)
+            pair_fail(one, STATUS_FLUSHED, "its completion queue is full");
 }
 
 static void complete(struct pair *pair, struct cq *cq, struct completion done) {
     struct ring *ring = cq->ring;
     uint32_t tail = atomic_load_explicit(&ring->tail, memory_order_relaxed);
-    if (tail - atomic_load_explicit(&ring->head, memory_order_acquire) == RING_ENTRIES) {
-        event(pair, EVENT_CQ_ERROR);
+    if (cq->overrun) return;
+    if (tail - atomic_load_explicit(&ring->head, memory_order_acquire) == cq->entries) {
+        overrun(pair, cq);
         return;
     }
     done.cookie = pair->cookie;
@@ -65,15 +76,15 @@ static void send_ends(struct pair *pair, uint32_t status) {
 }
 
 static void receive_ends(struct pair *pair, uint32_t status, uint32_t length) {
-    struct work *work = &pair->receives[pair->receives_done++ % MAX_QUEUE];
+    const struct work *work = &pair->receives[pair->receives_done++ % MAX_QUEUE];
     pair->receive_fill = 0;
     complete(pair, pair->receive_cq,
              (struct completion){
                  .id = work->id, .status = status, .opcode = DONE_RECEIVE, .bytes = length});
 }
 
-void pair_received(struct pair *pair, uint32_t length) {
-    receive_ends(pair, STATUS_SUCCESS, length);
+void pair_received(struct pair *pair, uint32_t status) {
+    receive_ends(pair, status, pair->receive_fill);
 }
 
 /* ---- queue pairs ---------------------------------------------------------------------- */
@@ -140,14 +151,30 @@ void pair_refused(struct pair *pair, uint32_t type) {
     pair_fail(pair, STATUS_FLUSHED, "refused its peer's packet");
 }
 
-void pair_modify(struct pair *pair, const struct order *order) {
+static bool may_become(uint32_t from, uint32_t to) {
+    switch (to) {
+    case STATE_RESET:
+    case STATE_ERROR:
+        return true;
+    case STATE_INIT:
+        return from == STATE_RESET || from == STATE_INIT;
+    case STATE_RTR:
+        return from == STATE_INIT;
+    default:
+        return to == STATE_RTS && (from == STATE_RTR || from == STATE_RTS);
+    }
+}
+
+bool pair_modify(struct pair *pair, const struct order *order) {
+    if (order->modify.has_state && !may_become(pair->state, order->modify.state)) return false;
+    if (order->modify.has_access) pair->access = order->modify.access;
     if (order->modify.has_path) pair->peer_address = order->modify.peer_address;
     if (order->modify.has_peer) pair->peer = order->modify.peer;
     if (order->modify.has_expected) pair->expected = order->modify.expected;
     if (order->modify.has_first) pair->next = pair->sent = pair->acked = order->modify.first;
     if (order->modify.has_timeout) pair->timeout = order->modify.timeout;
     if (order->modify.has_retries) pair->retries = order->modify.retries;
-    if (!order->modify.has_state) return;
+    if (!order->modify.has_state) return true;
     if (order->modify.state == STATE_ERROR) {
         pair_fail(pair, STATUS_FLUSHED, "told to");
     } else if (order->modify.state == STATE_RESET) {
@@ -159,6 +186,7 @@ void pair_modify(struct pair *pair, const struct order *order) {
     }
     pair->state = order->modify.state;
     note("pair %x: state %u, peer %x", pair->number, pair->state, pair->peer);
+    return true;
 }
 
 void pair_send(struct pair *pair, const struct work *work) {

@@ -11,6 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <time.h>
@@ -75,7 +76,7 @@ static struct reply close_context(uint32_t number) {
 static struct reply make_cq(const struct order *order, int memory, int events) {
     uint32_t place = free_place((void **)cqs);
     if (!place || memory < 0) return (struct reply){ENOMEM, 0};
-    cqs[place] = cq_add(memory, events, order->cq.cookie);
+    cqs[place] = cq_add(memory, events, order->cq.cookie, order->cq.entries);
     return (struct reply){cqs[place] ? 0 : ENOMEM, place};
 }
 
@@ -103,15 +104,17 @@ static struct reply make_pair(const struct order *order) {
 static struct reply with_pair(const struct order *order) {
     struct pair *pair = pair_numbered(order->number);
     if (!pair) return (struct reply){EINVAL, 0};
+    if (order->kind == ORDER_MODIFY) {
+        bool done = pair_modify(pair, order);
+        return (struct reply){done ? 0 : EINVAL, pair->state};
+    }
     if (order->kind == ORDER_DESTROY_QP)
         pair_remove(pair);
-    else if (order->kind == ORDER_MODIFY)
-        pair_modify(pair, order);
     else if (order->kind == ORDER_SEND)
         pair_send(pair, &order->work);
     else
         pair_receive(pair, &order->work);
-    return (struct reply){0, order->kind == ORDER_MODIFY ? pair->state : 0};
+    return (struct reply){0, 0};
 }
 
 static struct reply carry_out(const struct order *order, const int fds[2]) {
@@ -166,10 +169,17 @@ static void watch_fd(int epoll, int fd, void *what) {
     if (fd < 0 || epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &wanted)) exit(1);
 }
 
-/* An orphan in a session of its own, so that nobody waits for it or stops it with a group. */
+/* An orphan in a session of its own, so that nobody waits for it or stops it with a group, and
+ * with nothing open that is the application's. */
 static void leave(void) {
     if (setsid() < 0) exit(1);
     signal(SIGPIPE, SIG_IGN);
+    syscall(SYS_close_range, CONTROL_FD + 1, ~0u, 0);
+    struct rlimit files; /* a queue pair takes two */
+    if (!getrlimit(RLIMIT_NOFILE, &files)) {
+        files.rlim_cur = files.rlim_max;
+        setrlimit(RLIMIT_NOFILE, &files);
+    }
     const char *prefix = getenv("SOFTVERBS_LOG");
     if (prefix) {
         char path[4096];

@@ -63,15 +63,16 @@ struct order {
         } region;
         struct {
             uint64_t cookie; /* comes back in events */
+            uint32_t entries;
         } cq;
         struct {
             uint64_t cookie;
             uint32_t context, domain, send_cq, receive_cq, signal_all;
         } pair;
         struct {
-            uint32_t state, peer, peer_address, expected, first, timeout, retries;
-            uint32_t has_state, has_path, has_peer, has_expected, has_first, has_timeout,
-                has_retries;
+            uint32_t state, access, peer, peer_address, expected, first, timeout, retries;
+            uint32_t has_state, has_access, has_path, has_peer, has_expected, has_first,
+                has_timeout, has_retries;
         } modify;
         struct work work;
     };
@@ -83,9 +84,8 @@ struct reply {
 };
 
 struct event {
-    uint64_t cookie;
-    uint32_t type; /* an enum ibv_event_type */
-    uint32_t padding;
+    uint32_t type;   /* an enum ibv_event_type */
+    uint32_t number; /* of a queue pair; no number is given twice */
 };
 
 /* ---- completion ring: written by the NIC at `tail`, read by the library at `head` ----- */
@@ -130,7 +130,7 @@ struct frame {
     uint64_t address;  /* remote address; of FRAME_DATA, the offset in the request */
     uint32_t key;
     uint32_t source, target;
-    uint32_t padding;
+    uint32_t total; /* of the request, in its first packet; 0 in the others */
 };
 
 _Static_assert(sizeof(struct frame) == 40, "the frame has no holes");
