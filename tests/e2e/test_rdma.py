@@ -10,8 +10,9 @@ import pytest
 from sglang_scaling_fixes.lab.races import run as race
 from sglang_scaling_fixes.lab.races import scenarios
 from tests.releases import OLD
+from tests.verbs.needs import verbs_in_software
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, verbs_in_software]
 
 
 @pytest.mark.parametrize("scenario", ["abort", "poisoned"])

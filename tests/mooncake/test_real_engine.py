@@ -10,11 +10,12 @@ import pytest
 from sglang_scaling_fixes.lab.verbs import Transport
 from tests.mooncake.engines import SIZE, SMALL
 from tests.mooncake.processes import Process, processes
+from tests.verbs.needs import verbs_in_software
 
 TRIES = 5
 
 
-@pytest.fixture(params=["tcp", "rdma"])
+@pytest.fixture(params=["tcp", pytest.param("rdma", marks=verbs_in_software)])
 def transport(request: pytest.FixtureRequest) -> Transport:
     found: Transport = request.param
     return found
@@ -55,6 +56,7 @@ def test_a_buffer_whose_registration_was_renewed_is_still_written(transport: Tra
     assert interrupted(transport, "renew")["late"] > 0
 
 
+@verbs_in_software
 def test_over_rdma_nothing_lands_in_a_buffer_that_is_not_registered() -> None:
     assert interrupted("rdma", "unregister")["late"] == 0
 

@@ -16,7 +16,9 @@ import pytest
 
 from sglang_scaling_fixes.release import POSTS
 from tests.mooncake.processes import Process
+from tests.verbs.needs import verbs_in_software
 
+pytestmark = verbs_in_software
 LENGTH = 16 << 20
 RECEIVER, SENDER = ("127.0.0.11", "127.0.0.12"), ("127.0.0.21", "127.0.0.22")
 PATIENCE_MS = "1000"

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.verbs.needs import verbs_in_software
+
 from .drivers import (
     ACCESS,
     ACCESS_EVENT,
@@ -37,6 +39,7 @@ from .drivers import (
     two,
 )
 
+pytestmark = verbs_in_software
 ENOMEM, EINVAL = 12, 22
 QUIET_MS = 300
 

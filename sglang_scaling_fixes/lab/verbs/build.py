@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -34,8 +35,8 @@ def build(progress: Progress = print) -> Path:
     LabError beside a real RDMA device, without namespaces, a C compiler, or the headers of
     libibverbs. Nothing is left half done: the folder appears when it is whole.
     """
-    _refuse_real_devices()
-    _check_namespaces()
+    if (problem := obstacle()) is not None:
+        raise LabError(problem)
     folder = lab_home() / "verbs" / _digest()
     if folder.exists():
         return folder
@@ -63,6 +64,22 @@ def build(progress: Progress = print) -> Path:
             if not folder.exists():
                 raise
     return folder
+
+
+def obstacle() -> str | None:
+    """Why this machine cannot have devices in software; None if it can."""
+    found = sorted(path.name for path in SYSTEM_DEVICES.glob("*"))
+    if found:
+        return (
+            f"this machine has RDMA devices ({', '.join(found)}), and beside those the lab pretends"
+            " nothing: use --transport tcp"
+        )
+    probe = subprocess.run(
+        _with_devices(["rdma0"], ["true"]), capture_output=True, text=True, check=False
+    )
+    if probe.returncode != 0:
+        return f"{probe.stderr.strip()}: allow mount namespaces, {_OTHERWISE}"
+    return None
 
 
 def compile_c(compiler: str, sources: list[Path], target: Path, *flags: str) -> None:
@@ -98,27 +115,10 @@ def _with_devices(names: Iterable[str], command: Sequence[str]) -> list[str]:
 
 
 def _digest() -> str:
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(f"{platform.machine()} {_FLAGS}".encode())
     for path in sorted(SOURCE.iterdir()):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def _refuse_real_devices() -> None:
-    found = sorted(path.name for path in SYSTEM_DEVICES.glob("*"))
-    if found:
-        raise LabError(
-            f"this machine has RDMA devices ({', '.join(found)}), and beside those the lab pretends"
-            " nothing: use --transport tcp"
-        )
-
-
-def _check_namespaces() -> None:
-    probe = subprocess.run(
-        _with_devices(["rdma0"], ["true"]), capture_output=True, text=True, check=False
-    )
-    if probe.returncode != 0:
-        raise LabError(f"{probe.stderr.strip()}: allow mount namespaces, {_OTHERWISE}")
 
 
 def headers(compiler: str, progress: Progress) -> list[str]:
@@ -132,8 +132,8 @@ def headers(compiler: str, progress: Progress) -> list[str]:
         debian.unpack([HEADERS], folder)
     if not _compiles(compiler, include):
         raise LabError(
-            "RDMA in software needs infiniband/verbs.h: install libibverbs-dev (Debian, Ubuntu) or"
-            f" rdma-core-devel (others), {_OTHERWISE}"
+            "RDMA in software needs infiniband/verbs.h of rdma-core 32 or later: install"
+            f" libibverbs-dev (Debian, Ubuntu) or rdma-core-devel (others), {_OTHERWISE}"
         )
     return include
 
@@ -142,7 +142,7 @@ def _compiles(compiler: str, flags: list[str]) -> bool:
     return (
         subprocess.run(
             [compiler, "-fsyntax-only", "-xc", "-", *flags],
-            input="#include <infiniband/verbs.h>\n",
+            input="#include <infiniband/verbs.h>\nstruct ibv_gid_entry needed;\n",
             text=True,
             capture_output=True,
             check=False,
