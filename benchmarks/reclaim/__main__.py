@@ -16,6 +16,7 @@ from benchmarks.reclaim.load import Shape
 from sglang_scaling_fixes.console import say
 from sglang_scaling_fixes.errors import ScalingFixesError
 from sglang_scaling_fixes.lab.errors import LabError
+from sglang_scaling_fixes.lab.verbs.flag import add_transport_argument
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         "--seconds", type=float, default=40.0, help="of each half in a session (default 40)"
     )
     turns.add_argument("--turn", type=float, default=0.25, help="seconds (default 0.25)")
+    add_transport_argument(turns)
     turns.add_argument("--control", action="store_true", help="stock against stock")
     turns.set_defaults(run=_throughput, requests=0)
 
@@ -127,9 +129,10 @@ def _shape(args: argparse.Namespace) -> Shape:
 
 
 def _throughput(args: argparse.Namespace) -> int:
-    plan = throughput.Plan(args.sessions, args.seconds, args.turn)
+    plan = throughput.Plan(args.sessions, args.seconds, args.turn, args.transport)
     result = throughput.measure(args.release, _shape(args), plan, say, control=args.control)
-    reports.save(_path(args), args.release, args.part + "_control" * args.control, result)
+    part = args.part + "_rdma" * (args.transport == "rdma") + "_control" * args.control
+    reports.save(_path(args), args.release, part, result)
     print(report.throughput_table(result))
     return 1 if throughput.wrong(result) else 0
 

@@ -20,6 +20,8 @@ from sglang_scaling_fixes.lab.servers import checkpoints
 from sglang_scaling_fixes.lab.servers.cluster import Cluster, ClusterSpec
 from sglang_scaling_fixes.lab.servers.link import link
 from sglang_scaling_fixes.lab.servers.server import Server
+from sglang_scaling_fixes.lab.verbs import Transport
+from sglang_scaling_fixes.lab.verbs.build import build
 
 HALVES = ("stock", "fixed")
 FLAGS: dict[str, tuple[str, ...]] = {"stock": (), "fixed": ("--plugin",)}
@@ -34,10 +36,16 @@ _HELD_S = 60.0
 
 
 class Bench:
-    """What all runs of one benchmark share: the release, its checkpoint, a folder for logs."""
+    """What all runs of one benchmark share: the release, its checkpoint, a folder for logs, and
+    what prefill writes KV with."""
 
-    def __init__(self, release: str, folder: Path, progress: Progress) -> None:
+    def __init__(
+        self, release: str, folder: Path, progress: Progress, transport: Transport = "tcp"
+    ) -> None:
         self.environment: Environment = install(release, progress)
+        if transport == "rdma":
+            build(progress)
+        self.transport = transport
         self.checkpoint = checkpoints.llama(self.environment)
         self.folder = folder
         self.progress = progress
@@ -47,7 +55,11 @@ class Bench:
         """A warm pair, and the answers of its last warm-up (each prompt once, no aborts)."""
         run_dir = Path(tempfile.mkdtemp(prefix=f"{half}-", dir=self.folder))
         spec = ClusterSpec(
-            prefills=1, flags=FLAGS[half], env={**UNOBSERVED, **KEPT}, tokens=POOL_TOKENS
+            prefills=1,
+            flags=FLAGS[half],
+            env={**UNOBSERVED, **KEPT},
+            tokens=POOL_TOKENS,
+            transport=self.transport,
         )
         with (
             link(0, run_dir, shaped=False) as way,

@@ -32,6 +32,7 @@ from benchmarks.reclaim.turns import Half, half
 from sglang_scaling_fixes.console import Progress
 from sglang_scaling_fixes.lab.errors import LabError
 from sglang_scaling_fixes.lab.servers.cluster import Cluster
+from sglang_scaling_fixes.lab.verbs import Transport
 
 BLOCK_TURNS = 80
 """Turns of each half that are one entry of the result. Requests end in batches, so a
@@ -49,6 +50,7 @@ class Plan:
     sessions: int
     seconds: float
     turn: float
+    transport: Transport = "tcp"
 
     @property
     def turns(self) -> int:
@@ -62,7 +64,7 @@ def measure(
     shape = replace(shape, requests=round(_MOST_PER_S * plan.seconds))
     answers, sessions = Answers(), list[dict[str, Any]]()
     with folder_for_logs(progress) as folder:
-        bench = Bench(release, folder, progress)
+        bench = Bench(release, folder, progress, plan.transport)
         for number in range(1, plan.sessions + 1):
             first, second = HALVES if number % 2 else HALVES[::-1]
             with (

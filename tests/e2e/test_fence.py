@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from sglang_scaling_fixes.lab.servers.link import link
 from sglang_scaling_fixes.lab.servers.server import Server
 from sglang_scaling_fixes.reclaim.retry_after import AILING, REASON_HEADER
 from sglang_scaling_fixes.reclaim.rules.quarantine import RETRY_AFTER_S
+from tests.verbs.needs import LONG_OVER_RDMA
 
 from .servers import prompt, report, wait_for
 
@@ -28,11 +30,14 @@ SPEC = ClusterSpec(
 )
 
 
-@pytest.fixture
-def cluster(new: Environment, checkpoint: Model, tmp_path: Path) -> Iterator[Cluster]:
+@pytest.fixture(params=LONG_OVER_RDMA)
+def cluster(
+    request: pytest.FixtureRequest, new: Environment, checkpoint: Model, tmp_path: Path
+) -> Iterator[Cluster]:
+    spec = replace(SPEC, transport=request.param)
     with (
         link(0, tmp_path, shaped=False) as way,
-        Cluster(new, checkpoint, way, tmp_path, SPEC) as cluster,
+        Cluster(new, checkpoint, way, tmp_path, spec) as cluster,
     ):
         yield cluster
 

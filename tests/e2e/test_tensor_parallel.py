@@ -13,6 +13,7 @@ import re
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from sglang_scaling_fixes.lab.servers.cluster import Cluster, ClusterSpec
 from sglang_scaling_fixes.lab.servers.link import link
 from sglang_scaling_fixes.lab.servers.pending import Pending
 from sglang_scaling_fixes.lab.servers.server import Server
+from tests.verbs.needs import LONG_OVER_RDMA
 
 from .servers import prompt, report, wait_for
 
@@ -62,16 +64,21 @@ def switch(tmp_path_factory: Any) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=LONG_OVER_RDMA)
 def cluster(
-    old: Environment, checkpoint: Model, switch: Path, tmp_path_factory: Any
+    request: pytest.FixtureRequest,
+    old: Environment,
+    checkpoint: Model,
+    switch: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Cluster]:
     """The release whose own code holds nothing, so that every hold seen is ours."""
     run_dir, hook = tmp_path_factory.mktemp("tp"), tmp_path_factory.mktemp("hook")
     (hook / "sitecustomize.py").write_text(WITHOUT_AGREEMENT.format(switch=str(switch)))
     with pytest.MonkeyPatch.context() as patch, link(0, run_dir, shaped=False) as way:
         patch.setenv("PYTHONPATH", str(hook), prepend=os.pathsep)
-        with Cluster(old, checkpoint, way, run_dir, SPEC) as cluster:
+        spec = replace(SPEC, transport=request.param)
+        with Cluster(old, checkpoint, way, run_dir, spec) as cluster:
             yield cluster
 
 
