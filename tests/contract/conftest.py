@@ -6,8 +6,9 @@ import functools
 from pathlib import Path
 
 import pytest
-from wheel_ast import Wheel
-from wheels import RELEASES, WheelUnavailable, source
+
+from tests.contract.wheel_ast import Wheel
+from tests.contract.wheels import RELEASES, WheelUnavailable, source
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -21,9 +21,8 @@ from threading import Lock
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from wheels import source
-
 from sglang_scaling_fixes.standin_objects import Anything, Lenient
+from tests.contract.wheels import source
 
 _PACKAGE = "sglang.srt.disaggregation"
 _REAL = {*sys.stdlib_module_names, "numpy"} - {"__future__"}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from wheel_ast import Wheel
-from wheels import RELEASES, between
 
 from sglang_scaling_fixes.attach import FIRST_RELEASE, LAST_RELEASE, AttachPoint
 from sglang_scaling_fixes.fixes import ATTACH_POINTS
+from tests.contract.wheel_ast import Wheel
+from tests.contract.wheels import RELEASES, between
 
 
 def test_the_releases_read_here_are_those_supported() -> None:

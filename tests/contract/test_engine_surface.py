@@ -10,8 +10,9 @@ import ast
 from collections.abc import Iterator
 
 import pytest
-from wheel_ast import Module, Wheel
-from wheels import RELEASES
+
+from tests.contract.wheel_ast import Module, Wheel
+from tests.contract.wheels import RELEASES
 
 TRANSFERS = {"batch_transfer_sync"}
 """Calls that write into a peer's memory: counted."""

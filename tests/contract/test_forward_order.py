@@ -5,8 +5,9 @@ from __future__ import annotations
 import ast
 
 import pytest
-from wheel_ast import Wheel
-from wheels import RELEASES
+
+from tests.contract.wheel_ast import Wheel
+from tests.contract.wheels import RELEASES
 
 pytestmark = pytest.mark.parametrize("release", RELEASES)
 

@@ -14,10 +14,10 @@ import re
 from pathlib import Path
 
 import pytest
-import wheels
 
 from sglang_scaling_fixes.reclaim.messages import KNOWN_TRAILER_AT, TRAILER_AT
 from sglang_scaling_fixes.reclaim.stock_wire import PAGE_BYTES, PAGES_FRAME, SESSION_FRAME
+from tests.contract import wheels
 
 READ = re.compile(r"\b(?:msg|waiting_req_bytes)\[(\d+)\]")
 SESSION = re.compile(r"mooncake_session_id ?= ?(?:msg|waiting_req_bytes)\[(\d+)\]")

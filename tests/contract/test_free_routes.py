@@ -8,8 +8,6 @@ import re
 from collections.abc import Iterator
 
 import pytest
-from wheel_ast import Class, Wheel
-from wheels import RELEASES
 
 from sglang_scaling_fixes.reclaim.decode.gate import (
     COMPOSED_FREES,
@@ -17,6 +15,8 @@ from sglang_scaling_fixes.reclaim.decode.gate import (
     SEGMENT_FREES,
     TOKEN_FREES,
 )
+from tests.contract.wheel_ast import Class, Wheel
+from tests.contract.wheels import RELEASES
 
 KNOWN = {*TOKEN_FREES, *SEGMENT_FREES, *PAGE_FREES, *COMPOSED_FREES}
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import ast
 
 import pytest
-from wheels import RELEASES, source
 
 from sglang_scaling_fixes import kv_poll
+from tests.contract.wheels import RELEASES, source
 
 EXPECTED = {"Failed": 0, "Bootstrapping": 1, "WaitingForInput": 2, "Transferring": 3, "Success": 4}
 OURS = {

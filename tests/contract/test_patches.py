@@ -18,7 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from wheels import source
 
 from sglang_scaling_fixes import racecheck
 from sglang_scaling_fixes.lab.runtime import STANDINS, cpu_env
@@ -26,6 +25,7 @@ from sglang_scaling_fixes.lab.wheels import OLDER_RELEASES
 from sglang_scaling_fixes.paths import ROOT
 from sglang_scaling_fixes.racecheck import patches
 from tests import child
+from tests.contract.wheels import source
 
 RIGHT = patches.APPLY
 PLAIN = ("git", "apply")

@@ -7,11 +7,11 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from wheel_ast import Module, Wheel
-from wheels import RELEASES, between
 
 from sglang_scaling_fixes import points
 from sglang_scaling_fixes.attach import AttachPoint
+from tests.contract.wheel_ast import Module, Wheel
+from tests.contract.wheels import RELEASES, between
 
 pytestmark = pytest.mark.parametrize("release", RELEASES)
 

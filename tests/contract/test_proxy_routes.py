@@ -6,9 +6,9 @@ import ast
 from pathlib import Path
 
 import pytest
-from wheels import RELEASES, source
 
 from sglang_scaling_fixes.retry.routes import INFERENCE, READS, route
+from tests.contract.wheels import RELEASES, source
 
 ONE_WORKERS = frozenset(
     {

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from wheels import between
 
 from sglang_scaling_fixes import racecheck
 from sglang_scaling_fixes.lab.runtime import STANDINS, cpu_env
 from sglang_scaling_fixes.paths import ROOT
 from tests import child
+from tests.contract.wheels import between
 
 INDEX, KV = "load-before-index-read", "load-before-kv-read"
 LOAD, WRITE = "load-over-inflight-write", "writeback-before-forward-write"

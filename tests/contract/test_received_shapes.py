@@ -12,13 +12,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import stock_threads
 from hypothesis import HealthCheck, Phase, find, given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import NoSuchExample
-from wheels import RELEASES, between, source
 
 from sglang_scaling_fixes.reclaim.stock_shapes import decode_reads, prefill_reads
+from tests.contract import stock_threads
+from tests.contract.wheels import RELEASES, between, source
 
 Frames = list[bytes]
 Reads = Callable[[Any, Frames], bool]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 
 import pytest
-import wheels
+
+from tests.contract import wheels
 
 DISAGGREGATION = "sglang/srt/disaggregation"
 

@@ -11,7 +11,8 @@ import ast
 from collections.abc import Iterator
 
 import pytest
-from wheels import RELEASES, source
+
+from tests.contract.wheels import RELEASES, source
 
 FILES = ("mooncake/conn.py", "common/conn.py", "common/staging_handler.py")
 TO_PREFILL, TO_DECODE = "_connect_to_bootstrap_server", "_connect"

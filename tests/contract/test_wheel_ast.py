@@ -6,8 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from wheel_ast import ContractError, Wheel
-from wheels import RELEASES
+
+from tests.contract.wheel_ast import ContractError, Wheel
+from tests.contract.wheels import RELEASES
 
 CONN = "sglang.srt.disaggregation.mooncake.conn"
 MANAGER = f"{CONN}:MooncakeKVManager"

@@ -154,7 +154,9 @@ def read(text: str, given: Sequence[int]) -> Stream:
 
 def body(given: list[int] | None = None, **options: Any) -> dict[str, Any]:
     sampling = {"max_new_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
-    top = {key: options.pop(key) for key in ("stream", "return_logprob") if key in options}
+    top: dict[str, Any] = {
+        key: options.pop(key) for key in ("stream", "return_logprob") if key in options
+    }
     resumed = {} if given is None else {FIELD: {"output_ids": given}}
     return {"input_ids": PROMPT, "sampling_params": {**sampling, **options}, **top, **resumed}
 
@@ -345,7 +347,8 @@ def test_a_stop_string_across_the_seam_is_found(worker: Worker) -> None:
     ids = worker.generate(logit_bias=FEW, frequency_penalty=2.0)["output_ids"]
     words = [f"w{token}" for token in ids]
     at = next(at for at in range(10, 30) if words.index(words[at]) == at)
-    options = {"logit_bias": FEW, "frequency_penalty": 2.0, "stop": ["".join(words[at : at + 3])]}
+    stop = "".join(words[at : at + 3])
+    options: dict[str, Any] = {"logit_bias": FEW, "frequency_penalty": 2.0, "stop": [stop]}
     whole = worker.generate(**options)
     assert whole["meta_info"]["finish_reason"]["matched"] == options["stop"][0]
     request = body(**options)

@@ -6,14 +6,17 @@ import enum
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from sglang_scaling_fixes.reclaim.rules.attempt import ATTEMPT_TRANSITIONS
 from sglang_scaling_fixes.reclaim.rules.exposure import CREDENCE, TRANSITIONS, Speaker
 
+State = TypeVar("State", bound=enum.StrEnum)
+
 DOC = Path(__file__).parents[2] / "docs" / "safe-reclaim.md"
 
 
-def diagram(transitions: Mapping[tuple[enum.StrEnum, str], enum.StrEnum]) -> str:
+def diagram(transitions: Mapping[tuple[State, str], State]) -> str:
     """Mermaid, in the order of the table. Where nothing leads on is an end."""
     first = next(iter(transitions))[0]
     last = [s for s in type(first) if all(s is not source for source, _ in transitions)]
@@ -46,11 +49,15 @@ def in_doc(name: str, text: str) -> str:
     return text.partition(f"<!-- {name}: begin -->\n")[2].partition(f"<!-- {name}: end -->\n")[0]
 
 
+def renewed(text: str, name: str, picture: str) -> str:
+    between = rf"(<!-- {name}: begin -->\n).*?(<!-- {name}: end -->\n)"
+    return re.sub(between, lambda m: m[1] + picture + m[2], text, flags=re.S)
+
+
 def main() -> None:
     text = DOC.read_text()
     for name, picture in PICTURES.items():
-        between = rf"(<!-- {name}: begin -->\n).*?(<!-- {name}: end -->\n)"
-        text = re.sub(between, lambda m, new=picture: m[1] + new + m[2], text, flags=re.S)
+        text = renewed(text, name, picture)
     DOC.write_text(text)
 
 

@@ -476,7 +476,7 @@ class Nodes:
 
     def _share(self, core: int, at: int, number: int) -> Step | None:
         after = self.cores[core].shared(self.names[at], self.ranks[at].labels[number])
-        return after and self._step(after)
+        return None if after is None else self._step(after)
 
     def _stepped(self, step: Step, sets: list[int]) -> Node:
         core, words = step

@@ -29,7 +29,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from sglang_scaling_fixes.reclaim.rules.attempt import Attempt
 from sglang_scaling_fixes.reclaim.rules.coverage import Coverage, Extent
@@ -45,6 +45,7 @@ from sglang_scaling_fixes.reclaim.rules.prefill_actions import (
 )
 from sglang_scaling_fixes.reclaim.rules.prefill_ledger import Delivery, PrefillLedger
 from sglang_scaling_fixes.reclaim.rules.reasons import why_held
+from sglang_scaling_fixes.reclaim.rules.types import Verdict
 
 
 class Violation(AssertionError):
@@ -212,7 +213,7 @@ class Msg(NamedTuple):
     room: int = -1
     incarnation: str = ""
     """Whose word it is; in destinations, whom they are meant for."""
-    verdict: str = ""
+    verdict: Verdict = cast(Verdict, "")
     slot: int = -1
     epoch: int = 0
     """Of the decode memory the address belongs to."""

@@ -23,7 +23,7 @@ import socket
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 from sglang_scaling_fixes import vouch
 from sglang_scaling_fixes.retry.trail import FIELD
@@ -90,7 +90,7 @@ class FakeWorker:
         told = [dict(one.headers) for one in self.seen if one.target == vouch.FALSE_ALARM_PATH]
         return [vouch.vouched(SECRET, said[vouch.HEADER], time.time()) for said in told]
 
-    async def __aenter__(self) -> FakeWorker:
+    async def __aenter__(self) -> Self:
         listener = socket.create_server(("127.0.0.1", self.port))
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
         self.port = listener.getsockname()[1]

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -90,7 +91,7 @@ def test_two_guards_that_agree_are_overruled_by_a_third_attempt(
 ) -> None:
     async def test() -> None:
         async with FakeWorker("a") as a, FakeWorker("b") as b:
-            options = {"secret_file": secret_file(tmp_path), "hold_tokens": 8}
+            options: dict[str, Any] = {"secret_file": secret_file(tmp_path), "hold_tokens": 8}
             async with proxying([a, b], **options) as proxy:
                 said = everywhere("anomaly", rule="high_accept_rate", listens=True)
                 answer = await post(proxy.url + "/generate", {**said, "stream": stream})

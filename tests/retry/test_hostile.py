@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,7 @@ def test_a_list_with_a_name_that_nobody_knows_changes_nothing() -> None:
         workers = Workers(all_servers({"worker": ["http://127.0.0.1:1"]}, ""))
         for name in ("dns+http://no-such.invalid:1", "dns+http://a..b:1"):
             listed = all_servers({"worker": [name]}, "")
-            await Discovery(workers, [], lambda listed=listed: listed).reload()
+            await Discovery(workers, [], partial(list, listed)).reload()
             assert [worker.name for worker in workers.all] == ["http://127.0.0.1:1"]
         good = all_servers({"worker": ["dns+http://localhost:1"]}, "")
         await Discovery(workers, [], lambda: good).reload()

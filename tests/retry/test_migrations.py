@@ -94,7 +94,7 @@ def test_what_an_anomaly_spoiled_is_written_again(path: str) -> None:
 
 
 def test_an_anomaly_of_the_whole_answer_is_begun_anew_while_the_client_has_nothing() -> None:
-    async def test(trail: int) -> Answer:
+    async def test(trail: int) -> None:
         plan = {"fail": "anomaly", "rule": "low_accept_length", "suspect_from": 0}
         async with fleet("ab", migrations=1, trail_tokens=trail) as (proxy, (_, b)):
             answer = await post(proxy.url + "/generate", said(plan))
@@ -104,7 +104,6 @@ def test_an_anomaly_of_the_whole_answer_is_begun_anew_while_the_client_has_nothi
             else:
                 assert error_of(answer)["type"] == "kv_anomaly"
             assert bool(b.generations) is (trail > 11)
-            return answer
 
     run(lambda: test(15))
     run(lambda: test(6))

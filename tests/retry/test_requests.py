@@ -242,12 +242,12 @@ def test_a_slow_client_slows_the_worker(stream: bool) -> None:
     total = 64 << 20
 
     async def test() -> None:
-        said = {"stream": stream, "size": 100_000, "tokens": total // 100_000}
+        said: dict[str, Any] = {"stream": stream, "size": 100_000, "tokens": total // 100_000}
         if not stream:
             said = {"tokens": 1, "prompt": "x" * total}
         body = json.dumps(said).encode()
         head = f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
-        options = {"hold_bytes": 1 << 20, "max_body_bytes": 1 << 30}
+        options: dict[str, Any] = {"hold_bytes": 1 << 20, "max_body_bytes": 1 << 30}
         async with FakeWorker("a") as a, proxying([a], **options) as proxy:
             slow = socket.socket()
             slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)

@@ -73,9 +73,7 @@ class Stock:
         self.side = PrefillSide(self.manager).install()
         self.side.tap_socket()
         self.said: list[Any] = []
-        self.side._replies.send = (  # type: ignore[method-assign]
-            lambda to, frame: self.said.append(messages.decode(frame)) or True
-        )
+        self.side._replies.send = self._send  # type: ignore[method-assign]
         self.scheduler = bare(PlayedScheduler)
         free, anything = SimpleNamespace(available_size=lambda: 8, alloc=lambda: 0), Anything()
         queue = bare(PlayedQueue, queue=[], scheduler=self.scheduler, kv_manager=self.manager)
@@ -129,12 +127,16 @@ class Stock:
     def abort(self) -> None:
         self.scheduler.abort_request(AbortReq(rid="r"))
 
+    def _send(self, to: str, frame: bytes) -> bool:
+        self.said.append(messages.decode(frame))
+        return True
+
     def told(self) -> list[str]:
         return [m.verdict for m in self.said if isinstance(m, messages.AttemptEnded)]
 
 
 def bare(kind: type, **attributes: Any) -> Any:
-    made = object.__new__(kind)
+    made: Any = object.__new__(kind)
     vars(made).update(attributes)
     return made
 

@@ -348,6 +348,7 @@ class Adapters(RuleBasedStateMachine):
     def _fail(self, prefill: Prefill, *, lands: bool) -> None:
         """A write is reported to have failed; it may still land."""
         if not lands:
+            assert prefill.waits is not None, "offered only to one that waits"
             self.network.writes.remove(prefill.waits)
         prefill.run(-1)
         self.excused = "a write of unknown end"

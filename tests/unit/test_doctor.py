@@ -87,10 +87,11 @@ def test_a_fix_that_could_not_be_armed_keeps_its_own_reason(
 
 
 def test_a_variable_that_asks_for_one_more_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    result = report(monkeypatch, loaded(), "safe-reclaim", **{ACTION.env: "abort"})
+    env: dict[str, Any] = {ACTION.env: "abort"}
+    result = report(monkeypatch, loaded(), "safe-reclaim", **env)
     assert result["asked"] == ["safe-reclaim", "spec-guard"]
     with pytest.raises(ConfigError, match="drop one of the two"):
-        report(monkeypatch, loaded(), "none", **{ACTION.env: "abort"})
+        report(monkeypatch, loaded(), "none", **env)
 
 
 def test_nothing_asked_for_is_nothing_armed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ SOUND = {
         {"name": "layer-split", "state": "unsupported", "reason": "not part of this yet"},
     ],
 }
-HERE = {
+HERE: dict[str, Any] = {
     "ours": ["scaling_fixes"],
     "others": {},
     "copies": [{"version": "1.0", "folder": "somewhere"}],
@@ -92,7 +92,7 @@ def test_another_machine_is_proven_anew(
     for name in ("no devices", "one HCA"):
         root = MACHINES[name].under(tmp_path / name)
         env = {"XDG_CACHE_HOME": str(tmp_path)}
-        monkeypatch.setattr(machine, "here", Machine(root, env, {}.get))
+        monkeypatch.setattr(machine, "here", Machine(root, env, lambda _: None))
         assert children.proves()
         assert not children.proves()
 

@@ -201,7 +201,7 @@ class Server(ThreadingHTTPServer):
 
 @contextmanager
 def fake() -> Iterator[tuple[Ends, type[Fake]]]:
-    handler = type("Handler", (Fake,), {"seen": [], "hold": threading.Event()})
+    handler: type[Fake] = type("Handler", (Fake,), {"seen": [], "hold": threading.Event()})
     with Server(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:

@@ -104,7 +104,8 @@ class Worker(BaseHTTPRequestHandler):
 def test_a_client_counts_what_was_completed_and_stops_when_told(tmp_path: Path) -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), Worker) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        ends = Ends(*(End(name, "127.0.0.1", server.server_port) for name in ("p", "d")), 1)
+        prefill, decode = (End(name, "127.0.0.1", server.server_port) for name in ("p", "d"))
+        ends = Ends(prefill, decode, 1)
         shape = Shape(40, 2, 4, 1, 1)
         job = Job(ends, shape, 1, str(tmp_path / "board"), str(tmp_path / "replies"))
         job.save(tmp_path / "job")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ def held_back() -> tuple[streams.Stream, threading.Event]:
     return stream, gate
 
 
-def copy_on(stream: streams.Stream, source: torch.Tensor, target: torch.Tensor) -> streams.Event:
+def copy_on(stream: streams.Stream, source: Any, target: Any) -> streams.Event:
     event = streams.Event()
     with streams.stream(stream):
         rows = torch.arange(len(source))

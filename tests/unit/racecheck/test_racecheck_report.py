@@ -13,7 +13,7 @@ from sglang_scaling_fixes.errors import ConfigError
 from sglang_scaling_fixes.racecheck import matrix, patches
 
 SIDE = {"access": "write", "operation": "copy", "stream": "load", "stack": ["a.py:1 f: copy()"]}
-RACE = {
+RACE: dict[str, Any] = {
     "buffer": "index_k[0]",
     "missing_edge": "stream 'forward' does not wait for stream 'load'",
     "earlier": SIDE,

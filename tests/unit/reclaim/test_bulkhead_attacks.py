@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from types import SimpleNamespace
@@ -14,7 +15,6 @@ pytest.importorskip("sglang.srt.disaggregation.decode")
 
 from sglang.srt.disaggregation.decode import DecodePreallocQueue
 
-from sglang_scaling_fixes import machine
 from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.reclaim import messages
 from sglang_scaling_fixes.reclaim.decode import fence, liveness, pressure
@@ -71,13 +71,15 @@ def test_a_close_that_cannot_be_looked_at_is_none(monkeypatch: pytest.MonkeyPatc
     def no_files(path: str) -> list[str]:
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr(machine.os, "listdir", no_files)
+    monkeypatch.setattr(os, "listdir", no_files)
     met: list[set[int]] = []
+
+    def meet(ports: set[int]) -> set[int]:
+        met.append(ports)
+        return ports
+
     with pytest.raises(fence.FenceError):
-        fence.retire(
-            fence.Retiring("h:1", object(), {"port 1"}, -1),
-            lambda ports: met.append(ports) or ports,
-        )
+        fence.retire(fence.Retiring("h:1", object(), {"port 1"}, -1), meet)
     assert met == [{1}], "the other ranks wait for it"
 
 

@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 
 from sglang_scaling_fixes.reclaim import layout, messages
-from sglang_scaling_fixes.reclaim.prefill.interposers import AUX_DATA, IN_HAND, StatusInterposer
+from sglang_scaling_fixes.reclaim.prefill.interposers import IN_HAND, StatusInterposer
 from sglang_scaling_fixes.reclaim.prefill.side import PrefillSide
 from sglang_scaling_fixes.reclaim.rules.coverage import Coverage, Extent
+from sglang_scaling_fixes.reclaim.stock_wire import AUX_DATA
 
 DECODE, RANK, SESSION = "tcp://192.0.2.2:9", "192.0.2.1:9", "192.0.2.2:77"
 ROOM = 7

@@ -132,7 +132,7 @@ class TestProofs:
         if bound_by:
             ledger.hello_acked("p0", bound_by, exposure.lease)
         ledger.give_up(exposure, now=0.0)
-        ledger.ack("p0", who, exposure.lease, verdict)
+        ledger.ack("p0", who, exposure.lease, verdict)  # type: ignore[arg-type]
         assert (exposure.state is ExposureState.PROVEN) == proves
         assert proves or why_held(exposure, ledger.peers)
 

@@ -11,10 +11,10 @@ import pytest
 
 from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.reclaim import messages
-from sglang_scaling_fixes.reclaim.decode import pressure
+from sglang_scaling_fixes.reclaim.decode import fence, pressure
 from sglang_scaling_fixes.reclaim.retry_after import AILING, REASON_HEADER, REFUSAL, edit
 from sglang_scaling_fixes.reclaim.rules.exposure import Exposure, ExposureState
-from sglang_scaling_fixes.reclaim.rules.quarantine import GRACE_S
+from sglang_scaling_fixes.reclaim.rules.quarantine import GRACE_S, Pressure
 from sglang_scaling_fixes.reclaim.rules.types import Proof
 from tests.decode_rank import NEW, OLD, POOL, PREFILL, Decode
 from tests.unit.reclaim.conftest import Fences
@@ -261,7 +261,7 @@ def test_a_fence_is_paid_for_before_the_next(
         clock[0] += 2.0
         return switch(manager)
 
-    monkeypatch.setattr(pressure.fence, "switch", slow)
+    monkeypatch.setattr(fence, "switch", slow)
     poisoned(decode, 7, 20)
     decode.guard.tick()
     decode.guard.tick()
@@ -401,7 +401,7 @@ def test_the_engine_is_closed_though_nothing_is_held_any_more(fences: Fences) ->
     flying, *_ = decode.expose(8, 10)
     exposure = decode.give_up(*decode.expose(7, 50))
     decode.guard.relief._mode = "auto"  # only the first decision is that of `always`
-    decode.guard.relief._pressure = pressure.Pressure(refuse=False, fence=True)
+    decode.guard.relief._pressure = Pressure(refuse=False, fence=True)
     decode.guard.relief._next_look = time.monotonic() + 60
     decode.guard.tick()
     assert fences.switched

@@ -61,7 +61,8 @@ def test_it_is_the_same_worlds_as_one_by_one(name: str) -> None:
 
 @pytest.mark.parametrize("mishaps", ["fail", "swap"])
 def test_it_is_the_same_worlds_with_two_ranks(mishaps: str) -> None:
-    config = Config(prefills=2, **dict.fromkeys(mishaps.split(), 1))
+    once: dict[str, Any] = dict.fromkeys(mishaps.split(), 1)
+    config = Config(prefills=2, **once)
     assert in_nodes(config) == one_by_one(config)
 
 

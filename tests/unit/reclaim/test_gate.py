@@ -174,7 +174,7 @@ def test_normal_frees_look_at_no_index() -> None:
     """The price of the normal path: no index is read (no device sync) while nothing is given up."""
 
     class Untouchable(torch.Tensor):
-        def detach(self) -> torch.Tensor:  # type: ignore[override]
+        def detach(self) -> torch.Tensor:
             raise AssertionError("an ordinary free read its indices")
 
     decode = Decode()
@@ -221,7 +221,7 @@ def test_a_free_captured_before_the_gate_finds_it() -> None:
 
 
 def test_an_allocator_with_unknown_ways_to_free_is_refused() -> None:
-    class Novel(allocators.TokenToKVPoolAllocator):  # type: ignore[misc,name-defined]
+    class Novel(allocators.TokenToKVPoolAllocator):  # type: ignore[name-defined]
         def free_by_magic(self, index: object) -> None: ...
 
     with pytest.raises(AttachError, match="free_by_magic"):

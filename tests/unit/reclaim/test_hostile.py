@@ -251,7 +251,7 @@ def test_replies_to_addresses_that_are_none_are_not_sent() -> None:
 
 def test_replies_keep_so_many_sockets_and_no_more() -> None:
     sockets = ReplySockets(limit=3)
-    pull = zmq.Context.instance().socket(zmq.PULL)
+    pull: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PULL)
     pull.setsockopt(zmq.RCVTIMEO, 20_000)
     live = f"tcp://127.0.0.1:{pull.bind_to_random_port('tcp://127.0.0.1')}"
     try:

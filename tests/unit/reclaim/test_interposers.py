@@ -72,7 +72,7 @@ class Books:
         self.answers += self.ledger.abort(room, lease, REPLY, RANK)
 
 
-class Queue(deque):  # type: ignore[type-arg]
+class Queue(deque):
     put = deque.append
 
     def get(self) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from sglang_scaling_fixes.reclaim.rules.quarantine import GRACE_S, Hold, Quarantine
@@ -12,7 +14,8 @@ OLD = GRACE_S + 0.1
 
 def hold(quiet_s: float = 0.0, tokens: int = 1, *, metadata: bool = True, **counts: int) -> Hold:
     """One writer without proof, unless `counts` say otherwise."""
-    return Hold(quiet_s, tokens, metadata, **{"unproven": 1, **counts})
+    told: dict[str, Any] = {"unproven": 1, **counts}
+    return Hold(quiet_s, tokens, metadata, **told)
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,7 @@ def sides(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def aborted_in_mid_transfer(room: int) -> tuple[bool, int]:
     """Are all slots back after an abort of `room` while its KV is on the wire? And how often did
     prefill take a message for garbage?"""
+    prefill: stateful_prefill.Prefill
     network = Network()
     decode = stateful_decode.Decode(network, [lambda: prefill], Config())
     request = Request(0, room, 2)

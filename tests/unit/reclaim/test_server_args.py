@@ -44,7 +44,7 @@ class Stock:
     dcp_size: int = 1
 
 
-def args(mode: str = "decode", **fields: Any) -> Any:
+def args(mode: str = "decode", /, **fields: Any) -> Any:
     return Stock(mode, **fields)
 
 

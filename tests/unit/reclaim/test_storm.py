@@ -38,7 +38,7 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return clock
 
 
-def transfers(count: int, tokens: int = 2) -> tuple[Decode, list[Any]]:
+def transfers(count: int, tokens: int = 2) -> tuple[Decode, list[tuple[Any, Any, int]]]:
     decode = Decode(Config(max_held=1.0, fence="off"), pool=tokens * count, metadata=count)
     decode.hears(messages.HelloAck(decode.rank, "process", seq=1))
     return decode, [decode.expose(room, tokens) for room in range(count)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, MutableMapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +14,7 @@ from sglang_scaling_fixes.resume import serving, wire
 from sglang_scaling_fixes.resume.middleware import CURRENT, Answer, Resuming
 from sglang_scaling_fixes.resume.wire import FIELD, HEADER
 
-Messages = list[dict[str, Any]]
+Messages = list[MutableMapping[str, Any]]
 Stock = Callable[..., AsyncIterator[Any]]
 N = 3
 MANAGER = SimpleNamespace(incremental_streaming_output=False)
@@ -34,10 +34,10 @@ def call(app: Any, body: bytes, path: str = "/generate", parts: int = 1) -> Mess
     ]
     sent: Messages = []
 
-    async def receive() -> dict[str, Any]:
+    async def receive() -> MutableMapping[str, Any]:
         return incoming.pop(0) if incoming else {"type": "http.disconnect"}
 
-    async def send(message: dict[str, Any]) -> None:
+    async def send(message: MutableMapping[str, Any]) -> None:
         sent.append(message)
 
     scope = {
@@ -137,10 +137,10 @@ def test_without_the_middleware_a_stream_begins_with_what_was_given() -> None:
         finally:
             CURRENT.reset(token)
 
-    async def receive() -> dict[str, Any]:
+    async def receive() -> MutableMapping[str, Any]:
         return {"type": "http.request", "body": b"{}"}
 
-    async def send(message: dict[str, Any]) -> None:
+    async def send(message: MutableMapping[str, Any]) -> None:
         sent.append(message)
 
     asyncio.run(run())

@@ -238,7 +238,8 @@ def test_what_was_offered_is_what_counts() -> None:
             watch.observe(rules, number, drafted, DEPTH, NEW_TEXT[:number], offered=offered)
         found[known] = watch.found
     assert found[True] is None
-    assert found[False] is not None and found[False].kind == "low_accept_length"
+    unknown = found[False]
+    assert unknown is not None and unknown.kind == "low_accept_length"
 
 
 def test_repetition_of_what_is_new_is_none_and_of_a_loop_nearly_all() -> None:

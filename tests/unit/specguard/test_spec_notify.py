@@ -8,6 +8,7 @@ import json
 import queue
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 
 from sglang_scaling_fixes.routes import Routes
 from sglang_scaling_fixes.specguard import attach, notify, tellings
+from sglang_scaling_fixes.specguard.guard import SpecGuard
 from sglang_scaling_fixes.specguard.tellings import Telling
 from sglang_scaling_fixes.vouch import FALSE_ALARM, FALSE_ALARM_PATH, HEADER, UNGUARDED, vouch
 
@@ -213,7 +215,7 @@ def test_a_flood_of_notifications_does_not_reach_the_schedulers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     schedulers = Schedulers(monkeypatch)
-    monkeypatch.setattr(notify.time, "monotonic", lambda: 7.0)
+    monkeypatch.setattr(time, "monotonic", lambda: 7.0)
     found = bootstrap(None, *[(ACCUSED.body(), "")] * (notify.PER_SECOND + 5))
     assert found == [200] * notify.PER_SECOND + [429] * 5
     assert len(schedulers.told) == notify.PER_SECOND
@@ -305,12 +307,12 @@ def test_whoever_may_set_a_servers_state_cannot_end_it(name: str, value: object)
     told: list[Telling | None] = []
     guard = SimpleNamespace(sharing=SimpleNamespace(secret=None), told=told.append)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attach.SpecGuard, "current", guard)
+        patch.setattr(SpecGuard, "current", guard)
         patch.setattr(attach, "_updated", lambda: "updated")
         request = SimpleNamespace(server_args=fields)
         assert attach._set_internal_state(lambda *_: "stock", None, request) == "updated"
         assert told == [None]
-        patch.setattr(attach.SpecGuard, "current", None)
+        patch.setattr(SpecGuard, "current", None)
         assert attach._set_internal_state(lambda *_: "stock", None, request) == "updated"
         other = SimpleNamespace(server_args={"pp_max_micro_batch_size": 8})
         assert attach._set_internal_state(lambda *_: "stock", None, other) == "stock"

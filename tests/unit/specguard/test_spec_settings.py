@@ -60,7 +60,7 @@ def test_what_stock_made_of_the_arguments_counts(monkeypatch: pytest.MonkeyPatch
     """Since 0.5.19 they stay as the operator gave them."""
     made = SimpleNamespace(speculative_num_draft_tokens=4, speculative_eagle_topk=1)
     context = SimpleNamespace(get_spec=lambda: made)
-    monkeypatch.setitem(sys.modules, "sglang.srt.runtime_context", context)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "sglang.srt.runtime_context", context)
     given = server(speculative_num_steps=None, speculative_num_draft_tokens=None)
     assert settings.depth(given) == 3
 

@@ -41,7 +41,7 @@ class Cache:
         number = self.number(*prompts, own=own) if ran_in is None else ran_in
         forms = [*prompts]
         path = self.taint.path(own, lambda length: [p[:length] for p in forms], forms, number)
-        return path and self.taint.accuse(name, path)
+        return None if path is None else self.taint.accuse(name, path)
 
 
 def asking(*more: int) -> list[int]:
@@ -281,7 +281,7 @@ def test_nothing_is_left_of_suspicions_that_are_over(steps: list[tuple[bool, lis
     cache.clock.now += 10
     taint = cache.taint
     assert len(taint) == 0
-    assert taint._by_key == taint._by_name == taint._wholes == taint._short == {}
+    assert [taint._by_key, taint._by_name, taint._wholes, taint._short] == [{}, {}, {}, {}]
     cache.accuse(-1, [9] * 100)
     assert len(taint._opened) == 1 and not any(taint._paths.values())
 
