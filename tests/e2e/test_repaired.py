@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,11 +23,12 @@ from sglang_scaling_fixes.lab.servers.server import Server
 
 from .servers import resting
 from .test_resume import Event, folded
-from .test_retry import JUDGED_WITHIN, TRAIL, Proxy
+from .test_retry import JUDGED_WITHIN, TRAIL, Proxy, kill_once_answers_flow
 
 pytestmark = [pytest.mark.e2e, pytest.mark.long]
 
 SEEDS = range(22, 42)
+STREAMS, STREAM_TOKENS = 8, 300
 SESSIONS = 4
 """Conversations of each kind: about half of them begin on the worker that corrupts."""
 SOUND = Options(
@@ -134,3 +136,32 @@ def test_what_is_spoiled_late_is_written_again(fleet: Fleet, kind: str) -> None:
         answer = fleet.proxy.post(path, body, session=f"{kind}-{number}")
         assert answered(answer) == wanted
     assert fleet.anomalies() > before
+
+
+def test_a_killed_workers_streams_go_on_without_the_plugin(
+    new: Environment, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Stock workers: the next one's prompt has the tokens so far."""
+    stock = Options(text=True, tokens=8192)
+    with (
+        resting(stock, new, tmp_path_factory.mktemp("one")) as one,
+        resting(stock, new, tmp_path_factory.mktemp("other")) as other,
+    ):
+        proxy = Proxy([w.servers[0].url for w in (one, other)], "--migrations", "1")
+        # The short one ends first, and then the worker is killed under the others.
+        lengths = [20, *[STREAM_TOKENS] * STREAMS]
+        bodies = [requests("", count, seed)["generate"] for seed, count in enumerate(lengths)]
+        try:
+            wanted = [answered(other.servers[0].post(*body)) for body in bodies]
+            with ThreadPoolExecutor(len(bodies) + 1) as pool:
+                killed = pool.submit(kill_once_answers_flow, proxy, one)
+                asked = [
+                    pool.submit(proxy.post, *body, session=str(number))
+                    for number, body in enumerate(bodies)
+                ]
+                killed.result()
+                found = [answered(answer.result()) for answer in asked]
+            assert found == wanted
+            assert 'migrations_total{reason="lost"}' in str(proxy.get("/metrics").body)
+        finally:
+            proxy.end()
