@@ -388,7 +388,7 @@ BROKEN: dict[str, tuple[list[tuple[str, str, str]], Check]] = {
     "complete when it is sent": (
         [
             (
-                "links.c",
+                "packets.c",
                 "    pair->sent++;\n",
                 "    pair->sent++;\n    pair_acked(pair, pair->sent);\n",
             )
@@ -396,11 +396,11 @@ BROKEN: dict[str, tuple[list[tuple[str, str, str]], Check]] = {
         lambda both: nothing_lands_under_a_key_that_ended(both, again=False),
     ),
     "a read is overtaken": (
-        [("links.c", "(link->readings || (frame", "((frame")],
+        [("packets.c", "(link->readings || (frame", "((frame")],
         a_read_brings_its_bytes_before_what_follows_it_is_complete,
     ),
     "a write is refused at its end": (
-        [("links.c", ".total = index == 0 ? request->length : 0,", ".total = 0,")],
+        [("packets.c", ".total = index == 0 ? request->length : 0,", ".total = 0,")],
         a_write_beyond_its_key_is_refused_whole,
     ),
     "nothing is flushed": (

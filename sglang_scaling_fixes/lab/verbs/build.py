@@ -24,7 +24,8 @@ SYSTEM_DEVICES = Path("/sys/class/infiniband")
 LIBRARY = "libibverbs.so.1"
 HEADERS = "libibverbs-dev"
 
-NIC_SOURCES = ("softnic.c", "links.c", "pairs.c", "memory.c")
+NIC_SOURCES = ("softnic.c", "links.c", "listeners.c", "packets.c", "pairs.c", "memory.c")
+_LIBRARY_SOURCES = ("libibverbs.c", "queues.c", "orders.c")
 _FLAGS = ("-O2", "-std=gnu11", "-Wall", "-Wextra")
 _OTHERWISE = "or use --transport tcp"
 
@@ -52,7 +53,7 @@ def build(progress: Progress = print) -> Path:
         compile_c(compiler, [SOURCE / name for name in NIC_SOURCES], made / NIC)
         compile_c(
             compiler,
-            [SOURCE / "libibverbs.c"],
+            [SOURCE / name for name in _LIBRARY_SOURCES],
             made / LIBRARY,
             *include,
             *("-shared", "-fPIC", f"-Wl,-soname,{LIBRARY}"),
