@@ -192,6 +192,8 @@ class Dispatcher:
             return True
         sound = so_far is not None and so_far.go_back(failure)
         if not reply.started:
+            if so_far is not None and not sound:
+                so_far.forget()
             return False
         # Two guards that agree have spoiled nothing: the answer goes on unguarded.
         most = self._settings.migrations + progress.opinions.agreed

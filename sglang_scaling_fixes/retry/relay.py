@@ -15,6 +15,7 @@ from sglang_scaling_fixes.retry.request import ClientRequest
 from sglang_scaling_fixes.retry.settings import ProxySettings
 from sglang_scaling_fixes.retry.stream import EventStream, Stream
 from sglang_scaling_fixes.retry.trail import (
+    PATHS,
     RESUMED_HEADER,
     PlainStream,
     TrailStream,
@@ -45,7 +46,10 @@ class Relay:
         `lease` covers what is held back, and what waits for a client that does not read.
         """
         began = asyncio.get_running_loop().time()
-        async with self._client.call(request, call) as response:
+        streams = request.facts is not None and request.facts.stream and request.path in PATHS
+        # Stock sends the headers of some streams with their first token.
+        within = self._settings.first_token_timeout if streams else None
+        async with self._client.call(request, call, within=within) as response:
             if response.status == 200 and is_event_stream(response):
                 stream = self._new_stream(request, call, response, reply)
                 passing = _PassingStream(self._settings, call.url, stream, reply, lease)

@@ -25,7 +25,7 @@ import orjson
 
 from sglang_scaling_fixes.retry.failure import Failure, Reason
 from sglang_scaling_fixes.retry.names import Names
-from sglang_scaling_fixes.retry.plain import Plain, Unfit, plain
+from sglang_scaling_fixes.retry.plain import UNREADABLE, Plain, Unfit, plain
 from sglang_scaling_fixes.retry.request import ClientRequest
 from sglang_scaling_fixes.retry.routes import Family
 from sglang_scaling_fixes.retry.sse import data_of, events
@@ -35,6 +35,8 @@ FIELD = "sglang_scaling_fixes_resume"
 """In a request's body: the tokens that the answer has already."""
 RESUMED_HEADER = "x-sglang-scaling-fixes-resumed"
 """Of an answer: how many of them were taken up. Without it the worker has not got the fix."""
+MOST_UNKNOWN = 16
+"""Events in a row behind which nobody could go on, as with tokens that say nothing."""
 PATHS = frozenset(
     {"/generate", "/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"}
 )
@@ -100,6 +102,11 @@ class Continuation:
         self.kept.clear()
         self.kept_bytes = 0
 
+    def no_more(self, why: str) -> None:
+        """It cannot be gone on with from here on, and nothing is kept back for that."""
+        self.off = self.off or why
+        self.trail = self.hold = 0
+
     def go_back(self, failure: Failure) -> bool:
         """Drop what the failed attempt may have spoiled. False if the client has some of it."""
         if self.off or (self.plain is not None and self.plain.spent(len(self.ids))):
@@ -139,7 +146,13 @@ class NotResumable(Exception):
 
 def refuse_resume(so_far: Continuation | None, status: int, body: bytes) -> None:
     """Raises NotResumable if this is such a refusal, and the client has nothing yet."""
-    if so_far is None or so_far.off or status != 400 or FIELD.encode() not in body:
+    if so_far is None or so_far.off:
+        return
+    if so_far.plain is not None and so_far.begun and 400 <= status < 500:
+        so_far.forget()
+        so_far.no_more("a worker refused to go on with it")
+        raise NotResumable
+    if status != 400 or FIELD.encode() not in body:
         return
     so_far.forget()
     so_far.off = "its worker cannot resume a request of this kind"
@@ -152,8 +165,13 @@ def go_on_without(so_far: Continuation, request: ClientRequest) -> None:
     so_far.forget()
     try:
         so_far.plain = plain(request)
-    except Unfit as error:
-        so_far.off = f"its worker has not got the fix resume, and {error}"
+    except UNREADABLE as error:
+        so_far.no_more(_why(error))
+
+
+def _why(error: Exception) -> str:
+    words = str(error) if isinstance(error, Unfit) else "it says what nobody can read"
+    return f"its worker has not got the fix resume, and {words}"
 
 
 class TrailStream(EventStream):
@@ -221,25 +239,55 @@ class TrailStream(EventStream):
 
 
 class PlainStream(TrailStream):
-    """The same of a worker without the fix: the events themselves say their tokens."""
+    """The same of a worker without the fix: the events themselves say their tokens.
+
+    An answer that turns out not to be one to go on with is given out at once from then on, as if
+    nobody had wanted to.
+    """
+
+    def feed(self, chunk: bytes) -> bytes:
+        out = super().feed(chunk)
+        if self.failure is not None and self.failure.reason is Reason.TOO_LARGE:
+            self.failure = None
+            self._so_far.no_more("its trail is too large")
+            self._know()
+            return out + self._released()
+        return out
 
     def _take(self, event: bytes) -> None:
         so_far = self._so_far
-        self._judge(event)
+        verdict = self._judge(event)
         if self.failure is not None or not data_of(event):
+            return
+        if so_far.begun and verdict.error:
+            self._fail("a worker refused to go on with it")
             return
         ids: list[int] | None = None
         if so_far.plain is not None:
             try:
                 event, ids = so_far.plain.read(event, so_far.begun)
-            except Unfit as error:
-                so_far.plain, so_far.trail = None, 0
-                so_far.off = f"its worker has not got the fix resume, and {error}"
+            except UNREADABLE as error:
+                if so_far.begun:
+                    self._fail(_why(error))
+                    return
+                so_far.plain = None
+                so_far.no_more(_why(error))
         if event:
             self._unknown.append(event)
             self._unknown_bytes += len(event)
-        if ids is not None:
+        if ids is not None and not so_far.off:
             so_far.ids = ids
             self._know()
-        elif so_far.plain is None:
+        elif len(self._unknown) > MOST_UNKNOWN:
+            so_far.no_more("its events do not say where another worker could go on")
+        if so_far.off:
             self._know()
+
+    def _fail(self, why: str) -> None:
+        """What the client has cannot be gone on with here, nor anywhere else. Raises NotResumable
+        if it has nothing: then the answer is begun anew here."""
+        self._so_far.no_more(why)
+        if not self._so_far.given:
+            self._so_far.forget()
+            raise NotResumable
+        self.failure = Failure(Reason.ABORTED, why)

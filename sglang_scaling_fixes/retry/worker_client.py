@@ -94,17 +94,17 @@ class WorkerClient:
 
     @contextlib.asynccontextmanager
     async def call(
-        self, request: ClientRequest, call: WorkerCall
+        self, request: ClientRequest, call: WorkerCall, *, within: float | None = None
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """The response, once its headers have arrived. Raises Failure, also out of the block."""
+        """The response, once its headers have arrived. Raises Failure, also out of the block.
+
+        `within`: so many seconds from now, if that is less than what all requests have.
+        """
         response = None
         idle = self._settings.idle_timeout
         # The session's own limits do not cover a worker that never reads the request.
         limit = self._settings.connect_timeout + idle
-        if (
-            request.facts is not None and request.facts.stream
-        ):  # headers may wait for its first token
-            limit = min(limit, self._settings.first_token_timeout)
+        limit = limit if within is None else min(limit, within)
         try:
             async with asyncio.timeout(limit):
                 response = await self._response(request, call)

@@ -82,7 +82,7 @@ class Fleet:
 
     def anomalies(self) -> int:
         lines = str(self.proxy.get("/metrics").body).splitlines()
-        found = [line for line in lines if "migrations_total{" in line and "anomaly" in line]
+        found = [line for line in lines if "anomalies_total{" in line]
         return round(sum(float(line.split()[-1]) for line in found))
 
 

@@ -74,11 +74,11 @@ class Stock(FakeWorker):
 
     @staticmethod
     def _generated(name: str, begin: int, i: int, prompt: int, last: bool) -> dict[str, Any]:
-        text = "".join(f"t{k} " for k in range(begin, i + 1))
+        text = "".join(f" t{k}" for k in range(begin, i + 1))
         whole = begin <= HALF_CHARACTER  # half a character alone says nothing
-        text = text.replace(f"t{HALF_CHARACTER} ", "")
+        text = text.replace(f" t{HALF_CHARACTER}", "")
         return {
-            "text": text.replace(f"t{HALF_CHARACTER + 1} ", "ü" if whole else ""),
+            "text": text.replace(f" t{HALF_CHARACTER + 1}", "ü" if whole else ""),
             "output_ids": [FIRST + k for k in range(begin, i + 1)],
             "meta_info": {
                 "id": name,
