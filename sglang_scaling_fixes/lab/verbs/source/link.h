@@ -36,7 +36,7 @@ uint8_t *link_room(struct link *link, size_t size); /* where bytes to be sent ar
 /* packets.c */
 bool packet_next(struct link *link); /* puts the next one to be sent; false: there is none */
 bool packet_must_wait(const struct link *link, const struct frame *frame);
-void packet_take(struct link *link, const struct frame *frame, const uint8_t *payload);
+void packet_take(struct link *link, const struct frame *frame, uint8_t *payload);
 
 /* listeners.c */
 void listeners_start(int epoll);

@@ -14,9 +14,10 @@
 
 /* ---- sending ---------------------------------------------------------------------------- */
 
-/* Reads a packet of the application's memory, across the request's pieces. */
-static bool gather(const struct pair *pair, const struct work *work, uint32_t offset, uint8_t *into,
-                   uint32_t length) {
+/* Between a packet and the application's memory, across the request's pieces: out of that memory
+ * to be sent, or, `landing`, into it. */
+static bool carry(const struct pair *pair, const struct work *work, uint32_t offset,
+                  uint8_t *packet, uint32_t length, bool landing) {
     for (uint32_t i = 0; i < work->pieces && length; i++) {
         const struct piece *piece = &work->piece[i];
         if (offset >= piece->length) {
@@ -25,30 +26,11 @@ static bool gather(const struct pair *pair, const struct work *work, uint32_t of
         }
         uint32_t part = piece->length - offset < length ? piece->length - offset : length;
         uint64_t address = piece->address + offset;
-        if (!region_covers(piece->key, pair->domain, address, part, 0) ||
-            !memory_read(address, into, part))
+        uint32_t access = landing ? ACCESS_LOCAL_WRITE : 0;
+        if (!region_covers(piece->key, pair->domain, address, part, access)) return false;
+        if (landing ? !memory_write(address, packet, part) : !memory_read(address, packet, part))
             return false;
-        into += part;
-        length -= part;
-        offset = 0;
-    }
-    return length == 0;
-}
-
-static bool scatter(const struct pair *pair, const struct work *work, uint32_t offset,
-                    const uint8_t *from, uint32_t length) {
-    for (uint32_t i = 0; i < work->pieces && length; i++) {
-        const struct piece *piece = &work->piece[i];
-        if (offset >= piece->length) {
-            offset -= piece->length;
-            continue;
-        }
-        uint32_t part = piece->length - offset < length ? piece->length - offset : length;
-        uint64_t address = piece->address + offset;
-        if (!region_covers(piece->key, pair->domain, address, part, ACCESS_LOCAL_WRITE) ||
-            !memory_write(address, from, part))
-            return false;
-        from += part;
+        packet += part;
         length -= part;
         offset = 0;
     }
@@ -80,7 +62,7 @@ static bool next_request_packet(struct link *link) {
         frame.length = request->length - offset < PACKET ? request->length - offset : PACKET;
         uint8_t *room = link_room(link, sizeof frame + frame.length);
         memcpy(room, &frame, sizeof frame);
-        if (!gather(pair, work, offset, room + sizeof frame, frame.length)) {
+        if (!carry(pair, work, offset, room + sizeof frame, frame.length, false)) {
             pair_acked(pair, request->first);
             pair_fail(pair, STATUS_LOCAL_PROTECTION, "its own key is not alive");
             return false;
@@ -165,14 +147,14 @@ static bool open_to(const struct pair *pair, const struct frame *frame, uint32_t
            region_covers(frame->key, pair->domain, frame->address, length, access);
 }
 
-static uint32_t land(struct pair *pair, const struct frame *frame, const uint8_t *payload) {
+static uint32_t land(struct pair *pair, const struct frame *frame, uint8_t *payload) {
     if (frame->kind == FRAME_WRITE) {
         if (!open_to(pair, frame, ACCESS_REMOTE_WRITE)) return STATUS_REMOTE_ACCESS;
         return memory_write(frame->address, payload, frame->length) ? STATUS_SUCCESS
                                                                     : STATUS_REMOTE_OPERATION;
     }
     const struct work *work = &pair->receives[pair->receives_done % MAX_QUEUE];
-    if (!scatter(pair, work, pair->receive_fill, payload, frame->length)) {
+    if (!carry(pair, work, pair->receive_fill, payload, frame->length, true)) {
         pair_received(pair, STATUS_LOCAL_LENGTH);
         return STATUS_REMOTE_INVALID;
     }
@@ -190,7 +172,7 @@ bool packet_must_wait(const struct link *link, const struct frame *frame) {
                                pair->receives_done == pair->receives_posted));
 }
 
-static void on_request(struct link *link, const struct frame *frame, const uint8_t *payload) {
+static void on_request(struct link *link, const struct frame *frame, uint8_t *payload) {
     struct pair *pair = link->pair;
     if (!pair_accepts(pair) || frame->sequence != pair->expected) {
         link_close(link, "a packet out of order");
@@ -220,11 +202,11 @@ static void on_request(struct link *link, const struct frame *frame, const uint8
 
 /* ---- receiving: the requester ------------------------------------------------------------- */
 
-static void on_data(struct pair *pair, const struct frame *frame, const uint8_t *payload) {
+static void on_data(struct pair *pair, const struct frame *frame, uint8_t *payload) {
     struct request *request = pair_request(pair, frame->sequence);
     if (!request || request->work.opcode != WORK_READ) return;
     pair->progress_ns = now_ns();
-    if (!scatter(pair, &request->work, frame->address, payload, frame->length)) {
+    if (!carry(pair, &request->work, frame->address, payload, frame->length, true)) {
         pair_acked(pair, frame->sequence);
         pair_fail(pair, STATUS_LOCAL_PROTECTION, "its own key is not alive");
     } else if (frame->last) {
@@ -242,7 +224,7 @@ static void on_nak(struct pair *pair, const struct frame *frame) {
 
 /* ---- receiving ------------------------------------------------------------------------------ */
 
-void packet_take(struct link *link, const struct frame *frame, const uint8_t *payload) {
+void packet_take(struct link *link, const struct frame *frame, uint8_t *payload) {
     if (frame->kind == FRAME_HELLO && !link->requester && !link->pair && !link->leaving) {
         on_hello(link, frame);
     } else if (!link->pair) {
