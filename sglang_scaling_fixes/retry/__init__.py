@@ -15,6 +15,7 @@
     verdict        what an event or a body says about its generation
     stream         one worker's stream: held back, passed on, or failed
     names          one name for an answer that several workers wrote
+    plain          how to go on with one on workers without the plugin
     trail          a stream that another worker can go on with
     headers        which HTTP headers are passed on
     reply          the client's answer, as far as it has been sent
