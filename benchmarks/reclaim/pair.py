@@ -21,7 +21,7 @@ from sglang_scaling_fixes.lab.servers.cluster import Cluster, ClusterSpec
 from sglang_scaling_fixes.lab.servers.link import link
 from sglang_scaling_fixes.lab.servers.server import Server
 from sglang_scaling_fixes.lab.verbs import Transport
-from sglang_scaling_fixes.lab.verbs.build import build
+from sglang_scaling_fixes.lab.verbs.build import prepare
 
 HALVES = ("stock", "fixed")
 FLAGS: dict[str, tuple[str, ...]] = {"stock": (), "fixed": ("--plugin",)}
@@ -43,8 +43,7 @@ class Bench:
         self, release: str, folder: Path, progress: Progress, transport: Transport = "tcp"
     ) -> None:
         self.environment: Environment = install(release, progress)
-        if transport == "rdma":
-            build(progress)
+        prepare(transport, progress)
         self.transport = transport
         self.checkpoint = checkpoints.llama(self.environment)
         self.folder = folder

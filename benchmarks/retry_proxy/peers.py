@@ -14,10 +14,7 @@ import asyncio
 import contextlib
 import importlib.metadata
 import json
-import os
 import re
-import signal
-import socket
 import statistics
 import sys
 import time
@@ -31,6 +28,8 @@ import aiohttp
 
 from benchmarks.common.reports import machine, table
 from tests.retry.fake_worker import DONE, GARBAGE, FakeWorker
+from tests.retry.serving import front
+from tests.retry.test_requests import free_port
 
 RESULTS = Path(__file__).parent / "results"
 TOKENS = 10
@@ -72,17 +71,17 @@ FAULTS = (
 
 @dataclass(frozen=True)
 class Peer:
-    """What stands before the workers. `flags`: the command; workers' URLs follow."""
+    """What stands before the workers. `command`: a module and its flags; workers' URLs follow."""
 
     name: str
-    flags: tuple[str, ...]
+    command: tuple[str, ...]
     ready: str = ""
     each: str = ""  # a flag before each worker's URL
 
 
-_ROUTER = ("-m", "sglang_router.launch_router", "--policy", "round_robin")
+_ROUTER = ("sglang_router.launch_router", "--policy", "round_robin")
 _ROUTER_LIMITS = ("--request-timeout-secs", HALF, "--retry-initial-backoff-ms", "1")
-_PROXY = ("-m", "sglang_scaling_fixes.cli", "retry-proxy")
+_PROXY = ("sglang_scaling_fixes.cli", "retry-proxy")
 _PROXY_LIMITS = ("--first-token-timeout", HALF, "--token-timeout", HALF)
 PEERS = (
     Peer("client", ()),
@@ -148,44 +147,15 @@ async def ask(session: aiohttp.ClientSession, url: str, number: int) -> Ended:
 @contextlib.asynccontextmanager
 async def serving(peer: Peer, urls: Sequence[str]) -> AsyncIterator[list[str]]:
     """Where clients of this peer ask."""
-    if not peer.flags:
+    if not peer.command:
         yield list(urls)
         return
-    port = _free_port()
-    where = [word for url in urls for word in (peer.each, url)] if peer.each else []
-    if not peer.each:
-        where = ["--worker-urls", *urls, "--prometheus-port", str(_free_port())]
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *(*peer.flags, "--host", "127.0.0.1", "--port", str(port), *where),
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        async with aiohttp.ClientSession() as session:
-            while not await _answers(session, url + peer.ready):
-                await asyncio.sleep(0.1)
+    if peer.each:
+        where = [word for url in urls for word in (peer.each, url)]
+    else:
+        where = ["--worker-urls", *urls, "--prometheus-port", str(free_port())]
+    async with front(*peer.command, *where, port=free_port(), ready=peer.ready) as url:
         yield [url]
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        await process.wait()
-
-
-async def _answers(session: aiohttp.ClientSession, url: str) -> bool:
-    try:
-        async with session.get(url) as response:
-            return response.status == 200
-    except aiohttp.ClientError:
-        return False
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 async def measure(peer: Peer, fault: Fault, requests: int) -> dict[str, Any]:
@@ -238,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
         "sglang_router": importlib.metadata.version("sglang-router"),
         "requests": args.requests,
         "faults": {fault.name: fault.what for fault in FAULTS},
-        "peers": {peer.name: " ".join(peer.flags[2:]) for peer in PEERS},
+        "peers": {peer.name: " ".join(peer.command[1:]) for peer in PEERS},
         "found": found,
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -8,20 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
-def unpack(packages: Sequence[str], into: Path) -> bool:
-    """Unpack `packages` below `into`; whether all of them are there now.
-
-    False too where there is no apt-get, or no network.
-    """
+def unpack(packages: Sequence[str], into: Path) -> None:
+    """Unpack `packages` below `into`, as far as there is an apt-get, a network, and they exist."""
     if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
-        return False
+        return
     into.mkdir(parents=True, exist_ok=True)
     for package in packages:
         _run(["apt-get", "download", package], into)
-    archives = list(into.glob("*.deb"))
-    for archive in archives:
+    for archive in into.glob("*.deb"):
         _run(["dpkg-deb", "-x", archive.name, "."], into)
-    return len(archives) >= len(packages)
 
 
 def _run(command: list[str], folder: Path) -> None:

@@ -17,6 +17,7 @@ from sglang_scaling_fixes.retry.stream import EventStream, Stream
 from sglang_scaling_fixes.retry.trail import (
     PATHS,
     RESUMED_HEADER,
+    WITHOUT_FIX,
     PlainStream,
     TrailStream,
     go_on_without,
@@ -71,7 +72,7 @@ class Relay:
             if response.headers.get(RESUMED_HEADER) == str(so_far.begun):
                 return TrailStream(family, so_far, limit, call.retryable)
             if so_far.plain is None and reply.started and so_far.begun:
-                so_far.off = "its worker has not got the fix resume"
+                so_far.no_more(WITHOUT_FIX)
                 raise Failure(Reason.ABORTED, "the worker cannot go on with a stream")
             if so_far.plain is None or not so_far.ids:
                 go_on_without(so_far, request)

@@ -35,6 +35,7 @@ FIELD = "sglang_scaling_fixes_resume"
 """In a request's body: the tokens that the answer has already."""
 RESUMED_HEADER = "x-sglang-scaling-fixes-resumed"
 """Of an answer: how many of them were taken up. Without it the worker has not got the fix."""
+WITHOUT_FIX = "its worker has not got the fix resume"
 MOST_UNKNOWN = 16
 """Events in a row behind which nobody could go on, as with tokens that say nothing."""
 PATHS = frozenset(
@@ -155,7 +156,7 @@ def refuse_resume(so_far: Continuation | None, status: int, body: bytes) -> None
     if status != 400 or FIELD.encode() not in body:
         return
     so_far.forget()
-    so_far.off = "its worker cannot resume a request of this kind"
+    so_far.no_more("its worker cannot resume a request of this kind")
     raise NotResumable
 
 
@@ -171,7 +172,7 @@ def go_on_without(so_far: Continuation, request: ClientRequest) -> None:
 
 def _why(error: Exception) -> str:
     words = str(error) if isinstance(error, Unfit) else "it says what nobody can read"
-    return f"its worker has not got the fix resume, and {words}"
+    return f"{WITHOUT_FIX}, and {words}"
 
 
 class TrailStream(EventStream):

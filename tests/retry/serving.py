@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import re
+import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Sequence
@@ -132,6 +134,36 @@ async def command(*flags: str, files: int | None = None) -> AsyncIterator[Comman
             process.terminate()
         assert await process.wait() == 0, said + (await rest).decode()
         await rest
+
+
+@contextlib.asynccontextmanager
+async def front(*command: str, port: int, ready: str) -> AsyncIterator[str]:
+    """A module of this Python that serves at `port`, once `ready` answers 200; its URL.
+
+    It writes what it does to nowhere, and ends with the block, its children too.
+    """
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-m", *command, "--host", "127.0.0.1", "--port", str(port)),
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        while not await _answers(url + ready):
+            await asyncio.sleep(0.1)
+        yield url
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()
+
+
+async def _answers(url: str) -> bool:
+    with contextlib.suppress(aiohttp.ClientError):
+        return (await get(url)).status == 200
+    return False
 
 
 @contextlib.asynccontextmanager

@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import signal
-import sys
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-import aiohttp
 import pytest
 
 from tests.retry.fake_worker import ANOMALY, FakeWorker
 from tests.retry.progress import run
-from tests.retry.serving import Answer, get, post, proxying
+from tests.retry.serving import Answer, front, post, proxying
 from tests.retry.test_requests import free_port
 
 pytest.importorskip("sglang_router")
@@ -31,33 +27,11 @@ ASKED = 6
 
 @contextlib.asynccontextmanager
 async def router(*flags: str) -> AsyncIterator[str]:
-    """The real one. It writes what it does to nowhere, and ends with the test."""
-    port = free_port()
-    command = ["-m", "sglang_router.launch_router", "--host", "127.0.0.1", "--port", str(port)]
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *command,
-        *("--prometheus-port", str(free_port()), "--retry-initial-backoff-ms", "1"),
-        *flags,
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        while not await healthy(url):
-            await asyncio.sleep(0.1)
+    """The real one."""
+    ports = ("--prometheus-port", str(free_port()), "--retry-initial-backoff-ms", "1")
+    command = ("sglang_router.launch_router", *ports, *flags)
+    async with front(*command, port=free_port(), ready="/readiness") as url:
         yield url
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        await process.wait()
-
-
-async def healthy(url: str) -> bool:
-    with contextlib.suppress(aiohttp.ClientError):
-        return (await get(url + "/readiness")).status == 200
-    return False
 
 
 class Spoiling(FakeWorker):

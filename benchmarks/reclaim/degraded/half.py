@@ -195,7 +195,6 @@ def half(bench: Bench, name: str, flags: tuple[str, ...], tokens: int) -> Iterat
         slow_env={FAIL: str(failing)},
         tokens=tokens,
         sleep_on_idle=True,
-        transport=bench.transport,
     )
     with link(SLOW_MBIT, run_dir) as way:
         if way.mode != "shaped":

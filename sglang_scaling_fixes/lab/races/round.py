@@ -253,28 +253,29 @@ class Race:
         """The same victims again and again until the link is quiet; adds their outcomes."""
         repeated: list[Victim] = []
         while traffic.quiet_s() < self._quiet_s:
-            again = [replace(victim, rid=f"{victim.rid}-{len(outcomes)}") for victim in victims]
-            sent = [self._send(victim) for victim in again]
-            outcomes += [one.wait(prefill=False) for one in sent]
-            repeated += again
+            repeated += self._come_again(victims, outcomes)
             time.sleep(SAMPLE_S if outcomes[-1].refusal is None else REFUSED_S)
         return repeated
 
     def _refused_come_again(self, victims: list[Victim], outcomes: list[Outcome]) -> list[Victim]:
         """As a client does at a 503 with Retry-After, a bounded number of times; adds outcomes."""
         repeated: list[Victim] = []
-        refused = [v for v, o in zip(victims, outcomes, strict=True) if o.refusal is not None]
-        for number in range(REFUSED_TRIES):
-            if not refused:
+        asked = victims
+        for _ in range(REFUSED_TRIES):
+            last = zip(asked, outcomes[-len(asked) :], strict=True)
+            asked = [victim for victim, outcome in last if outcome.refusal is not None]
+            if not asked:
                 break
             time.sleep(REFUSED_S)
-            again = [replace(victim, rid=f"{victim.rid}-{number}") for victim in refused]
-            sent = [self._send(victim) for victim in again]
-            found = [one.wait(prefill=False) for one in sent]
-            refused = [v for v, o in zip(refused, found, strict=True) if o.refusal is not None]
-            repeated += again
-            outcomes += found
+            repeated += self._come_again(asked, outcomes)
         return repeated
+
+    def _come_again(self, victims: list[Victim], outcomes: list[Outcome]) -> list[Victim]:
+        """The same victims, all at once, under names of their own; adds their outcomes."""
+        again = [replace(victim, rid=f"{victim.rid}-{len(outcomes)}") for victim in victims]
+        sent = [self._send(victim) for victim in again]
+        outcomes += [one.wait(prefill=False) for one in sent]
+        return again
 
     def _send(self, victim: Victim) -> Pending:
         return self.cluster.send(

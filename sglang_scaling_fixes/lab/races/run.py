@@ -23,7 +23,7 @@ from sglang_scaling_fixes.lab.servers import checkpoints
 from sglang_scaling_fixes.lab.servers.cluster import Cluster
 from sglang_scaling_fixes.lab.servers.link import link
 from sglang_scaling_fixes.lab.verbs import Transport
-from sglang_scaling_fixes.lab.verbs.build import build
+from sglang_scaling_fixes.lab.verbs.build import prepare
 
 TRIES_PER_ROUND = 3
 RUNS_KEPT = 40
@@ -53,8 +53,7 @@ def run(
         raise LabError("stock_only and fixed_only exclude each other")
     began = time.monotonic()
     environment = install(release, progress)
-    if transport == "rdma":
-        build(progress)
+    prepare(transport, progress)
     checkpoint = checkpoints.llama(environment)
     run_dir = new_run_dir(release, plan.name)
     result: dict[str, Any] = {

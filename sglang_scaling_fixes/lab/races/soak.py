@@ -37,7 +37,7 @@ from sglang_scaling_fixes.lab.servers.link import link
 from sglang_scaling_fixes.lab.servers.pending import Outcome
 from sglang_scaling_fixes.lab.servers.server import ANSWER_S, Server
 from sglang_scaling_fixes.lab.verbs import Transport
-from sglang_scaling_fixes.lab.verbs.build import build
+from sglang_scaling_fixes.lab.verbs.build import prepare
 
 FIXED_FLAGS = ("--plugin",)
 RATE_MBIT = 48.0
@@ -74,8 +74,7 @@ def run(
         )
     began = time.monotonic()
     environment = install(release, progress)
-    if transport == "rdma":
-        build(progress)
+    prepare(transport, progress)
     checkpoint = checkpoints.llama(environment)
     run_dir = new_run_dir(release, "soak-stock" if stock else "soak")
     with link(RATE_MBIT, run_dir) as way:

@@ -16,7 +16,7 @@ from sglang_scaling_fixes.console import Progress
 from sglang_scaling_fixes.lab import debian
 from sglang_scaling_fixes.lab.errors import LabError
 from sglang_scaling_fixes.lab.install import lab_home
-from sglang_scaling_fixes.lab.verbs import NIC
+from sglang_scaling_fixes.lab.verbs import NIC, Transport
 
 SOURCE = Path(__file__).parent / "source"
 DEVICES = Path(__file__).parent / "devices.py"
@@ -65,6 +65,12 @@ def build(progress: Progress = print) -> Path:
             if not folder.exists():
                 raise
     return folder
+
+
+def prepare(transport: Transport, progress: Progress) -> None:
+    """Before anything is started: what servers with this transport will need. Raises LabError."""
+    if transport == "rdma":
+        build(progress)
 
 
 def obstacle() -> str | None:

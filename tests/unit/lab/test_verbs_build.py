@@ -12,6 +12,7 @@ import pytest
 from sglang_scaling_fixes.lab import debian
 from sglang_scaling_fixes.lab.errors import LabError
 from sglang_scaling_fixes.lab.verbs import build
+from tests.verbs.needs import verbs_in_software
 
 
 @pytest.fixture(autouse=True)
@@ -42,11 +43,19 @@ def test_without_namespaces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert "Operation not permitted" in refusal()
 
 
+@pytest.fixture
+def no_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine that could have devices in software, whatever this one is."""
+    monkeypatch.setattr(build, "obstacle", lambda: None)
+
+
+@pytest.mark.usefixtures("no_obstacle")
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda _: None)
     assert "C compiler" in refusal()
 
 
+@pytest.mark.usefixtures("no_obstacle")
 def test_without_headers(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     monkeypatch.setattr(build, "_compiles", lambda *_: False)
@@ -55,6 +64,7 @@ def test_without_headers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked  # they were looked for
 
 
+@pytest.mark.usefixtures("no_obstacle")
 def test_a_compiler_that_fails_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -63,6 +73,7 @@ def test_a_compiler_that_fails_leaves_nothing(
     assert list((tmp_path / "home" / "verbs").iterdir()) == []
 
 
+@verbs_in_software
 def test_devices_are_seen_by_the_command_alone() -> None:
     command, env = build.over_rdma(
         ["ls", "/sys/class/infiniband", "/dev/infiniband"],

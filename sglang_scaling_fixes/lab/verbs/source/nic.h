@@ -11,7 +11,7 @@
 
 #include "wire.h"
 
-/* The values of enum ibv_wc_status, ibv_qp_state, ibv_event_type, ibv_access_flags, ibv_wr_opcode
+/* The values of enum ibv_wc_status, ibv_qp_state, ibv_qp_attr_mask, ibv_event_type, ibv_access_flags, ibv_wr_opcode
  * and ibv_wc_opcode that are used here (InfiniBand Architecture Specification, volume 1; the
  * numbers are the ABI of libibverbs). This half is compiled without verbs.h. */
 enum {
@@ -19,6 +19,8 @@ enum {
     STATUS_REMOTE_INVALID = 9, STATUS_REMOTE_ACCESS = 10, STATUS_REMOTE_OPERATION = 11,
     STATUS_RETRIES_EXCEEDED = 12,
     STATE_RESET = 0, STATE_INIT = 1, STATE_RTR = 2, STATE_RTS = 3, STATE_ERROR = 6,
+    SAYS_STATE = 1 << 0, SAYS_ACCESS = 1 << 3, SAYS_PATH = 1 << 7, SAYS_TIMEOUT = 1 << 9,
+    SAYS_RETRIES = 1 << 10, SAYS_EXPECTED = 1 << 12, SAYS_FIRST = 1 << 16, SAYS_PEER = 1 << 20,
     EVENT_CQ_ERROR = 0, EVENT_REQUEST_ERROR = 2, EVENT_ACCESS_ERROR = 3,
     ACCESS_LOCAL_WRITE = 1, ACCESS_REMOTE_WRITE = 2, ACCESS_REMOTE_READ = 4,
     WORK_WRITE = 0, WORK_SEND = 2, WORK_READ = 4,
@@ -97,10 +99,12 @@ void pair_received(struct pair *pair, uint32_t status);
 struct request *pair_request(struct pair *pair, uint32_t sequence);
 bool pair_accepts(const struct pair *pair);
 
-/* links.c: the network */
-void links_start(int epoll);
+/* listeners.c: where queue pairs are reached */
 uint32_t link_number(void); /* a number for a queue pair that can be reached at it; 0: none */
 void link_number_ended(uint32_t number);
+
+/* links.c: the network */
+void links_start(int epoll);
 void link_close(struct link *link, const char *why);
 void links_work(uint64_t now); /* time-outs, connections, what is held or waits to be sent */
 void link_pump(struct link *link);

@@ -166,15 +166,16 @@ static bool may_become(uint32_t from, uint32_t to) {
 }
 
 bool pair_modify(struct pair *pair, const struct order *order) {
-    if (order->modify.has_state && !may_become(pair->state, order->modify.state)) return false;
-    if (order->modify.has_access) pair->access = order->modify.access;
-    if (order->modify.has_path) pair->peer_address = order->modify.peer_address;
-    if (order->modify.has_peer) pair->peer = order->modify.peer;
-    if (order->modify.has_expected) pair->expected = order->modify.expected;
-    if (order->modify.has_first) pair->next = pair->sent = pair->acked = order->modify.first;
-    if (order->modify.has_timeout) pair->timeout = order->modify.timeout;
-    if (order->modify.has_retries) pair->retries = order->modify.retries;
-    if (!order->modify.has_state) return true;
+    uint32_t says = order->modify.mask;
+    if (says & SAYS_STATE && !may_become(pair->state, order->modify.state)) return false;
+    if (says & SAYS_ACCESS) pair->access = order->modify.access;
+    if (says & SAYS_PATH) pair->peer_address = order->modify.peer_address;
+    if (says & SAYS_PEER) pair->peer = order->modify.peer;
+    if (says & SAYS_EXPECTED) pair->expected = order->modify.expected;
+    if (says & SAYS_FIRST) pair->next = pair->sent = pair->acked = order->modify.first;
+    if (says & SAYS_TIMEOUT) pair->timeout = order->modify.timeout;
+    if (says & SAYS_RETRIES) pair->retries = order->modify.retries;
+    if (!(says & SAYS_STATE)) return true;
     if (order->modify.state == STATE_ERROR) {
         pair_fail(pair, STATUS_FLUSHED, "told to");
     } else if (order->modify.state == STATE_RESET) {

@@ -107,8 +107,7 @@ int poll_cq(struct ibv_cq *base, int room, struct ibv_wc *found) {
     return count;
 }
 
-/* Those of a queue pair that is gone are never seen: its memory is gone, too. */
-static void withdraw(struct queue *queue, const struct pair *pair) {
+static void withdraw_from(struct queue *queue, const struct pair *pair) {
     pthread_mutex_lock(&queue->lock);
     uint32_t tail = atomic_load_explicit(&queue->ring->tail, memory_order_acquire);
     for (uint32_t place = queue->ring->head; place != tail; place++) {
@@ -116,6 +115,12 @@ static void withdraw(struct queue *queue, const struct pair *pair) {
         if (done->cookie == (uintptr_t)pair) done->cookie = 0;
     }
     pthread_mutex_unlock(&queue->lock);
+}
+
+/* Completions of a queue pair that is reset or gone are never seen. */
+static void withdraw(const struct pair *pair) {
+    withdraw_from((struct queue *)pair->base.send_cq, pair);
+    withdraw_from((struct queue *)pair->base.recv_cq, pair);
 }
 
 int request_event(struct ibv_cq *base, int solicited_only) {
@@ -220,14 +225,7 @@ static void remember(struct ibv_qp_attr *kept, const struct ibv_qp_attr *said, i
 int ibv_modify_qp(struct ibv_qp *base, struct ibv_qp_attr *said, int mask) {
     struct pair *pair = (struct pair *)base;
     struct order order = {.kind = ORDER_MODIFY, .number = base->qp_num};
-    order.modify.has_state = !!(mask & IBV_QP_STATE);
-    order.modify.has_access = !!(mask & IBV_QP_ACCESS_FLAGS);
-    order.modify.has_path = !!(mask & IBV_QP_AV);
-    order.modify.has_peer = !!(mask & IBV_QP_DEST_QPN);
-    order.modify.has_expected = !!(mask & IBV_QP_RQ_PSN);
-    order.modify.has_first = !!(mask & IBV_QP_SQ_PSN);
-    order.modify.has_timeout = !!(mask & IBV_QP_TIMEOUT);
-    order.modify.has_retries = !!(mask & IBV_QP_RETRY_CNT);
+    order.modify.mask = mask;
     order.modify.state = said->qp_state;
     order.modify.access = said->qp_access_flags;
     memcpy(&order.modify.peer_address, said->ah_attr.grh.dgid.raw + 12, 4);
@@ -242,8 +240,7 @@ int ibv_modify_qp(struct ibv_qp *base, struct ibv_qp_attr *said, int mask) {
     remember(&pair->attributes, said, mask);
     base->state = state;
     if (state == IBV_QPS_RESET) {
-        withdraw((struct queue *)base->send_cq, pair);
-        withdraw((struct queue *)base->recv_cq, pair);
+        withdraw(pair);
         pair->sends_done = pair->sends_posted;
         pair->receives_done = pair->receives_posted;
     }
@@ -277,8 +274,7 @@ int ibv_destroy_qp(struct ibv_qp *base) {
     struct order order = {.kind = ORDER_DESTROY_QP, .number = base->qp_num};
     int error = nic_ask(&order, NULL);
     if (error) return error;
-    withdraw((struct queue *)base->send_cq, pair);
-    withdraw((struct queue *)base->recv_cq, pair);
+    withdraw(pair);
     pthread_mutex_lock(&order_lock);
     struct pair **place = &pairs;
     while (*place != pair) place = &(*place)->following;

@@ -70,9 +70,8 @@ struct order {
             uint32_t context, domain, send_cq, receive_cq, signal_all;
         } pair;
         struct {
+            uint32_t mask; /* which of these are said: an enum ibv_qp_attr_mask */
             uint32_t state, access, peer, peer_address, expected, first, timeout, retries;
-            uint32_t has_state, has_access, has_path, has_peer, has_expected, has_first,
-                has_timeout, has_retries;
         } modify;
         struct work work;
     };
