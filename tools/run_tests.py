@@ -3,9 +3,9 @@
     lint              ruff and mypy: seconds, and first to say what is wrong
     stock wheels      download what the contract tests read, once
     lab               the release that tests start beside the one of .venv
-    fast tests        unit, ...: side by side, no server
+    fast tests        what talks to real sockets and engines: side by side, no server
     e2e               real servers, one test at a time; beside it, on what CPU it leaves:
-    processes         tests that import SGLang in many processes, and can wait for a core
+    background        tests that only compute, or import SGLang in many processes
 
 With `long` as its argument it runs only the tests on real servers that are marked so. They take
 some ten minutes more than CI has to spare; `docs/measured.md` says when they last passed.
@@ -30,7 +30,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 LAB_RELEASE = "0.5.12"
-PATIENT = {"tests/contract", "tests/starts"}  # may wait for a core as long as they have to
+PATIENT = {"tests/contract", "tests/starts", "tests/unit"}  # may wait for a core for seconds
 SLOW = {"tests/e2e", "tests/gpu"}  # serial; and for machines with a GPU, by hand
 SIDE_BY_SIDE = ("-n", "auto", "--dist=worksteal")
 NO_TESTS_COLLECTED = 5
@@ -55,7 +55,7 @@ def main() -> int:
     # All but those below, so that a new folder is never left out.
     folders = {f"tests/{p.name}" for p in (ROOT / "tests").iterdir() if p.is_dir()} - SLOW
     pytest("fast tests", sorted(folders - PATIENT), *SIDE_BY_SIDE)
-    with beside("processes", sorted(PATIENT), *SIDE_BY_SIDE):
+    with beside("background", sorted(PATIENT), *SIDE_BY_SIDE):
         pytest("e2e", ["tests/e2e"], "-n", "0", "-m", "e2e and not long")
     return finish()
 
@@ -80,7 +80,7 @@ def beside(name: str, folders: list[str], *options: str) -> Iterator[None]:
     (sched_autogroup), so theirs is nice as a whole, too. What they print comes at their end.
     """
     began = time.monotonic()
-    say(f"{name} (in the background) ...")
+    say(f"{name} (beside what follows) ...")
     log = ROOT / ".cache" / f"tests-{name}.log"
     with log.open("w") as output:
         child = subprocess.Popen(

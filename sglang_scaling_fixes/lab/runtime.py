@@ -38,5 +38,7 @@ def cpu_env(additions: Mapping[str, str]) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        # Not compiled: for a CPU torch compiles with GCC, some 20 s for one function's first call.
+        "TORCHDYNAMO_DISABLE": "1",
         **additions,
     }

@@ -38,7 +38,6 @@ CPU_RANKS = {
     # One core each, and no NCCL: without a GPU it loads and then fails.
     "SGLANG_CPU_OMP_THREADS_BIND": "|".join(str(i % (os.cpu_count() or 1)) for i in range(RANKS)),
     "SGLANG_NCCL_SO_PATH": "/nonexistent",
-    "TORCHDYNAMO_DISABLE": "1",  # else every rank compiles for a minute at its first request
 }
 SPEC = ClusterSpec(prefills=1, flags=FLAGS, env=CPU_RANKS, sleep_on_idle=True)
 ABORTED = 1000  # tokens
