@@ -28,6 +28,7 @@ class Config:
     resend: float = 0.1
     max_held: float = 0.5
     fence: str = "auto"
+    layer_split_scratch: int = 0
     guard: str = "observe"
     guard_rules: str = "windowed"
     guard_secret_file: str = ""

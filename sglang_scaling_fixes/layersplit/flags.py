@@ -1,0 +1,18 @@
+"""The settings of LayerSplit."""
+
+from __future__ import annotations
+
+from sglang_scaling_fixes.config import Setting
+
+SCRATCH_TOKENS = Setting(
+    "--layer-split-scratch-tokens",
+    "layer_split_scratch",
+    "Prefix tokens that each of the two scratches holds, so the most that one batch may read. At "
+    "least the context length; 0: two contexts. More takes KV from the pool and lets more requests "
+    "with long prefixes into one batch: `sglang-scaling-fixes layersplit plan` shows both.",
+    low=0,
+    high=1e9,
+    unit="number of tokens",
+    metavar="TOKENS",
+)
+SETTINGS = (SCRATCH_TOKENS,)

@@ -1,0 +1,88 @@
+"""Which pages one forward pass reads, and where each of them lies in the scratch.
+
+    scratch page   0          1 ... prefix          prefix + 1 ... prefix + chunk
+    holds          nothing    pages read before     pages first written by this pass
+                   (padding)  they were written
+                              by this pass
+
+A plan comes from the *whole* batch, so that it is the same on every rank: `req_to_token` and the
+lengths that the scheduler gave. Page tables of the attention backend will not do: with interleaved
+context parallelism stock drops from them the requests of which this rank holds no row.
+
+Page 0 stays reserved. Stock's writers skip row 0 of a buffer, and whatever the plan does not know
+is sent there: a stale table entry can only ever name padding, never another request's page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The pages of one forward pass."""
+
+    prefix: Tensor
+    """int64 `[prefix pages]`: pool pages to be sent; the one at `i` lies in scratch page `i + 1`."""
+    pages: Tensor
+    """int64 `[1 + prefix pages + chunk pages]`: the pool page of each scratch page; 0 for 0."""
+    table: Tensor
+    """int32 `[pool pages]`: the scratch page of each pool page, 0 where the pass does not use it."""
+    page_size: int
+
+    def page(self, pages: Tensor) -> Tensor:
+        """Scratch pages of pool pages, of the same shape and dtype."""
+        return self.table[pages.long()].to(pages.dtype)
+
+    def slot(self, slots: Tensor) -> Tensor:
+        """Scratch rows of KV slots, of the same shape and dtype. Below 0 (padding) stays."""
+        return _moved(slots, self.table, self.page_size)
+
+    def slot_back(self, rows: Tensor) -> Tensor:
+        """KV slots of scratch rows: what leaves the forward pass must be in the pool's words."""
+        return _moved(rows, self.pages, self.page_size)
+
+
+def _moved(addresses: Tensor, table: Tensor, page_size: int) -> Tensor:
+    page = torch.div(addresses, page_size, rounding_mode="floor").clamp_(min=0)
+    moved = table[page.long()].to(addresses.dtype) * page_size + addresses % page_size
+    return torch.where(addresses < 0, addresses, moved)
+
+
+def make(
+    req_to_token: Tensor,
+    requests: Tensor,
+    prefix_lens: Sequence[int],
+    seq_lens: Sequence[int],
+    page_size: int,
+    pool_pages: int,
+) -> Plan:
+    """The plan of an extend batch.
+
+    `req_to_token`: int `[requests, tokens]`, slots by position. `requests`: int `[batch]`, its rows
+    of this batch. `prefix_lens`, `seq_lens`: tokens before this pass, and after it; host numbers.
+    `pool_pages`: pages that slots can name, page 0 included.
+
+    A page that the prefix fills only partly counts as prefix: it is sent, and then written to.
+    The host waits for the device only where two requests have a prefix, to find pages that they
+    share: how many there are is not known from the lengths.
+    """
+    # `index_select`, since indexing with one element of a tensor on a device waits for it.
+    starts = req_to_token[:, : max(seq_lens, default=0) : page_size].index_select(0, requests)
+    pages = torch.div(starts.long(), page_size, rounding_mode="floor")
+    read = [pages[i, : -(-before // page_size)] for i, before in enumerate(prefix_lens)]
+    written = [
+        pages[i, -(-before // page_size) : -(-after // page_size)]
+        for i, (before, after) in enumerate(zip(prefix_lens, seq_lens, strict=True))
+    ]
+    prefix = torch.cat([pages.new_empty(0), *read])
+    if sum(before > 0 for before in prefix_lens) > 1:
+        prefix = torch.unique(prefix)
+    order = torch.cat([pages.new_zeros(1), prefix, *written])
+    table = torch.zeros(pool_pages, dtype=torch.int32, device=pages.device)
+    table[order] = torch.arange(len(order), dtype=torch.int32, device=pages.device)
+    return Plan(prefix, order, table, page_size)

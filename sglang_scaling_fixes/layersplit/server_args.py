@@ -1,0 +1,110 @@
+"""Which servers LayerSplit can be in force for, said before they start, and checked after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sglang_scaling_fixes.attach import require_in_place
+from sglang_scaling_fixes.errors import ConfigError
+from sglang_scaling_fixes.layersplit import points
+
+SPLIT = "enable_dsa_cache_layer_split"
+
+_ONE: Mapping[str, str] = {
+    "pp_size": "a stage has other layers, which nobody has tried to split",
+    "dcp_size": "decode context parallelism lays pages out differently",
+}
+_OFF: Mapping[str, str] = {
+    "enable_hisparse": "HiSparse keeps KV in a pool of its own",
+    "enable_two_batch_overlap": "two batches at once have one scratch too few",
+    "enable_pdmux": "multiplexed prefills stop between layers, and the broadcasts do not",
+    "enable_mixed_chunk": "a mixed batch decodes, and its index keys are read by pool page",
+    "enable_return_indexer_topk": "top-k results name places in the scratch",
+    "hicache_storage_backend": "every owner would have to store its own layers (L3); "
+    "keep L2 (--enable-hierarchical-cache)",
+}
+"""Field -> why it must be off."""
+_DTYPES = ("auto", "bf16", "bfloat16", "fp8_e4m3")
+_BACKENDS: Mapping[str, str] = {
+    "trtllm": "its raw fp8 layout was never run here",
+    "aiter": "ROCm is not supported",
+    "intel_xpu": "it reads KV by pool page",
+}
+"""Attention backends of a prefill that it is not in force for."""
+_DEVICES = ("cuda", "cpu")
+
+
+def check(server_args: Any) -> None:
+    """Raise `ConfigError`, naming flag, value and remedy, for a server it cannot be in force for."""
+    if not getattr(server_args, SPLIT, False):
+        role = server_args.disaggregation_mode
+        raise ConfigError(
+            f"--enable-dsa-cache-layer-split: not given, so this server ({role}) keeps every layer "
+            "on every rank and has no split to improve; give it to a prefill server, or start "
+            "without layer-split"
+        )
+    device = str(getattr(server_args, "device", "cuda") or "cuda")
+    if device not in _DEVICES or _is_rocm():
+        found = "rocm" if _is_rocm() else device
+        _refuse("device", found, "only NVIDIA GPUs (and the lab's CPU) are supported", "cuda")
+    for field, why in _ONE.items():
+        if (getattr(server_args, field, 1) or 1) > 1:
+            _refuse(field, getattr(server_args, field), why, "1")
+    for field, why in _OFF.items():
+        if value := getattr(server_args, field, None):
+            _refuse(field, value, why)
+    chunk = server_args.chunked_prefill_size
+    if chunk is None or chunk <= 0:
+        _refuse("chunked_prefill_size", chunk, "a scratch holds one chunk, so it needs an end", "")
+    dtype = server_args.kv_cache_dtype
+    if dtype not in _DTYPES:
+        _refuse("kv_cache_dtype", dtype, "its layout was never run here", "auto or fp8_e4m3")
+    if server_args.page_size not in (None, 64):
+        _refuse("page_size", server_args.page_size, "index keys lie in pages of 64", "64")
+    backend = getattr(server_args, "dsa_prefill_backend", None)
+    if backend in _BACKENDS:
+        _refuse("dsa_prefill_backend", backend, _BACKENDS[backend], "flashmla_sparse or fa3")
+    graph = getattr(getattr(server_args, "cuda_graph_config", None), "prefill", None)
+    used = getattr(getattr(graph, "backend", None), "value", None)
+    if used not in (None, "disabled"):
+        raise ConfigError(
+            f"prefill CUDA graphs ({used}): a graph would replay the pages of the pass that it was "
+            "captured with; switch them off (--disable-prefill-cuda-graph), or start without "
+            "layer-split"
+        )
+
+
+def check_in_force(scheduler: Any, server_args: Any) -> None:
+    """After stock has built its pool: it is ours, and nobody took our places since."""
+    from sglang_scaling_fixes.layersplit import attach
+    from sglang_scaling_fixes.layersplit.metrics import PREFILL
+    from sglang_scaling_fixes.layersplit.pool import LayerSplitDSATokenToKVPool
+    from sglang_scaling_fixes.metrics import of_scheduler
+
+    require_in_place(points.NAME, "prefill")
+    pool = scheduler.tp_worker.model_runner.token_to_kv_pool
+    if not isinstance(pool, LayerSplitDSATokenToKVPool):
+        where = "its own" if attach.in_place() else "another, put in its place by something else"
+        raise ConfigError(
+            f"--enable-dsa-cache-layer-split: stock built {type(pool).__name__} ({where}); it "
+            "splits layers over two or more ranks of prefill context parallelism: add "
+            "--enable-prefill-cp with --tp 2 or more"
+        )
+    pool.stats = of_scheduler(PREFILL, scheduler, server_args)
+    pool.stats.set("scratch_capacity", pool.size_of_scratch.pages)
+
+
+def _is_rocm() -> bool:
+    import torch
+
+    return torch.version.hip is not None
+
+
+def _refuse(field: str, value: Any, why: str, instead: str | None = None) -> None:
+    flag = "--" + field.replace("_", "-")
+    if instead is None:
+        remedy = "drop it"
+    else:
+        remedy = f"set it to {instead}" if instead else "set it to a number of tokens"
+    raise ConfigError(f"{flag} {value}: {why}; {remedy}, or start without layer-split")
