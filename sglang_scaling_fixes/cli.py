@@ -16,6 +16,7 @@ from sglang_scaling_fixes.lab import install_command
 from sglang_scaling_fixes.lab.errors import LabError
 from sglang_scaling_fixes.lab.races import reclaim_command, soak_command
 from sglang_scaling_fixes.lab.servers import serve_command
+from sglang_scaling_fixes.layersplit.planner import plan_command
 from sglang_scaling_fixes.racecheck import command as racecheck_command
 from sglang_scaling_fixes.retry import command as retry_command
 
@@ -40,6 +41,9 @@ LAB_COMMANDS: tuple[Command, ...] = (
     ("serve", "the tiny GLM-5.1 on this CPU; until Ctrl-C", serve_command),
     ("soak", "random load, aborts, kills and stalls; is all right?", soak_command),
 )
+LAYERSPLIT_COMMANDS: tuple[Command, ...] = (
+    ("plan", "capacity, traffic and exposed time on given hardware; modelled", plan_command),
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,6 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = _add(parser, COMMANDS)
+    layersplit = commands.add_parser("layersplit", help="what LayerSplit would do; runs nothing")
+    _add(layersplit, LAYERSPLIT_COMMANDS)
     lab = commands.add_parser("lab", help="stock SGLang on a CPU: reproduce and prove")
     _add(lab, LAB_COMMANDS)
     return parser
