@@ -1,11 +1,11 @@
 """LayerSplit: each rank keeps some layers, and sends the pages in use to the others, just in time.
 
-    plan.py          which pages a forward pass reads, and where they lie in the scratch
-    schedule.py      when each layer travels
-    forward.py       both, for one pass: what is under way, and who waits for it
-    pool.py          the pool: owned layers, two scratches
-    pack.py, channel.py, lane.py   an owner's copy, the broadcast, and the stream on which both run
-    metadata.py, index_writes.py, admission.py, sizing.py   where stock meets it
+plan.py          which pages a forward pass reads, and where they lie in the scratch
+schedule.py      when each layer travels
+forward.py       both, for one pass: what is under way, and who waits for it
+pool.py          the pool: owned layers, two scratches
+pack.py, channel.py, lane.py   an owner's copy, the broadcast, and the stream on which both run
+metadata.py, index_writes.py, admission.py, sizing.py   where stock meets it
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ on the machine. So its whole store is run for each place, with the slots of that
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -35,8 +36,6 @@ def everywhere(stock: Callable[..., None]) -> Callable[..., None]:
         for where, slots in pool.index_writes(call["layer_id"], loc):
             with where:
                 stock(indexer, **{**call, "out_cache_loc": slots})
-
-    import inspect
 
     signature = inspect.signature(stock)
 

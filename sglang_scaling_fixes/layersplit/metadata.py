@@ -37,11 +37,11 @@ def after_metadata(stock: Callable[..., None]) -> Callable[..., None]:
     def init_forward_metadata(backend: Any, forward_batch: Any) -> None:
         stock(backend, forward_batch)
         pool = backend.token_to_kv_pool
-        if isinstance(pool, LayerSplitDSATokenToKVPool) and not forward_batch.forward_mode.is_idle():
-            plan = begin(pool, backend.req_to_token_pool.req_to_token, forward_batch)
-            backend.forward_metadata = remapped(
-                backend.forward_metadata, plan, forward_batch.forward_mode.is_decode()
-            )
+        mode = forward_batch.forward_mode
+        if not isinstance(pool, LayerSplitDSATokenToKVPool) or mode.is_idle():
+            return
+        plan = begin(pool, backend.req_to_token_pool.req_to_token, forward_batch)
+        backend.forward_metadata = remapped(backend.forward_metadata, plan, mode.is_decode())
 
     return init_forward_metadata
 
@@ -69,4 +69,3 @@ def remapped(metadata: Any, plan: Plan, paged_index: bool) -> Any:
     if paged_index:
         changes[PAGES] = plan.page(getattr(metadata, PAGES))
     return dataclasses.replace(metadata, **changes)
-

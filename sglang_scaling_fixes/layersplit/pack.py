@@ -7,15 +7,15 @@ has 2.1 GB, and an offset beyond 2 GiB does not fit 32 bits.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 _BLOCK = 1024  # words of a program: 4 KiB
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
-def _gather(  # type: ignore[no-untyped-def]  # pragma: no cover, runs on a device or interpreted
+def _gather(  # type: ignore[no-untyped-def]  # noqa: PLR0917
     pages, kv, kv_to, index, index_to, kv_words, index_words, kv_blocks, block: tl.constexpr
 ):
     """Program (i, b) copies block b of page `pages[i]`: first the blocks of KV, then of the index.
@@ -29,9 +29,7 @@ def _gather(  # type: ignore[no-untyped-def]  # pragma: no cover, runs on a devi
     if part < kv_blocks:
         at = part * block + words
         inside = at < kv_words
-        tl.store(
-            kv_to + place * kv_words + at, tl.load(kv + page * kv_words + at, inside), inside
-        )
+        tl.store(kv_to + place * kv_words + at, tl.load(kv + page * kv_words + at, inside), inside)
     else:
         at = (part - kv_blocks) * block + words
         inside = at < index_words

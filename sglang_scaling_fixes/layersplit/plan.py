@@ -27,11 +27,11 @@ class Plan:
     """The pages of one forward pass."""
 
     prefix: Tensor
-    """int64 `[prefix pages]`: pool pages to be sent; the one at `i` lies in scratch page `i + 1`."""
+    """int64 `[prefix pages]`: pool pages to send; the one at `i` lies in scratch page `i + 1`."""
     pages: Tensor
     """int64 `[1 + prefix pages + chunk pages]`: the pool page of each scratch page; 0 for 0."""
     table: Tensor
-    """int32 `[pool pages]`: the scratch page of each pool page, 0 where the pass does not use it."""
+    """int32 `[pool pages]`: the scratch page of each pool page, 0 where the pass has none."""
     page_size: int
 
     def page(self, pages: Tensor) -> Tensor:
@@ -58,6 +58,7 @@ def make(
     requests: Tensor,
     prefix_lens: Sequence[int],
     seq_lens: Sequence[int],
+    *,
     page_size: int,
     pool_pages: int,
 ) -> Plan:

@@ -1,4 +1,4 @@
-"""Where LayerSplit touches stock: the pool's class, its size, its tables, its writers, its batches."""
+"""Where LayerSplit touches stock: the pool's class and size, its tables, writers and batches."""
 
 from __future__ import annotations
 
@@ -48,9 +48,7 @@ OWNED_LAYERS = _prefill(
 )
 SHARD = _prefill(f"{_SPLIT}:get_glm_dsa_cp_layer_shard_info", ("model_runner",), wrapped=False)
 KEY_BYTES = _prefill(f"{_CONFIGURATOR}:calculate_mla_kv_cache_dim", wrapped=False)
-ADD_REQUEST = _prefill(
-    f"{_ADDER}.add_one_req", ("req", "has_chunked_req", "truncation_align_size")
-)
+ADD_REQUEST = _prefill(f"{_ADDER}.add_one_req", ("req", "has_chunked_req", "truncation_align_size"))
 ADD_CHUNKED = _prefill(f"{_ADDER}.add_chunked_req", ("req",))
 
 ATTACH_POINTS = catalogue(vars())

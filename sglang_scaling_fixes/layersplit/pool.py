@@ -8,7 +8,7 @@
 Invariants:
 - An owned layer is laid out as stock lays it out: transfers, HiCache and the host pool see nothing
   else, by the names that stock's own split pool has.
-- Attention and the indexer see the scratch only, on the owner too: one page table serves all layers.
+- Attention and the indexer see the scratch only, on the owner too: all layers have one page table.
 - New tokens are written twice, by the same kernel of stock's: into the scratch on every rank, and
   into the layer on its owner. That costs no traffic, since under context parallelism every rank has
   the whole chunk's keys before it writes.
@@ -42,8 +42,8 @@ from sglang_scaling_fixes.layersplit.lane import Sent, lane
 from sglang_scaling_fixes.layersplit.metrics import PREFILL
 from sglang_scaling_fixes.layersplit.moves import move_index_keys
 from sglang_scaling_fixes.layersplit.pack import pack
-from sglang_scaling_fixes.layersplit.scratch import Scratch, Size
 from sglang_scaling_fixes.layersplit.schedule import SCRATCHES
+from sglang_scaling_fixes.layersplit.scratch import Scratch, Size
 from sglang_scaling_fixes.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -62,6 +62,10 @@ class LayerSplitDSATokenToKVPool(DSATokenToKVPool):  # type: ignore[misc]  # sgl
     """Of the pools that are built from now on; `sizing` decides it."""
     current: ClassVar[weakref.ref[LayerSplitDSATokenToKVPool] | None] = None
     """The newest pool of this process."""
+    kv_buffer: list[Tensor]
+    layer_num: int
+    _forward: Forward | None = None
+    _writes: str | None = None
 
     def __init__(
         self, *args: Any, layer_shard_rank: int, layer_shard_size: int, **kwargs: Any
@@ -72,8 +76,6 @@ class LayerSplitDSATokenToKVPool(DSATokenToKVPool):  # type: ignore[misc]  # sgl
         self.layer_shard_rank = layer_shard_rank
         self.layer_shard_size = layer_shard_size
         self.stats = Metrics(PREFILL, None)
-        self._forward: Forward | None = None
-        self._writes: str | None = None
         super().__init__(*args, **kwargs)
         self.layer_shard_start = self.start_layer + self._owned_local_layer_range()[0]
         self.channel = Channel(get_parallel().attn_cp_group.ranks, self.device)
@@ -214,7 +216,12 @@ class LayerSplitDSATokenToKVPool(DSATokenToKVPool):  # type: ignore[misc]  # sgl
         """
         pool_pages = self.size // self.page_size + 1
         plan = plans.make(
-            req_to_token, requests, prefix_lens, seq_lens, self.page_size, pool_pages
+            req_to_token,
+            requests,
+            prefix_lens,
+            seq_lens,
+            page_size=self.page_size,
+            pool_pages=pool_pages,
         )
         if len(plan.pages) > self.size_of_scratch.pages:
             raise RuntimeError(
@@ -306,9 +313,7 @@ class LayerSplitDSATokenToKVPool(DSATokenToKVPool):  # type: ignore[misc]  # sgl
         """Index keys of whole requests, by pool page."""
         self._enter(layer_id)
         pages = self.plan.page(page_indices)
-        return self._view.get_index_k_scale_buffer(
-            layer_id, seq_len_tensor, pages, *args, **kwargs
-        )
+        return self._view.get_index_k_scale_buffer(layer_id, seq_len_tensor, pages, *args, **kwargs)
 
     def get_index_k_continuous(self, layer_id: int, seq_len: int, page_indices: Tensor) -> Any:
         self._enter(layer_id)

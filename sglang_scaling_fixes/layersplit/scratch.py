@@ -14,9 +14,9 @@ from torch import Tensor
 REQUESTS = 128
 """Requests of one batch, at most: each may begin a page of its own beside the chunk's."""
 CONTEXTS = 2
-"""Contexts that a scratch holds unless told otherwise. It trades capacity for batches of requests
-with long prefixes: GLM-5.1 over 8 ranks keeps 7.71, 7.62 or 7.45 times the tokens of an unsplit
-pool with 1, 2 or 4 (`layersplit plan`)."""
+"""Contexts that a scratch has room for unless told otherwise, its chunk included. More would let
+more requests with long prefixes into one batch, and take KV from the pool: GLM-5.1 over 8 ranks
+keeps 7.71, 7.62 or 7.45 times the tokens of an unsplit pool with 1, 2 or 4 (`layersplit plan`)."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,17 @@ class Size:
         return 1 + self.prefix + self.chunk
 
 
-def size(prefix_tokens: int, chunk_tokens: int, requests: int, page_size: int) -> Size:
-    """For prefixes of `prefix_tokens` and `chunk_tokens` new tokens of `requests` requests."""
+def size(tokens: int, chunk: int, requests: int, page_size: int) -> Size:
+    """Of a scratch of `tokens`: what `chunk` new tokens of `requests` requests leave is for
+    prefixes, which may be less than nothing."""
     requests = min(requests, REQUESTS)
-    return Size(
-        prefix=-(-prefix_tokens // page_size),
-        chunk=-(-chunk_tokens // page_size) + requests,
-        requests=requests,
-    )
+    new = -(-chunk // page_size) + requests
+    return Size(prefix=-(-tokens // page_size) - 1 - new, chunk=new, requests=requests)
+
+
+def least(context: int, chunk: int, requests: int, page_size: int) -> int:
+    """Tokens of a scratch in which one request with a prefix of `context` tokens fits."""
+    return page_size * (-(-context // page_size) - size(0, chunk, requests, page_size).prefix)
 
 
 @dataclass(frozen=True)
@@ -51,4 +54,4 @@ class Scratch:
 
     @property
     def nbytes(self) -> int:
-        return self.kv.nbytes + self.index.nbytes
+        return int(self.kv.nbytes + self.index.nbytes)

@@ -36,7 +36,7 @@ _DEVICES = ("cuda", "cpu")
 
 
 def check(server_args: Any) -> None:
-    """Raise `ConfigError`, naming flag, value and remedy, for a server it cannot be in force for."""
+    """Raise `ConfigError`, naming flag, value and remedy, for a server it is not made for."""
     if not getattr(server_args, SPLIT, False):
         role = server_args.disaggregation_mode
         raise ConfigError(
@@ -62,7 +62,7 @@ def check(server_args: Any) -> None:
         _refuse("kv_cache_dtype", dtype, "its layout was never run here", "auto or fp8_e4m3")
     if server_args.page_size not in (None, 64):
         _refuse("page_size", server_args.page_size, "index keys lie in pages of 64", "64")
-    backend = getattr(server_args, "dsa_prefill_backend", None)
+    backend = str(getattr(server_args, "dsa_prefill_backend", None))
     if backend in _BACKENDS:
         _refuse("dsa_prefill_backend", backend, _BACKENDS[backend], "flashmla_sparse or fa3")
     graph = getattr(getattr(server_args, "cuda_graph_config", None), "prefill", None)

@@ -11,6 +11,7 @@ allocated for it.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,7 @@ _BYTES = "sglang_scaling_fixes_scratch_bytes"
 
 
 def attach(scratch_tokens: int) -> None:
-    """`scratch_tokens`: prefix tokens that a scratch holds; 0 for the default."""
+    """`scratch_tokens`: tokens of a scratch; 0 for the default."""
 
     def init(stock: Callable[..., None], sizes: Any, kvc: Any, *args: Any, **kwargs: Any) -> None:
         stock(sizes, kvc, *args, **kwargs)
@@ -73,22 +74,22 @@ def owned(layers: int, ranks: int) -> int:
 
 def of_server(kvc: Any, scratch_tokens: int) -> scratch.Size:
     """The scratch of a server; `ConfigError` if it does not hold one context."""
-    context = kvc.model_config.context_len
-    tokens = scratch_tokens or scratch.CONTEXTS * context
-    if tokens < context:
+    context, page_size = kvc.model_config.context_len, _page_size(kvc)
+    chunk = kvc.server_args.chunked_prefill_size
+    requests = kvc.server_args.max_running_requests or scratch.REQUESTS
+    least = scratch.least(context, chunk, requests, page_size)
+    tokens = scratch_tokens or max(least, scratch.CONTEXTS * context)
+    if tokens < least:
         raise ConfigError(
-            f"{FLAG} {tokens}: a request's prefix can have {context} tokens (the context length),"
-            f" and would never fit; set it to {context} or more, or lower --context-length"
+            f"{FLAG} {tokens}: a request can have a prefix of {context} tokens (the context length)"
+            f" beside a chunk of {chunk}, and would never fit; set it to {least} or more, or lower"
+            " --context-length"
         )
-    args = kvc.server_args
-    requests = args.max_running_requests or scratch.REQUESTS
-    return scratch.size(tokens, args.chunked_prefill_size, requests, _page_size(kvc))
+    return scratch.size(tokens, chunk, requests, page_size)
 
 
 def kv_bytes(kvc: Any) -> int:
     """Bytes of a token's KV in one layer, as the pool allocates them."""
-    import inspect
-
     from sglang.srt.mem_cache.kv_cache_configurator import calculate_mla_kv_cache_dim
 
     arguments = {

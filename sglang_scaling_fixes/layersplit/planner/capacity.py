@@ -30,7 +30,7 @@ def owned_layers(layers: int, ranks: int) -> tuple[int, ...]:
 class Pool:
     """One deployment. `memory`: bytes for KV and index-K on each rank, scratches included.
 
-    `scratch_tokens`: most prefix tokens of a batch. `chunk`: most new tokens of a forward.
+    `scratch_tokens`: rows of one scratch. `chunk`: most new tokens of a forward.
     """
 
     model: Model
@@ -85,13 +85,15 @@ class Pool:
 
     @property
     def scratch_rows(self) -> int:
-        """Tokens of one of our scratches: page 0, which stays reserved (stock's writers skip
-        row 0), then the pages of the batch's prefixes, then those of its new tokens.
-
-        A batch of several requests needs up to one page more for each of them. They are not
-        counted: nobody knows the largest batch here.
+        """Tokens of one of our scratches, in whole pages: page 0, which stays reserved (stock's
+        writers skip row 0), then the pages of the batch's prefixes, then those of its new tokens.
         """
-        return PAGE * (1 + pages(self.scratch_tokens) + pages(self.chunk))
+        return PAGE * pages(self.scratch_tokens)
+
+    @property
+    def least_scratch(self) -> int:
+        """Tokens of a scratch in which one request of the longest context fits."""
+        return PAGE * (1 + pages(self.model.context) + pages(self.chunk))
 
     @property
     def scratch_bytes(self) -> int:

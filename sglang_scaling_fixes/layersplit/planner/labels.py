@@ -19,7 +19,9 @@ FORMULAS = {
         f"(B - scratch.bytes) / (O * b), down to pages of {PAGE}; O = ceil(L / P) + D, with a "
         "split draft layer ceil((L + 1) / P)"
     ),
-    "scratch.rows": f"{PAGE} (page 0, reserved) + S + C, each up to pages of {PAGE}",
+    "scratch.rows": (
+        f"S, up to pages of {PAGE}: page 0 (reserved), the batch's prefixes, its new tokens"
+    ),
     "scratch.bytes": "2 * scratch.rows * b",
     "rows.context": "as given",
     "rows.prefix_tokens": "X = context * hit rate, at most context - 1",
@@ -60,7 +62,7 @@ SYMBOLS = {
     "D": (
         "1 if each rank keeps the draft layer whole, else 0; with --mtp split 1 for the other pools"
     ),
-    "S": "prefix tokens of a batch (--scratch-tokens)",
+    "S": "tokens of one scratch (--scratch-tokens)",
     "C": "new tokens of a forward (--chunked-prefill-size)",
     "t": "bytes / bandwidth (--bandwidth-gb-s)",
 }
@@ -68,7 +70,6 @@ SYMBOLS = {
 LEFT_OUT = (
     "what more contexts in the pool are worth as hits: all three pools have the same hit rate",
     "requests that share a prefix: each counts its context whole",
-    "pages that further requests of a batch add to a scratch: up to one for each",
     "waiting, batching, kernels below the assumed FLOP/s, CP's and the experts' own communication",
     "loads from HiCache, the transfer to decode",
     "upstream's copy of each owned layer into its scratch (in upstream's favour)",

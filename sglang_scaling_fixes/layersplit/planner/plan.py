@@ -33,10 +33,10 @@ class Asked:
                 f"--context {longest}: {model.name} reads at most {model.context} tokens; leave "
                 "it out"
             )
-        if pool.scratch_tokens < model.context:
+        if pool.scratch_tokens < pool.least_scratch:
             raise ConfigError(
-                f"--scratch-tokens {pool.scratch_tokens} is less than one context of {model.name}; "
-                f"write at least {model.context}"
+                f"--scratch-tokens {pool.scratch_tokens} does not hold one context of {model.name} "
+                f"and one chunk; write at least {pool.least_scratch}"
             )
         if pool.ours() < longest:
             raise ConfigError(
@@ -145,7 +145,12 @@ def _assumptions(asked: Asked) -> dict[str, dict[str, Any]]:
             "fp8 and its scales",
         ),
         "mtp": ("given", pool.mtp, "", "--mtp"),
-        "scratch_tokens": ("given", pool.scratch_tokens, "prefix tokens", "--scratch-tokens"),
+        "scratch_tokens": (
+            "given",
+            pool.scratch_tokens,
+            "tokens of one scratch",
+            "--scratch-tokens",
+        ),
         "chunk": ("given", pool.chunk, "new tokens of a forward", "--chunked-prefill-size"),
         "hit_rate": ("assumed", asked.hit_rate, "of a context is in the pool", "--hit-rate"),
         "bandwidth_gb_s": ("assumed", speed.bandwidth / 1e9, "GB/s", "--bandwidth-gb-s"),

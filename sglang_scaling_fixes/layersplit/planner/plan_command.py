@@ -36,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--scratch-tokens",
         metavar="TOKENS",
-        help="most prefix tokens of a batch; at least one context of the model (two)",
+        help="of each scratch: prefixes of a batch and its chunk; at least one context and one chunk "
+        "(two contexts)",
     )
     add(
         "--chunked-prefill-size",
