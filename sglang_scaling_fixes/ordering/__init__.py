@@ -40,7 +40,7 @@ def _parts() -> list[Part]:
     ]
     split = Part(
         "LayerSplit prefetch",
-        there=lambda: own_method(*loads.PREFETCH.rsplit(".", 1)),
+        there=loads.stock_broadcasts,
         holds=probe.prefetch_waits,
         attach=loads.attach_prefetch,
     )

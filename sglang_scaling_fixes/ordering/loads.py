@@ -13,8 +13,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sglang_scaling_fixes.attach import AttachPoint, wrap
+from sglang_scaling_fixes.attach import AttachPoint, resolve, wrap
 from sglang_scaling_fixes.ordering import points
+from sglang_scaling_fixes.presence import own_method
 
 PREFETCH = points.PREFETCH.target
 
@@ -50,6 +51,12 @@ def attach_fence(point: AttachPoint) -> None:
         return stock(controller, *args, **kwargs)
 
     wrap(point, start)
+
+
+def stock_broadcasts() -> bool:
+    """Whether split layers are broadcast by stock's pool: layer-split's orders its own."""
+    target, _, method = PREFETCH.rpartition(".")
+    return own_method(target, method) and resolve(target)[2].__module__ == target.partition(":")[0]
 
 
 def attach_prefetch() -> None:

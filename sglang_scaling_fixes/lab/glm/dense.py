@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sglang_scaling_fixes.lab.glm.reference import pack, unpack
+
 TOLERANCE = 0.02
 """Of log-probabilities, between a server's and this model's: both round KV to bf16, but not the
 same last bits. Leaving out the selection, the experts or a layer makes more of a difference."""
@@ -28,13 +30,18 @@ class DenseGLM:
     """`logits(ids)` of a checkpoint; `topk` overrides the indexer's (None: no selection)."""
 
     def __init__(
-        self, folder: Path, topk: int | None = -1, kv_dtype: torch.dtype = torch.bfloat16
+        self,
+        folder: Path,
+        topk: int | None = -1,
+        kv_dtype: torch.dtype = torch.bfloat16,
+        packed: bool = False,
     ) -> None:
         from safetensors.torch import load_file
 
         self.config: dict[str, Any] = json.loads((folder / "config.json").read_text())
         self.weights: Mapping[str, Tensor] = load_file(str(folder / "model.safetensors"))
         self.kv_dtype = kv_dtype
+        self.packed = packed
         self.topk: int | None = self.config["index_topk"] if topk == -1 else topk
 
     def logits(self, ids: Sequence[int]) -> Tensor:
@@ -158,6 +165,10 @@ class DenseGLM:
         return x / (mean + self.config["rms_norm_eps"]).sqrt() * self.weights[name + ".weight"]
 
     def _stored(self, x: Tensor) -> Tensor:
+        """As a bf16 pool rounds it; and a packed one, which keeps ropes in bf16."""
+        if self.packed and x.shape[-1] == self.config["kv_lora_rank"]:
+            none = x.new_empty(len(x), 0)
+            return unpack(pack(x, none), x.shape[-1])
         return x.to(self.kv_dtype).float()
 
     def _of(self, name: str, x: Tensor) -> Tensor:

@@ -44,33 +44,36 @@ def forward(
     gates = (x.bfloat16() @ self.weights_proj.weight.bfloat16().T).float()
     gates = gates * query_scale.squeeze(-1) * self.softmax_scale * self.n_heads**-0.5
     pool = get_token_to_kv_pool()
-    spans = get_attn_backend().get_indexer_metadata(layer_id, forward_batch)
+    metadata = get_attn_backend().get_indexer_metadata(layer_id, forward_batch)
     chosen = torch.full((x.shape[0], self.index_topk), -1, dtype=torch.int32)
     gathered = forward_batch.forward_mode.is_extend_without_speculative()
     keys = _gathered if gathered else _in_place
-    for span, (k, scale) in zip(spans, keys(pool, layer_id, spans), strict=True):
+    for span, (k, scale) in zip(metadata.spans, keys(pool, layer_id, metadata), strict=True):
         scores = reference.index_scores(query_fp8[span.rows], gates[span.rows], k, scale)
         chosen[span.rows] = reference.select(scores, span.visible, self.index_topk)
     return chosen
 
 
-def _in_place(pool: Any, layer_id: int, spans: list[Any]) -> list[tuple[Tensor, Tensor]]:
+def _in_place(pool: Any, layer_id: int, metadata: Any) -> list[tuple[Tensor, Tensor]]:
     from sglang.srt.layers.attention.dsa.dsa_indexer import Indexer
 
     buffer = Indexer._get_index_k_read_buffer(pool, layer_id)
     page, width = pool.index_page_size, pool.index_head_dim
-    return [reference.index_load(buffer, span.slots, width, page) for span in spans]
+    return [
+        reference.index_load(buffer, metadata.index_slots(span), width, page)
+        for span in metadata.spans
+    ]
 
 
-def _gathered(pool: Any, layer_id: int, spans: list[Any]) -> list[tuple[Tensor, Tensor]]:
-    page = pool.index_page_size
-    lengths = [len(span.slots) for span in spans]
-    pages = torch.zeros(len(spans), -(-max(lengths) // page), dtype=torch.int32)
-    for i, span in enumerate(spans):
-        own = span.slots[::page] // page
-        pages[i, : len(own)] = own
+def _gathered(pool: Any, layer_id: int, metadata: Any) -> list[tuple[Tensor, Tensor]]:
+    lengths = [span.length for span in metadata.spans]
+    requests = torch.tensor([span.request for span in metadata.spans], dtype=torch.long)
     keys, scales = pool.get_index_k_scale_buffer(
-        layer_id, torch.tensor(lengths), pages, sum(lengths), max(lengths)
+        layer_id,
+        torch.tensor(lengths),
+        metadata.real_page_table[requests],
+        sum(lengths),
+        max(lengths),
     )
     keys = keys.view(reference.FP8).split(lengths)
     return list(zip(keys, scales.view(torch.float32).split(lengths), strict=True))

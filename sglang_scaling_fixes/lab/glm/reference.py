@@ -17,6 +17,7 @@ from torch import Tensor
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 SCALE_BYTES = 4
+PACKED_GROUP = 128  # values of a packed latent that share a scale
 
 
 @functools.lru_cache
@@ -62,6 +63,28 @@ def _index_views(buffer: Tensor, width: int, page: int) -> tuple[Tensor, Tensor]
     keys = buffer[:, : page * width].view(-1, page, width)
     scales = buffer[:, page * width :].view(-1, page, SCALE_BYTES)
     return keys, scales
+
+
+def pack(latent: Tensor, rope: Tensor) -> Tensor:
+    """uint8 [n, bytes]: rows of a packed fp8 pool, from float latents and ropes [n, d].
+
+    The latent as fp8, a float32 scale for each 128 of its values, then the rope as bf16.
+    """
+    groups = latent.float().unflatten(-1, (-1, PACKED_GROUP))
+    scale = groups.abs().amax(-1, keepdim=True).clamp_min(1e-4) / FP8_MAX
+    values = (groups / scale).to(FP8).flatten(-2)
+    parts = (values, scale.squeeze(-1), rope.bfloat16())
+    return torch.cat([part.contiguous().view(torch.uint8) for part in parts], dim=-1)
+
+
+def unpack(rows: Tensor, latent: int) -> Tensor:
+    """float32 [n, latent + rope] of a packed fp8 pool's rows [n, bytes]."""
+    rows = rows.contiguous().view(torch.uint8)
+    scaled = latent + latent // PACKED_GROUP * 4
+    values = rows[:, :latent].contiguous().view(FP8).float().unflatten(-1, (-1, PACKED_GROUP))
+    scale = rows[:, latent:scaled].contiguous().view(torch.float32)
+    rope = rows[:, scaled:].contiguous().view(torch.bfloat16).float()
+    return torch.cat(((values * scale[..., None]).flatten(-2), rope), dim=-1)
 
 
 def index_scores(query: Tensor, gates: Tensor, key: Tensor, scale: Tensor) -> Tensor:

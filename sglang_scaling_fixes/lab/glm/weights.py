@@ -30,7 +30,7 @@ from typing import Any
 HIDDEN = 512
 VOCAB = 4096
 CONTEXT = 8192
-LAYERS = 3  # one dense, two with experts; the MTP layer follows
+LAYERS = 3  # unless told otherwise: one dense, two with experts; the MTP layer follows
 HEADS = 4
 Q_LORA, KV_LORA, ROPE, NOPE, V_DIM = 256, 512, 64, 192, 256  # GLM-5.1's, but for Q_LORA (2048)
 INDEX_HEADS, INDEX_DIM = 4, 128
@@ -57,7 +57,7 @@ NOISE_OUT = 0.12  # what everything random writes to C, beside COPY
 DRAFT_NOISE_OUT = 1.4  # and in the MTP layer: a draft that is right nine times in ten
 
 
-def config() -> dict[str, object]:
+def config(layers: int = LAYERS) -> dict[str, object]:
     """The model's config.json."""
     return {
         "architectures": ["GlmMoeDsaForCausalLM"],
@@ -85,7 +85,7 @@ def config() -> dict[str, object]:
         "norm_topk_prob": True,
         "num_attention_heads": HEADS,
         "num_experts_per_tok": EXPERTS_PER_TOKEN,
-        "num_hidden_layers": LAYERS,
+        "num_hidden_layers": layers,
         "num_key_value_heads": HEADS,
         "num_nextn_predict_layers": 1,
         "q_lora_rank": Q_LORA,
@@ -285,19 +285,22 @@ class _Maker:
             self.tensors[f"{at}{norm}.weight"] = np.ones(HIDDEN, np.float32)
 
 
-def write(folder: Path, seed: int) -> None:
-    """Write config.json and model.safetensors (float32, about 60 MB) into `folder`."""
+def write(folder: Path, seed: int, layers: int = LAYERS) -> None:
+    """Write config.json and model.safetensors (float32, about 60 MB) into `folder`.
+
+    Layers beyond the second hold noise only.
+    """
     from safetensors.numpy import save_file
 
     maker = _Maker(seed)
     maker.top()
     maker.layer(0, "neighbours", RMS_0, dense=True)
     maker.layer(1, "induction", RMS_1)
-    for number in range(2, LAYERS):
+    for number in range(2, layers):
         maker.layer(number, None, RMS_OUT)
-    maker.draft(LAYERS)
+    maker.draft(layers)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config(), indent=2))
+    (folder / "config.json").write_text(json.dumps(config(layers), indent=2))
     save_file(
         {
             name: maker.np.ascontiguousarray(value, dtype=maker.np.float32)
@@ -309,4 +312,4 @@ def write(folder: Path, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]), int(sys.argv[2]))
+    write(Path(sys.argv[1]), *map(int, sys.argv[2:]))

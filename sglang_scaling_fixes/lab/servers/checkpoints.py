@@ -44,7 +44,9 @@ def llama(environment: Environment, seed: int = 1) -> Model:
     )
 
 
-def tiny_glm(environment: Environment, seed: int = 1, *, text: bool = False) -> Model:
+def tiny_glm(
+    environment: Environment, seed: int = 1, *, text: bool = False, layers: int = glm_weights.LAYERS
+) -> Model:
     """GLM-5.1's architecture in small; SGLang 0.5.23, whose modules its stand-ins know.
 
     `text`: with a tokenizer of words, for the OpenAI API.
@@ -56,7 +58,7 @@ def tiny_glm(environment: Environment, seed: int = 1, *, text: bool = False) -> 
         )
     return Model(
         name="tiny-glm-5.1",
-        folder=_checkpoint(environment, glm_weights, "glm", seed),
+        folder=_checkpoint(environment, glm_weights, f"glm-{layers}", seed, layers),
         modules=("glm4_moe", "deepseek_v2", "deepseek_nextn", "registry", "utils"),
         flags=("--attention-backend", "dsa"),
         # Interpreted: the Triton kernels that assign slots, on CPU tensors.
@@ -71,8 +73,10 @@ def _tokenizer() -> Path:
     return tokenizer.write(lab_home() / "models" / "words", glm_weights.VOCAB)
 
 
-def _checkpoint(environment: Environment, writer: ModuleType, name: str, seed: int) -> Path:
-    """The folder that `writer`, run as a script, has filled for `seed`."""
+def _checkpoint(
+    environment: Environment, writer: ModuleType, name: str, seed: int, *more: int
+) -> Path:
+    """The folder that `writer`, run as a script with these numbers, has filled."""
     script = Path(str(writer.__file__))
     recipe = hashlib.sha256(script.read_bytes()).hexdigest()[:12]
     folder = lab_home() / "models" / f"{name}-{seed}-{recipe}"
@@ -80,7 +84,7 @@ def _checkpoint(environment: Environment, writer: ModuleType, name: str, seed: i
         return folder
     partial = folder.with_name(f"{folder.name}.{os.getpid()}")
     done = subprocess.run(
-        [str(environment.python), "-I", str(script), str(partial), str(seed)],
+        [str(environment.python), "-I", str(script), str(partial), *map(str, (seed, *more))],
         capture_output=True,
         text=True,
         check=False,

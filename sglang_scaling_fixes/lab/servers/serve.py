@@ -54,6 +54,8 @@ class Options:
     spec: bool = False
     cp: int = 1  # ranks of prefill context parallelism
     layer_split: bool = False  # each of them keeps only its layers' KV
+    layers: int = weights.LAYERS  # of the model, beside its MTP layer
+    packed: bool = False  # KV in packed fp8, as production keeps it; else bf16
     text: bool = False  # with a tokenizer of words, for the OpenAI API
     tokens: int = TOKENS  # KV slots of each server
     flags: tuple[str, ...] = ()  # for every server
@@ -72,7 +74,8 @@ class Options:
         )
 
     def shared(self) -> tuple[str, ...]:
-        return (*(SPEC_FLAGS if self.spec else ()), *self.flags)
+        packed = ("--kv-cache-dtype", "fp8_e4m3") if self.packed else ()
+        return (*(SPEC_FLAGS if self.spec else ()), *packed, *self.flags)
 
     def prefill(self) -> tuple[str, ...]:
         """For who prefills: a decode server of a pair keeps no prefixes and splits none."""
@@ -90,10 +93,10 @@ class Options:
                 "--layer-split splits the layers of a prefill server over its ranks:"
                 " add --pd and --cp 2"
             )
-        if self.layer_split and self.cp > weights.LAYERS:
+        if self.layer_split and self.cp > self.layers:
             raise LabError(
-                f"--layer-split --cp {self.cp}: the model has {weights.LAYERS} layers, so that a"
-                " rank would have none; use --cp 2"
+                f"--layer-split --cp {self.cp}: the model has {self.layers} layers, so that a"
+                f" rank would have none; add --layers {self.cp} or more"
             )
 
 
@@ -153,7 +156,7 @@ def serving(options: Options, environment: Environment, run_dir: Path) -> Iterat
     """The servers of `options`, ready; they end with the block."""
     options.check()
     refuse_a_gpu()
-    model = checkpoints.tiny_glm(environment, text=options.text)
+    model = checkpoints.tiny_glm(environment, text=options.text, layers=options.layers)
     spec = options.cluster_spec()
     if options.pd:
         with (

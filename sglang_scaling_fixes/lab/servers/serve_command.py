@@ -6,6 +6,7 @@ import argparse
 import json
 
 from sglang_scaling_fixes.console import say
+from sglang_scaling_fixes.lab.glm import weights
 from sglang_scaling_fixes.lab.servers import serve
 
 MODELS = ("tiny-glm-5.1",)
@@ -23,6 +24,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--layer-split", action="store_true", help="each rank keeps some layers (--pd --cp)"
     )
     parser.add_argument(
+        "--layers",
+        type=int,
+        choices=range(2, 17),
+        default=weights.LAYERS,
+        metavar="N",
+        help="layers of the model beside its MTP layer, 2 to 16 (%(default)s)",
+    )
+    parser.add_argument("--packed", action="store_true", help="KV in packed fp8; else in bf16")
+    parser.add_argument(
         "--once", action="store_true", help="ask one request, print it as JSON, end"
     )
     parser.add_argument(
@@ -38,6 +48,8 @@ def run(args: argparse.Namespace) -> int:
         spec=args.spec,
         cp=args.cp,
         layer_split=args.layer_split,
+        layers=args.layers,
+        packed=args.packed,
         flags=tuple(args.flags),
     )
     try:

@@ -14,6 +14,8 @@ from sglang_scaling_fixes import import_hooks
 from sglang_scaling_fixes.lab.runtime import DSA
 from sglang_scaling_fixes.lab.standins import streams
 
+_TRANSLATED = "tables_are_translated"
+
 
 def install() -> None:
     if os.environ.get(DSA) != "1":
@@ -43,9 +45,21 @@ def _backend(registry: Any) -> None:
     def create(runner: Any) -> Any:
         from sglang_scaling_fixes.lab.glm.backend import ReferenceDSABackend
 
+        _translate_tables(ReferenceDSABackend)
         return ReferenceDSABackend(runner)
 
     registry.register_attention_backend("dsa")(create)
+
+
+def _translate_tables(backend: Any) -> None:
+    """LayerSplit translates the tables that stock's backend makes; then it does those of ours."""
+    from sglang_scaling_fixes.attach import is_wrapped
+    from sglang_scaling_fixes.layersplit import metadata, points
+
+    if is_wrapped(points.METADATA.target) and not hasattr(backend, _TRANSLATED):
+        stock = backend.init_forward_metadata
+        backend.init_forward_metadata = metadata.after_metadata(stock)
+        setattr(backend, _TRANSLATED, True)
 
 
 def _draft_backends(module: Any) -> None:

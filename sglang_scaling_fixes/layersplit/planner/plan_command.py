@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--scratch-tokens",
         metavar="TOKENS",
-        help="of each scratch: prefixes of a batch and its chunk; at least one context and one chunk "
+        help="of each scratch: prefixes and chunk of a batch; at least one context and one chunk "
         "(two contexts)",
     )
     add(
