@@ -55,7 +55,7 @@ def check(server_args: Any) -> None:
         if value := getattr(server_args, field, None):
             _refuse(field, value, why)
     chunk = server_args.chunked_prefill_size
-    if chunk is None or chunk <= 0:
+    if chunk is not None and chunk <= 0:  # None: stock is still to choose
         _refuse("chunked_prefill_size", chunk, "a scratch holds one chunk, so it needs an end", "")
     dtype = server_args.kv_cache_dtype
     if dtype not in _DTYPES:

@@ -19,6 +19,7 @@ from sglang_scaling_fixes.attach import wrap
 from sglang_scaling_fixes.errors import ConfigError
 from sglang_scaling_fixes.layersplit import points, scratch
 from sglang_scaling_fixes.layersplit.schedule import SCRATCHES
+from sglang_scaling_fixes.resolved_args import resolved
 
 INDEX_BYTES = 132
 """Of a token's index key: 128 values of one byte and a scale of four (`DSATokenToKVPool`)."""
@@ -75,8 +76,13 @@ def owned(layers: int, ranks: int) -> int:
 def of_server(kvc: Any, scratch_tokens: int) -> scratch.Size:
     """The scratch of a server; `ConfigError` if it does not hold one context."""
     context, page_size = kvc.model_config.context_len, _page_size(kvc)
-    chunk = kvc.server_args.chunked_prefill_size
-    requests = kvc.server_args.max_running_requests or scratch.REQUESTS
+    chunk = resolved(kvc.server_args, "chunked_prefill_size")
+    if not chunk or chunk < 0:
+        raise ConfigError(
+            f"--chunked-prefill-size {chunk}: a scratch holds one chunk, so it needs an end; set it"
+            " to a number of tokens, or start without layer-split"
+        )
+    requests = resolved(kvc.server_args, "max_running_requests") or scratch.REQUESTS
     least = scratch.least(context, chunk, requests, page_size)
     tokens = scratch_tokens or max(least, scratch.CONTEXTS * context)
     if tokens < least:

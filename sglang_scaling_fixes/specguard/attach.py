@@ -23,6 +23,7 @@ from sglang_scaling_fixes.attach import (
 from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.errors import ConfigError
 from sglang_scaling_fixes.ranks import TpGroup
+from sglang_scaling_fixes.resolved_args import resolved
 from sglang_scaling_fixes.specguard import notify, points, settings, tellings, words
 from sglang_scaling_fixes.specguard.guard import (
     ERROR_TYPE,
@@ -224,7 +225,7 @@ def bind(scheduler: Any, server_args: Any, config: Config) -> None:
     )
     if role == "decode" and config.guard == "abort" and reporting.is_reporting_rank:
         reporting.prefill = _PrefillServers(reporting, known)
-    stores = settings.resolved(server_args, "hicache_storage_backend")
+    stores = resolved(server_args, "hicache_storage_backend")
     SpecGuard.current = SpecGuard(
         settings.rules(config, server_args),
         config.guard,

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from sglang_scaling_fixes.resolved_args import resolved
 from sglang_scaling_fixes.specguard import abort, settings, tellings, words
 from sglang_scaling_fixes.specguard.abort import ERROR_TYPE
 from sglang_scaling_fixes.specguard.baseline import Baseline
@@ -284,8 +285,6 @@ def holds_kv(req: Any) -> bool:
 def depth_of(scheduler: Any, server_args: Any) -> Depth:
     """How many drafts one verification can accept. An adaptive worker changes it as it runs."""
     worker: Any = getattr(scheduler, "draft_worker", None)
-    if settings.resolved(server_args, "speculative_adaptive") and hasattr(
-        worker, "speculative_num_steps"
-    ):
+    if resolved(server_args, "speculative_adaptive") and hasattr(worker, "speculative_num_steps"):
         return lambda: int(worker.speculative_num_steps)
     return settings.depth(server_args)

@@ -13,6 +13,7 @@ from typing import Any
 from sglang_scaling_fixes import http, machine
 from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.errors import ConfigError
+from sglang_scaling_fixes.resolved_args import resolved
 from sglang_scaling_fixes.specguard.detector import SETS, Rules
 from sglang_scaling_fixes.specguard.points import NAME
 from sglang_scaling_fixes.vouch import read_secret
@@ -92,21 +93,6 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
                     f"{_SMALLEST[key]:g}"
                 )
     return read
-
-
-def resolved(server_args: Any, name: str) -> Any:
-    """A server argument as it is in force, None if there is none of that name.
-
-    Since 0.5.19 stock leaves what the operator gave as it was and keeps what it made of it (step
-    counts it chose, algorithms it turned off) elsewhere, from the start of a scheduler on.
-    """
-    with contextlib.suppress(ImportError):
-        context = importlib.import_module("sglang.srt.runtime_context")
-        for group in ("get_spec", "get_memory", "get_disagg", "get_serving"):
-            # Not filled in this process yet, or the name belongs to another group.
-            with contextlib.suppress(Exception):
-                return getattr(getattr(context, group)(), name)
-    return getattr(server_args, name, None)
 
 
 def algorithm(server_args: Any) -> str | None:

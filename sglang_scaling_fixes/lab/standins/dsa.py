@@ -28,6 +28,8 @@ def install() -> None:
     import_hooks.after_import(ops + "kvcache.dsa_index_k_cache", _index_k_cache)
     import_hooks.after_import(ops + "kvcache.mla_buffer", _mla_buffer)
     import_hooks.after_import(ops + "quantization.act_quant_triton", _act_quant)
+    import_hooks.after_import(ops + "quantization.dsa_quant_k_cache", _packed)
+    import_hooks.after_import("sglang.srt.mem_cache.kv_cache_configurator", _packed_on_a_cpu)
     import_hooks.after_import(ops + "quantization.hadamard", _hadamard)
     for name in ("mla", "dsa"):
         import_hooks.after_import(f"sglang.srt.mem_cache.pool_host.{name}", streams.patch_host_pool)
@@ -130,6 +132,34 @@ def _mla_buffer(module: Any) -> None:
 
     module.set_mla_kv_buffer_triton = write
     module.get_mla_kv_buffer_triton = read
+
+
+def _packed(module: Any) -> None:
+    """KV in packed fp8: what stock writes to a pool, in the two parts that its writer takes."""
+    from sglang_scaling_fixes.lab.glm import reference
+
+    def quantize(nope: Any, rope: Any, tile_size: int = reference.PACKED_GROUP) -> tuple[Any, Any]:
+        assert tile_size == reference.PACKED_GROUP
+        rows = reference.pack(nope.flatten(1), rope.flatten(1))[:, None]
+        ropes = 2 * rope.shape[-1]
+        return rows[..., :-ropes], rows[..., -ropes:]
+
+    module.quantize_k_cache_separate = quantize
+
+
+def _packed_on_a_cpu(module: Any) -> None:
+    """Stock allows fp8 on a CPU for other pools only. It asks this module's platform, and asks
+    nothing else of it that depends on being a CPU."""
+    stock = module.current_platform
+
+    class Platform:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(stock, name)
+
+        def is_cpu(self) -> bool:
+            return False
+
+    module.current_platform = Platform()
 
 
 def _act_quant(module: Any) -> None:
