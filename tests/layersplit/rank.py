@@ -1,0 +1,294 @@
+"""One rank of a split pool, beside stock's unsplit pool that is fed by the same kernels.
+
+A process of its own, driven over a pipe by `ranks.Ranks`. It keeps the tables of a small scheduler:
+pages are taken, shared and given back as a batch says, and every layer of every batch is written
+and read as attention and the indexer do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from types import SimpleNamespace
+from typing import Any
+
+PAGE, PAGES, LAYERS, REQUESTS, LONGEST = 64, 40, 5, 4, 1024
+SCRATCH_PAGES, CHUNK = 1 + 26 + 12 + REQUESTS, 12 * PAGE
+INDEX_BYTES = 132
+GIVE_UP_S = 60
+"""After which a collective that not every rank joins is an error."""
+
+DTYPES = {"bf16": 576, "packed": 656}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One request of a batch: how many tokens it has new, and whose beginning it shares first."""
+
+    request: int
+    new: int
+    shares: int | None = None
+    """Before its new tokens: drop what it had, and take this request's whole pages."""
+
+
+@dataclass
+class Seen:
+    """What a batch came to on one rank."""
+
+    differs: list[str] = field(default_factory=list)
+    sent: int = 0
+    """Bytes of all broadcasts of ours."""
+    stock_sent: int = 0
+    unique: int = 0
+    """Bytes of the unique prefix pages in all layers."""
+    collectives: list[tuple[int, int]] = field(default_factory=list)
+    """(source, bytes) in order."""
+
+
+class Tables:
+    """Pages of each request; `free` is reused from its front, so that pages come back soon."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self.req_to_token = torch.zeros((REQUESTS, LONGEST), dtype=torch.int32)
+        self.free = list(range(1, PAGES + 1))
+        self.length = [0] * REQUESTS
+        self.uses = [0] * (PAGES + 1)
+
+    def drop(self, request: int) -> None:
+        for page in self.pages(request):
+            self.uses[page] -= 1
+            if not self.uses[page]:
+                self.free.append(page)
+        self.length[request] = 0
+
+    def pages(self, request: int) -> list[int]:
+        row = self.req_to_token[request, : self.length[request] : PAGE] // PAGE
+        return [int(page) for page in row]
+
+    def give(self, request: int, page: int, at: int) -> None:
+        import torch
+
+        slots = torch.arange(page * PAGE, (page + 1) * PAGE, dtype=torch.int32)
+        self.req_to_token[request, at : at + PAGE] = slots
+        self.uses[page] += 1
+
+    def take(self, part: Part) -> tuple[int, int] | None:
+        """Tokens before and after, or None if there is no room: then the request is dropped."""
+        request = part.request
+        if part.shares is not None and part.shares != request:
+            self.drop(request)
+            whole = self.length[part.shares] // PAGE
+            for i, page in enumerate(self.pages(part.shares)[:whole]):
+                self.give(request, page, i * PAGE)
+            self.length[request] = whole * PAGE
+        before = self.length[request]
+        after = before + part.new
+        needed = -(-after // PAGE) - -(-before // PAGE)
+        if needed > len(self.free) or after > LONGEST - PAGE:
+            self.drop(request)
+            return None
+        for i in range(needed):
+            self.give(request, self.free.pop(0), (-(-before // PAGE) + i) * PAGE)
+        self.length[request] = after
+        return before, after
+
+
+class Rank:
+    """Both pools of one rank, and what was broadcast for each."""
+
+    def __init__(self, rank: int, ranks: int, port: int) -> None:
+        import torch.distributed as dist
+
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        dist.init_process_group(
+            "gloo",
+            rank=rank,
+            world_size=ranks,
+            timeout=datetime.timedelta(seconds=GIVE_UP_S),
+        )
+        self.rank, self.ranks = rank, ranks
+        self._stack = contextlib.ExitStack()
+        self._stack.enter_context(_parallel(rank, ranks))
+        self._stack.enter_context(self._counted())
+        self._for: list[tuple[int, int]] = []
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Every broadcast goes through here, whoever asks for it."""
+        import torch.distributed as dist
+
+        stock = dist.broadcast
+
+        def broadcast(tensor: Any, src: int, *args: Any, **kwargs: Any) -> Any:
+            self._for.append((src, tensor.numel() * tensor.element_size()))
+            return stock(tensor, src, *args, **kwargs)
+
+        dist.broadcast = broadcast
+        try:
+            yield
+        finally:
+            dist.broadcast = stock
+
+    def reset(self, dtype: str, pages: int = PAGES, stock: bool = False) -> None:
+        """New pools. `stock`: stock's own split pool as well, for what it sends."""
+        import torch
+        from sglang.srt.mem_cache.dsa_cache_layer_split import (
+            LayerSplitDSATokenToKVPool as StockSplit,
+        )
+        from sglang.srt.mem_cache.memory_pool import DSATokenToKVPool
+
+        from sglang_scaling_fixes.layersplit import scratch
+        from sglang_scaling_fixes.layersplit.pool import LayerSplitDSATokenToKVPool as Split
+
+        made = {
+            "page_size": PAGE,
+            "kv_lora_rank": 512,
+            "dtype": torch.bfloat16 if dtype == "bf16" else torch.float8_e4m3fn,
+            "qk_rope_head_dim": 64,
+            "layer_num": LAYERS,
+            "device": "cpu",
+            "index_head_dim": 128,
+            "enable_memory_saver": False,
+            "kv_cache_dim": DTYPES[dtype],
+        }
+        shard = {"layer_shard_rank": self.rank, "layer_shard_size": self.ranks}
+        Split.scratch_size = scratch.size(SCRATCH_PAGES * PAGE, CHUNK, REQUESTS, PAGE)
+        self.whole: Any = DSATokenToKVPool(pages * PAGE, **made)
+        self.split: Any = Split(pages * PAGE, **made, **shard)
+        self.stock: Any = StockSplit(pages * PAGE, **made, **shard) if stock else None
+        self.tables = Tables()
+        self.row = DTYPES[dtype] * (2 if dtype == "bf16" else 1) + INDEX_BYTES
+        self._draw = torch.Generator().manual_seed(1)
+
+    def batch(self, parts: list[Part]) -> Seen:
+        import torch
+
+        spans = []
+        for part in parts:
+            if part.request in [request for request, _, _ in spans]:
+                continue
+            span = self.tables.take(part)
+            if span is not None:
+                spans.append((part.request, *span))
+        # A request that lost its pages to make room for a later one is not in the batch.
+        spans = [span for span in spans if self.tables.length[span[0]] == span[2]]
+        seen = Seen()
+        if not spans:
+            return seen
+        table = self.tables.req_to_token
+        requests = torch.tensor([request for request, _, _ in spans])
+        prefix, lengths = [span[1] for span in spans], [span[2] for span in spans]
+        loc = torch.cat([table[r, a:b] for r, a, b in spans]).long()
+        slots = torch.cat([table[r, :b] for r, _, b in spans]).long()
+        read = {int(p) for r, a, _ in spans for p in table[r, :a:PAGE] // PAGE}
+        seen.unique = len(read) * PAGE * self.row * LAYERS
+        self._for = []
+        plan = self.split.begin(table, requests, prefix, lengths)
+        for layer in range(LAYERS):
+            self._layer(layer, plan, seen, loc, slots, table[requests], lengths)
+        seen.collectives = self._for
+        seen.sent = sum(size for _, size in self._for)
+        seen.differs += [f"layer {i}" for i in range(LAYERS) if not self._kept(i)]
+        return seen
+
+    def _layer(
+        self, layer: int, plan: Any, seen: Seen, loc: Any, slots: Any, rows: Any, lengths: list[int]
+    ) -> None:
+        import torch
+
+        new, draw = len(loc), self._draw
+        key = torch.randint(0, 120, (new, 128), dtype=torch.uint8, generator=draw)
+        scale = torch.rand((new, 1), generator=draw)
+        latent = torch.randn((new, 1, 512), generator=draw).bfloat16()
+        rope = torch.randn((new, 1, 64), generator=draw).bfloat16()
+        pages = rows[:, : max(lengths) : PAGE] // PAGE
+        index = (layer, torch.tensor(lengths, dtype=torch.int32), pages, sum(lengths), max(lengths))
+        at = SimpleNamespace(layer_id=layer)
+        found = []
+        for pool in (self.whole, self.split):
+            pool.set_index_k_scale_buffer(layer, loc, key.view(torch.float8_e4m3fn), scale)
+            found.append([part.clone() for part in pool.get_index_k_scale_buffer(*index)])
+            pool.set_mla_kv_buffer(at, loc, latent, rope)
+        if not all(torch.equal(*pair) for pair in zip(*found, strict=True)):
+            seen.differs.append(f"index keys of {layer}")
+        expected = self.whole.get_key_buffer(layer)[slots].view(torch.uint8)
+        if not torch.equal(
+            expected, self.split.get_key_buffer(layer)[plan.slot(slots)].view(torch.uint8)
+        ):
+            seen.differs.append(f"KV of {layer}")
+        self.split.prefetch_kv_buffer(layer + 1)
+        if self.stock is not None:
+            ours, self._for = self._for, []
+            self.stock.set_index_k_scale_buffer(layer, loc, key.view(torch.float8_e4m3fn), scale)
+            self.stock.get_index_k_scale_buffer(*index)
+            self.stock.set_mla_kv_buffer(at, loc, latent, rope)
+            self.stock.get_key_buffer(layer)
+            seen.stock_sent += sum(size for _, size in self._for)
+            self._for = ours
+
+    def _kept(self, layer: int) -> bool:
+        """Whether an owner's layer is the unsplit pool's, to the byte."""
+        import torch
+
+        if not self.split.owns(layer):
+            return True
+        pairs = (
+            (self.split.kv_buffer, self.whole.kv_buffer),
+            (self.split.index_k_with_scale_buffer, self.whole.index_k_with_scale_buffer),
+        )
+        return all(
+            torch.equal(mine[layer].view(torch.uint8), whole[layer].view(torch.uint8))
+            for mine, whole in pairs
+        )
+
+    def sizes(self) -> dict[str, int]:
+        split = self.split
+        tensors = [*split.kv_buffer, *split.index_k_with_scale_buffer]
+        tensors += [part for one in split.scratches for part in (one.kv, one.index)]
+        return {
+            "said": split.get_kv_size_bytes(),
+            "held": sum({t.data_ptr(): t.nbytes for t in tensors if len(t)}.values()),
+            "whole": self.whole.get_kv_size_bytes(),
+        }
+
+
+@contextlib.contextmanager
+def _parallel(rank: int, ranks: int) -> Iterator[None]:
+    import torch.distributed as dist
+    from sglang.srt.runtime_context import get_parallel
+
+    group = SimpleNamespace(
+        ranks=list(range(ranks)),
+        world_size=ranks,
+        rank_in_group=rank,
+        pynccl_comm=None,
+        cpu_group=dist.group.WORLD,
+        device="cpu",
+    )
+    with get_parallel().override(attn_dcp_size=1, attn_dcp_rank=0, attn_cp_group=group):
+        yield
+
+
+def serve(rank: int, ranks: int, port: int, pipe: Connection) -> None:
+    """Answer calls until the pipe closes: `(function of controls or method's name, arguments)`."""
+    try:
+        this = Rank(rank, ranks, port)
+        pipe.send(None)
+        while True:
+            name, args, kwargs = pipe.recv()
+            if callable(name):
+                pipe.send(name(this, *args, **kwargs))
+            else:
+                pipe.send(getattr(this, name)(*args, **kwargs))
+    except EOFError:
+        os._exit(0)
+    except BaseException:
+        pipe.send(RuntimeError(traceback.format_exc()))
+        os._exit(1)
