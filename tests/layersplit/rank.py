@@ -11,11 +11,11 @@ import contextlib
 import datetime
 import os
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 PAGE, PAGES, LAYERS, REQUESTS, LONGEST = 64, 40, 5, 4, 1024
 SCRATCH_PAGES, CHUNK = 1 + 26 + 12 + REQUESTS, 12 * PAGE
@@ -48,6 +48,24 @@ class Seen:
     """Bytes of the unique prefix pages in all layers."""
     collectives: list[tuple[int, int]] = field(default_factory=list)
     """(source, bytes) in order."""
+
+
+class New(NamedTuple):
+    """Arguments of the two stores of a layer, behind the slots."""
+
+    index_keys: tuple[Any, Any]
+    kv: tuple[Any, Any]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward pass: slots that it writes, slots and pages of whole contexts."""
+
+    plan: Any
+    written: Any
+    slots: Any
+    pages: Any
+    lengths: list[int]
 
 
 class Tables:
@@ -118,6 +136,8 @@ class Rank:
         self._stack.enter_context(_parallel(rank, ranks))
         self._stack.enter_context(self._counted())
         self._for: list[tuple[int, int]] = []
+        self.undo: Callable[[], None] = lambda: None
+        """Takes a control's fault out again."""
 
     @contextlib.contextmanager
     def _counted(self) -> Iterator[None]:
@@ -170,14 +190,14 @@ class Rank:
     def batch(self, parts: list[Part]) -> Seen:
         import torch
 
-        spans = []
+        spans: list[tuple[int, int, int]] = []
         for part in parts:
             if part.request in [request for request, _, _ in spans]:
                 continue
             span = self.tables.take(part)
             if span is not None:
                 spans.append((part.request, *span))
-        # A request that lost its pages to make room for a later one is not in the batch.
+        # A request whose place another one took has left the batch.
         spans = [span for span in spans if self.tables.length[span[0]] == span[2]]
         seen = Seen()
         if not spans:
@@ -185,53 +205,72 @@ class Rank:
         table = self.tables.req_to_token
         requests = torch.tensor([request for request, _, _ in spans])
         prefix, lengths = [span[1] for span in spans], [span[2] for span in spans]
-        loc = torch.cat([table[r, a:b] for r, a, b in spans]).long()
-        slots = torch.cat([table[r, :b] for r, _, b in spans]).long()
         read = {int(p) for r, a, _ in spans for p in table[r, :a:PAGE] // PAGE}
         seen.unique = len(read) * PAGE * self.row * LAYERS
         self._for = []
         plan = self.split.begin(table, requests, prefix, lengths)
+        batch = Batch(
+            plan=plan,
+            written=torch.cat([table[r, a:b] for r, a, b in spans]).long(),
+            slots=torch.cat([table[r, :b] for r, _, b in spans]).long(),
+            pages=table[requests, : max(lengths) : PAGE] // PAGE,
+            lengths=lengths,
+        )
         for layer in range(LAYERS):
-            self._layer(layer, plan, seen, loc, slots, table[requests], lengths)
+            self._layer(layer, batch, seen)
         seen.collectives = self._for
         seen.sent = sum(size for _, size in self._for)
-        seen.differs += [f"layer {i}" for i in range(LAYERS) if not self._kept(i)]
+        seen.differs += [f"owner's layer {i}" for i in range(LAYERS) if not self._kept(i)]
         return seen
 
-    def _layer(
-        self, layer: int, plan: Any, seen: Seen, loc: Any, slots: Any, rows: Any, lengths: list[int]
-    ) -> None:
+    def _layer(self, layer: int, batch: Batch, seen: Seen) -> None:
         import torch
 
-        new, draw = len(loc), self._draw
-        key = torch.randint(0, 120, (new, 128), dtype=torch.uint8, generator=draw)
-        scale = torch.rand((new, 1), generator=draw)
-        latent = torch.randn((new, 1, 512), generator=draw).bfloat16()
-        rope = torch.randn((new, 1, 64), generator=draw).bfloat16()
-        pages = rows[:, : max(lengths) : PAGE] // PAGE
-        index = (layer, torch.tensor(lengths, dtype=torch.int32), pages, sum(lengths), max(lengths))
-        at = SimpleNamespace(layer_id=layer)
+        new = self._new(len(batch.written))
         found = []
         for pool in (self.whole, self.split):
-            pool.set_index_k_scale_buffer(layer, loc, key.view(torch.float8_e4m3fn), scale)
-            found.append([part.clone() for part in pool.get_index_k_scale_buffer(*index)])
-            pool.set_mla_kv_buffer(at, loc, latent, rope)
+            pool.set_index_k_scale_buffer(layer, batch.written, *new.index_keys)
+            found.append([part.clone() for part in self._index_keys(pool, layer, batch)])
+            pool.set_mla_kv_buffer(SimpleNamespace(layer_id=layer), batch.written, *new.kv)
         if not all(torch.equal(*pair) for pair in zip(*found, strict=True)):
             seen.differs.append(f"index keys of {layer}")
-        expected = self.whole.get_key_buffer(layer)[slots].view(torch.uint8)
-        if not torch.equal(
-            expected, self.split.get_key_buffer(layer)[plan.slot(slots)].view(torch.uint8)
-        ):
+        expected = self.whole.get_key_buffer(layer)[batch.slots].view(torch.uint8)
+        ours = self.split.get_key_buffer(layer)[batch.plan.slot(batch.slots)].view(torch.uint8)
+        if not torch.equal(expected, ours):
             seen.differs.append(f"KV of {layer}")
         self.split.prefetch_kv_buffer(layer + 1)
         if self.stock is not None:
-            ours, self._for = self._for, []
-            self.stock.set_index_k_scale_buffer(layer, loc, key.view(torch.float8_e4m3fn), scale)
-            self.stock.get_index_k_scale_buffer(*index)
-            self.stock.set_mla_kv_buffer(at, loc, latent, rope)
+            ours_sent, self._for = self._for, []
+            self.stock.set_index_k_scale_buffer(layer, batch.written, *new.index_keys)
+            self._index_keys(self.stock, layer, batch)
+            self.stock.set_mla_kv_buffer(SimpleNamespace(layer_id=layer), batch.written, *new.kv)
             self.stock.get_key_buffer(layer)
             seen.stock_sent += sum(size for _, size in self._for)
-            self._for = ours
+            self._for = ours_sent
+
+    @staticmethod
+    def _index_keys(pool: Any, layer: int, batch: Batch) -> Any:
+        import torch
+
+        lengths = batch.lengths
+        return pool.get_index_k_scale_buffer(
+            layer,
+            torch.tensor(lengths, dtype=torch.int32),
+            batch.pages,
+            sum(lengths),
+            max(lengths),
+        )
+
+    def _new(self, tokens: int) -> New:
+        """What the model writes: the same on every rank."""
+        import torch
+
+        draw = self._draw
+        keys = torch.randint(0, 120, (tokens, 128), dtype=torch.uint8, generator=draw)
+        scales = torch.rand((tokens, 1), generator=draw)
+        latent = torch.randn((tokens, 1, 512), generator=draw).bfloat16()
+        rope = torch.randn((tokens, 1, 64), generator=draw).bfloat16()
+        return New((keys.view(torch.float8_e4m3fn), scales), (latent, rope))
 
     def _kept(self, layer: int) -> bool:
         """Whether an owner's layer is the unsplit pool's, to the byte."""

@@ -6,24 +6,35 @@ import multiprocessing
 import os
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
+from sglang_scaling_fixes.lab.runtime import DSA, cpu_env
 from sglang_scaling_fixes.lab.servers.link import LOCAL
 
 from . import rank
 
-ENV = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+_INTERPRETED = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 class Ranks:
-    """`ask` runs a method of `rank.Rank` on every rank, and returns what each answered."""
+    """`ask` runs a method of `rank.Rank` on every rank, and returns what each answered.
 
-    def __init__(self, count: int) -> None:
-        context = multiprocessing.get_context("spawn")
+    `interpreted`: with stock's Triton kernels, in an interpreter; else with the lab's in PyTorch.
+    """
+
+    def __init__(self, count: int, *, interpreted: bool = False) -> None:
+        if interpreted:
+            env: dict[str, str] = {**os.environ, **_INTERPRETED}
+            context: Any = multiprocessing.get_context("spawn")
+        else:
+            env = cpu_env({DSA: "1"})
+            # One process imports SGLang, and the ranks are made from it.
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload([f"{__package__}.imports"])
         (port,) = LOCAL.free_ports(1)
-        before = {name: os.environ.get(name) for name in ENV}
-        os.environ.update(ENV)  # Triton reads it when it is imported
-        self._pipes, self._processes = [], []
-        try:
+        self._pipes: list[Any] = []
+        self._processes: list[Any] = []
+        with mock.patch.dict(os.environ, env):
             for number in range(count):
                 here, there = context.Pipe()
                 process = context.Process(
@@ -33,12 +44,6 @@ class Ranks:
                 there.close()
                 self._pipes.append(here)
                 self._processes.append(process)
-        finally:
-            for name, value in before.items():
-                if value is None:
-                    del os.environ[name]
-                else:
-                    os.environ[name] = value
         self._answers()
 
     def ask(self, what: str | Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:

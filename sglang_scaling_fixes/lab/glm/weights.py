@@ -274,11 +274,10 @@ class _Maker:
     def hush(self, number: int) -> None:
         """Noise adds up: what is beyond the usual layers says little, so that rounding KV changes
         log-probabilities no more than in three layers."""
-        for name, value in self.tensors.items():
-            if name.startswith(f"model.layers.{number}.") and name.endswith(
-                ("o_proj.weight", "down_proj.weight")
-            ):
-                value *= HUSH
+        out = "o_proj.weight", "down_proj.weight"
+        for name in self.tensors:
+            if name.startswith(f"model.layers.{number}.") and name.endswith(out):
+                self.tensors[name] *= HUSH
 
     def draft(self, number: int) -> None:
         """The MTP layer: joins a token's embedding and the target's output for the one before."""
