@@ -11,7 +11,7 @@ import gc
 import os
 
 from sglang_scaling_fixes import import_hooks
-from sglang_scaling_fixes.lab.faults import failing, forgetful, lossy
+from sglang_scaling_fixes.lab.faults import failing, forgetful, lossy, slow
 from sglang_scaling_fixes.lab.runtime import OBSERVE
 from sglang_scaling_fixes.lab.standins import (
     context_parallel,
@@ -36,6 +36,7 @@ def install() -> None:
     context_parallel.install()
     forgetful.install()
     failing.install()
+    slow.install()
     path = os.environ.get(OBSERVE)
     if path:
         from sglang_scaling_fixes.lab.observing import observer

@@ -13,6 +13,7 @@ DSA = "SGLANG_SCALING_FIXES_LAB_DSA"
 FORGET = "SGLANG_SCALING_FIXES_LAB_FORGET"
 CORRUPT = "SGLANG_SCALING_FIXES_LAB_CORRUPT"
 FAIL = "SGLANG_SCALING_FIXES_LAB_FAIL"
+SLOW = "SGLANG_SCALING_FIXES_LAB_SLOW_BROADCAST"
 
 _SITE = Path(__file__).parent / "site"
 # Proxies: lab servers only talk to each other.  Bytecode: without it each of a

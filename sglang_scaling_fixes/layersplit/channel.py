@@ -32,6 +32,8 @@ class Channel:
             use_local_synchronization=True,
             pg_options=_few_blocks() if nccl else None,
         )
+        # The communicator is made at the first collective, which takes a second.
+        self.broadcast(0, [torch.zeros(1, dtype=torch.uint8, device=device)])
 
     def broadcast(self, owner: int, tensors: Sequence[Tensor]) -> None:
         """Fill `tensors` (contiguous) on every rank with those of rank `owner` of the channel."""

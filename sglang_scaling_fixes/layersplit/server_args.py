@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sglang_scaling_fixes.attach import require_in_place
+from sglang_scaling_fixes.attach import require_in_place, unwrap_other_roles
 from sglang_scaling_fixes.errors import ConfigError
 from sglang_scaling_fixes.layersplit import points
 
@@ -37,8 +37,10 @@ _DEVICES = ("cuda", "cpu")
 
 def check(server_args: Any) -> None:
     """Raise `ConfigError`, naming flag, value and remedy, for a server it is not made for."""
+    role = server_args.disaggregation_mode
+    if role == "decode":
+        return  # it keeps every layer, by its nature; one line for a whole fleet may name the fix
     if not getattr(server_args, SPLIT, False):
-        role = server_args.disaggregation_mode
         raise ConfigError(
             f"--enable-dsa-cache-layer-split: not given, so this server ({role}) keeps every layer "
             "on every rank and has no split to improve; give it to a prefill server, or start "
@@ -82,6 +84,10 @@ def check_in_force(scheduler: Any, server_args: Any) -> None:
     from sglang_scaling_fixes.layersplit.pool import LayerSplitDSATokenToKVPool
     from sglang_scaling_fixes.metrics import of_scheduler
 
+    role = scheduler.disaggregation_mode.value
+    if role == "decode":
+        unwrap_other_roles(points.NAME, role)
+        return
     require_in_place(points.NAME, "prefill")
     pool = scheduler.tp_worker.model_runner.token_to_kv_pool
     if not isinstance(pool, LayerSplitDSATokenToKVPool):

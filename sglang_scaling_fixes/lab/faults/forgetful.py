@@ -1,8 +1,10 @@
-"""A HiCache whose index-K is read without waiting for its load, as up to SGLang 0.5.9.
+"""Waits that are forgotten: the negative controls of what claims to order.
 
-The latent KV keeps its wait, as it had then: the indexer is what runs ahead. Loaded only
-where SGLANG_SCALING_FIXES_LAB_FORGET says so; the negative control of everything that
-claims to order loads before reads.
+    index-k-wait       a HiCache whose index-K is read without waiting for its load, as up to SGLang
+                       0.5.9; the latent KV keeps its wait, as it had then
+    layer-split-wait   a split pool whose layers are read without waiting for their broadcast
+
+Loaded only where SGLANG_SCALING_FIXES_LAB_FORGET says so.
 """
 
 from __future__ import annotations
@@ -15,14 +17,16 @@ from sglang_scaling_fixes import import_hooks
 from sglang_scaling_fixes.lab.runtime import FORGET
 
 INDEX_WAIT = "index-k-wait"
+SPLIT_WAIT = "layer-split-wait"
 
 
 def install() -> None:
     asked = os.environ.get(FORGET)
-    if asked and asked != INDEX_WAIT:
-        raise SystemExit(f"{FORGET}={asked!r}: the lab can forget {INDEX_WAIT!r} only")
+    if asked and asked not in _FORGETS:
+        known = " or ".join(map(repr, _FORGETS))
+        raise SystemExit(f"{FORGET}={asked!r}: the lab can forget {known} only")
     if asked:
-        import_hooks.after_import("sglang.srt.mem_cache.index_key_cache", _read_at_once)
+        import_hooks.after_import(*_FORGETS[asked])
 
 
 def _read_at_once(module: ModuleType) -> None:
@@ -30,3 +34,14 @@ def _read_at_once(module: ModuleType) -> None:
         return cache._kernel_view(cache.buffer[layer_id - cache.pool.start_layer])
 
     module.IndexKeyCache.get_local_buffer = get_local_buffer
+
+
+def _read_before_it_is_sent(module: ModuleType) -> None:
+    module._Done.wait = lambda _sent: None
+
+
+_FORGETS = {
+    INDEX_WAIT: ("sglang.srt.mem_cache.index_key_cache", _read_at_once),
+    SPLIT_WAIT: ("sglang_scaling_fixes.layersplit.lane", _read_before_it_is_sent),
+}
+"""What can be forgotten: the module in which, and how."""

@@ -59,6 +59,8 @@ class Options:
     text: bool = False  # with a tokenizer of words, for the OpenAI API
     tokens: int = TOKENS  # KV slots of each server
     flags: tuple[str, ...] = ()  # for every server
+    prefill_flags: tuple[str, ...] = ()  # for who prefills
+    decode_flags: tuple[str, ...] = ()  # for a pair's decode
     env: Mapping[str, str] = field(default_factory=dict)
     sleep_on_idle: bool = False  # as in ClusterSpec
 
@@ -68,6 +70,7 @@ class Options:
             prefills=1,
             flags=self.shared(),
             prefill_flags=self.prefill(),
+            decode_flags=self.decode_flags,
             env=self.env,
             tokens=self.tokens,
             sleep_on_idle=self.sleep_on_idle,
@@ -84,7 +87,7 @@ class Options:
             flags += ("--tp", str(self.cp), "--enable-prefill-cp", "--cp-strategy", "interleave")
         if self.layer_split:
             flags += ("--enable-dsa-cache-layer-split",)
-        return flags
+        return (*flags, *self.prefill_flags)
 
     def check(self) -> None:
         """LabError for what stock cannot do."""
