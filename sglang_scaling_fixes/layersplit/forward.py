@@ -25,6 +25,7 @@ class Forward:
         self._sends = len(plan.prefix) > 0  # the same on every rank
         self._schedule = Schedule(layers)
         self._sent: dict[int, Sent] = {}
+        self._entered: int | None = None
         self._launch(self._schedule.begin())
 
     def enter(self, layer: int) -> None:
@@ -32,13 +33,15 @@ class Forward:
 
         Writers wait as well: a page that a prefix fills partly is sent first and then written to.
         """
+        self._entered = layer
         self._launch(self._schedule.enter(layer))
         if self._sends:
             self._sent[layer].wait()
 
-    def leave(self, layer: int) -> None:
-        """Attention of this layer has been launched."""
-        self._launch(self._schedule.leave(layer))
+    def leave(self) -> None:
+        """Attention of the layer that was entered last has been launched."""
+        if self._entered is not None:
+            self._launch(self._schedule.leave(self._entered))
 
     def _launch(self, layers: range) -> None:
         if self._sends:

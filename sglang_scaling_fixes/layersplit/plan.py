@@ -21,6 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sglang_scaling_fixes.layersplit.translate import translate
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -40,17 +42,11 @@ class Plan:
 
     def slot(self, slots: Tensor) -> Tensor:
         """Scratch rows of KV slots, of the same shape and dtype. Below 0 (padding) stays."""
-        return _moved(slots, self.table, self.page_size)
+        return translate(slots, self.table, self.page_size)
 
     def slot_back(self, rows: Tensor) -> Tensor:
         """KV slots of scratch rows: what leaves the forward pass must be in the pool's words."""
-        return _moved(rows, self.pages, self.page_size)
-
-
-def _moved(addresses: Tensor, table: Tensor, page_size: int) -> Tensor:
-    page = torch.div(addresses, page_size, rounding_mode="floor").clamp_(min=0)
-    moved = table[page.long()].to(addresses.dtype) * page_size + addresses % page_size
-    return torch.where(addresses < 0, addresses, moved)
+        return translate(rows, self.pages, self.page_size)
 
 
 def make(

@@ -35,6 +35,7 @@ from sglang.srt.mem_cache.memory_pool import DSATokenToKVPool, unwrap_write_loc
 from sglang.srt.runtime_context import get_parallel
 from torch import Tensor
 
+from sglang_scaling_fixes.errors import ConfigError
 from sglang_scaling_fixes.layersplit import plan as plans
 from sglang_scaling_fixes.layersplit.channel import Channel
 from sglang_scaling_fixes.layersplit.forward import Forward
@@ -72,10 +73,21 @@ class LayerSplitDSATokenToKVPool(DSATokenToKVPool):  # type: ignore[misc]  # sgl
     ) -> None:
         if self.scratch_size is None:
             raise RuntimeError("layer-split: a pool is built before its scratch was sized")
+        if kwargs.get("index_kpool", 1) > 1:
+            raise ConfigError(
+                "--enable-dsa-cache-layer-split: this model pools its index keys, which layer-split"
+                " has not been tried with; start without layer-split"
+            )
         self.size_of_scratch: Size = self.scratch_size
         self.layer_shard_rank = layer_shard_rank
         self.layer_shard_size = layer_shard_size
         self.stats = Metrics(PREFILL, None)
+        layers = kwargs["layer_num"]
+        if layer_shard_size > layers:
+            raise ConfigError(
+                f"--enable-dsa-cache-layer-split: {layer_shard_size} ranks share {layers} layers,"
+                f" and some would have none; use --tp {layers} or less"
+            )
         super().__init__(*args, **kwargs)
         self.layer_shard_start = self.start_layer + self._owned_local_layer_range()[0]
         self.channel = Channel(get_parallel().attn_cp_group.ranks, self.device)
@@ -282,7 +294,9 @@ class LayerSplitDSATokenToKVPool(DSATokenToKVPool):  # type: ignore[misc]  # sgl
 
     def prefetch_kv_buffer(self, layer_id: int, *_args: Any, **_kwargs: Any) -> None:
         """Stock calls it for the next layer once attention of a layer has been launched."""
-        self._now().leave(layer_id - self.start_layer - 1)
+        del layer_id  # not the next one in models that have others between
+        if self._forward is not None:  # a pass of no token plans nothing
+            self._forward.leave()
 
     # Reads: of the scratch, in which `begin`'s caller has seen to it that tables point.
 
