@@ -92,7 +92,10 @@ async def _steps(manager: Any, answer: Answer, shown: dict[str, Any]) -> AsyncIt
     ids = answer.ids[: shown["meta_info"]["completion_tokens"]]
     delta = incremental(manager)
     before, text_before = 0, ""
-    for number, (count, text) in enumerate(texts.growing(ids, decode, shown["text"])):
+    steps = texts.growing(ids, decode, shown["text"])
+    if answer.ask.steps:
+        steps = texts.at(steps, [count for count in answer.ask.steps if count <= len(ids)])
+    for number, (count, text) in enumerate(steps):
         meta = {**shown["meta_info"], "completion_tokens": count}
         if delta:
             yield {

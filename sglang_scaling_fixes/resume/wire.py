@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 FIELD = "sglang_scaling_fixes_resume"
 """In the JSON body: `{"output_ids": [...]}`, the tokens that the answer has already.
 
-With `"report_ids": true` a stream also says its tokens, in comments (`ids_comment`).
+With `"report_ids": true` a stream also says its tokens, in comments (`ids_comment`). `"steps"`
+gives how many tokens there were behind each of them, so that parsers read the text again in the
+pieces in which they have read it: what they say depends on them.
 """
 HEADER = b"x-sglang-scaling-fixes-resumed"
 """Of a response: how many tokens were taken up. A server without this fix does not send it."""
@@ -18,7 +20,7 @@ PATHS = frozenset(
     ("/generate", "/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
 )
 _MARK = FIELD.encode()
-_KEYS = {"output_ids", "report_ids"}
+_KEYS = {"output_ids", "report_ids", "steps"}
 _MAX_TOKEN = (1 << 31) - 1
 
 
@@ -41,6 +43,8 @@ class Ask:
 
     ids: list[int]
     report_ids: bool = False
+    steps: list[int] = field(default_factory=list)
+    """Numbers of tokens, each above the one before, the last one at most all."""
 
 
 def split(body: bytes) -> tuple[bytes, Ask] | None:
@@ -70,7 +74,22 @@ def _ask(value: Any) -> Ask:
     report = value.get("report_ids", False)
     if not isinstance(report, bool):
         raise refused(f"report_ids {_short(report)} is neither true nor false; use one of the two")
-    return Ask(_ids(value["output_ids"]), report)
+    ids = _ids(value["output_ids"])
+    return Ask(ids, report, _steps(value.get("steps", []), len(ids)))
+
+
+def _steps(steps: Any, most: int) -> list[int]:
+    if not isinstance(steps, list):
+        raise refused(f"steps {_short(steps)} is not a list; send numbers of tokens")
+    before = 0
+    for position, count in enumerate(steps):
+        if type(count) is not int or not before < count <= most:
+            raise refused(
+                f"steps[{position}] {_short(count)} is not a number of tokens above {before} and "
+                f"up to {most}, which were given; send how many there were behind each comment"
+            )
+        before = count
+    return steps
 
 
 def _ids(ids: Any) -> list[int]:

@@ -57,6 +57,8 @@ class Continuation:
     hold: int
     off: str = ""
     ids: list[int] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    """How many tokens there were each time that a worker said some."""
     given: int = 0
     kept: deque[tuple[int, bytes]] = field(default_factory=deque)
     names: Names = field(default_factory=Names)
@@ -76,12 +78,18 @@ class Continuation:
         if self.plain is not None:
             last = self.kept[-1][1] if self.kept else self.last
             return self.plain.fields(self.ids, last) if self.ids else {}
-        return {FIELD: {"output_ids": self.ids, "report_ids": True}}
+        return {FIELD: {"output_ids": self.ids, "report_ids": True, "steps": self.steps}}
 
     @property
     def size(self) -> int:
         """Bytes in memory."""
-        return 8 * len(self.ids) + self.kept_bytes
+        return 8 * (len(self.ids) + len(self.steps)) + self.kept_bytes
+
+    def said(self, ids: list[int]) -> None:
+        """A worker says the tokens of its events so far."""
+        self.ids += ids
+        if len(self.ids) > (self.steps[-1] if self.steps else 0):
+            self.steps.append(len(self.ids))
 
     def keep(self, event: bytes) -> None:
         """An event with which the answer has the tokens of `ids`."""
@@ -100,6 +108,7 @@ class Continuation:
         """The answer is begun anew: the client has nothing of it."""
         self.begun = 0
         self.ids.clear()
+        self.steps.clear()
         self.kept.clear()
         self.kept_bytes = 0
 
@@ -125,6 +134,8 @@ class Continuation:
         while self.kept and self.kept[-1][0] > suspect_from:
             self.kept_bytes -= len(self.kept.pop()[1])
         del self.ids[self.kept[-1][0] if self.kept else self.given :]
+        while self.steps and self.steps[-1] > len(self.ids):
+            self.steps.pop()
         return True
 
 
@@ -211,7 +222,7 @@ class TrailStream(EventStream):
 
     def _take(self, event: bytes) -> None:
         if found := _IDS.match(event):
-            self._so_far.ids += orjson.loads(found[1])
+            self._so_far.said(orjson.loads(found[1]))
             self._know()
             return
         self._judge(event)

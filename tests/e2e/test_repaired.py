@@ -7,14 +7,17 @@ loops is off here: what is corrupt is found by its accept length.
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sglang_scaling_fixes.lab import runtime
+from sglang_scaling_fixes.lab.glm import weights
 from sglang_scaling_fixes.lab.install import Environment
 from sglang_scaling_fixes.lab.servers import tokenizer
 from sglang_scaling_fixes.lab.servers.client import Answer
@@ -138,6 +141,92 @@ def test_what_is_spoiled_late_is_written_again(fleet: Fleet, kind: str) -> None:
         if fleet.anomalies() > before:
             break
     assert fleet.anomalies() > before
+
+
+# A call begins with one token and ends with another; between them its arguments are words.
+CALL, END = 3, 4
+WORDS = {CALL: '<tool_call>{"name":"say","arguments":{"text":"', END: '"}}</tool_call>'}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "say",
+        "parameters": {"type": "object", "properties": {"text": {"type": "string"}}},
+    },
+}
+GOOD = 300
+
+
+def calling(seed: int, model: str) -> dict[str, Any]:
+    """A chat whose answer is one call: it goes on as it did where its end stood before."""
+    draw = random.Random(seed)
+    words = [draw.randrange(5, weights.VOCAB) for _ in range(150 + GOOD + JUDGED_WITHIN)]
+    begin, arguments = words[:150], words[150:]
+    said = {**{number: f"w{number}" for number in words}, **WORDS}
+    text = " ".join(said[number] for number in [*begin, CALL, *arguments, END, *begin])
+    return {
+        "model": model,
+        "messages": [{"role": "user", "content": text}],
+        "tools": [TOOL],
+        "temperature": 0,
+        "stream": True,
+        "max_tokens": len(arguments) + 2,
+        "ignore_eos": True,
+    }
+
+
+def called(answer: Answer) -> tuple[str, str, str]:
+    """Of a stream: the tool that it calls, with which arguments, and how it ends."""
+    lines = [line[6:] for line in str(answer.body).splitlines() if line.startswith("data: {")]
+    name = arguments = end = ""
+    for line in lines:
+        event = json.loads(line)
+        assert "error" not in event, line
+        for choice in event["choices"]:
+            end = choice["finish_reason"] or end
+            for call in choice["delta"].get("tool_calls") or []:
+                name += call["function"].get("name") or ""
+                arguments += call["function"].get("arguments") or ""
+    return name, arguments, end
+
+
+def test_a_tool_call_that_is_spoiled_within_its_arguments_is_called_whole(
+    new: Environment, tmp_path: Path
+) -> None:
+    """A client must not be left with half a call, nor with arguments out of corrupt KV."""
+    words = tokenizer.write(tmp_path / "words", weights.VOCAB, WORDS)
+    flags = ("--tool-call-parser", "hermes", "--tokenizer-path", str(words))
+    sound = replace(SOUND, flags=(*SOUND.flags, *flags))
+    bad = replace(sound, env={runtime.CORRUPT: f"noise:1.0:{GOOD}"})
+    with (
+        resting(bad, new, tmp_path / "bad") as one,
+        resting(sound, new, tmp_path / "sound") as other,
+    ):
+        servers = [served.servers[0] for served in (one, other)]
+        more = ("--migrations", "1", "--trail-tokens", TRAIL, "--avoid-seconds", "0.1")
+        fleet = Fleet(GOOD, servers[1], servers[0], Proxy([s.url for s in servers], *more))
+        model = fleet.sound.get("/v1/models").body["data"][0]["id"]
+        try:
+            path = "/v1/chat/completions"
+            for seed in SEEDS:
+                body = calling(seed, model)
+                right = fleet.sound.post(path, body)
+                if "kv_anomaly" not in str(right.body) and "kv_anomaly" in str(
+                    fleet.bad.post(path, body).body
+                ):
+                    break
+            else:
+                raise AssertionError(f"no prompt is judged rightly: {right.body!s:.300}")
+            wanted = called(right)
+            assert wanted[0] == "say"
+            assert len(json.loads(wanted[1])["text"].split()) == GOOD + JUDGED_WITHIN
+            before = fleet.anomalies()
+            for number in range(SESSIONS):
+                assert called(fleet.proxy.post(path, body, session=f"call-{number}")) == wanted
+                if fleet.anomalies() > before:
+                    break
+            assert fleet.anomalies() > before
+        finally:
+            fleet.proxy.end()
 
 
 def test_a_killed_workers_streams_go_on_without_the_plugin(

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 _CHAT = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 
 
-def write(folder: Path, vocabulary: int) -> Path:
-    """Write the files transformers reads into `folder`; return it."""
+def write(folder: Path, vocabulary: int, words: Mapping[int, str] | None = None) -> Path:
+    """Write the files transformers reads into `folder`; return it.
+
+    `words`: what some tokens say instead, without white space.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    said = {**{number: f"w{number}" for number in range(vocabulary)}, **(words or {})}
     model = {
         "type": "WordLevel",
-        "vocab": {f"w{number}": number for number in range(vocabulary)},
+        "vocab": {word: number for number, word in said.items()},
         "unk_token": "w0",
     }
     # No special tokens: transformers would find "w1" in "w17". Words are joined by a space.

@@ -50,6 +50,10 @@ def test_a_body_without_the_field_is_not_for_us(body: bytes) -> None:
         ({"output_ids": [1.0]}, {}, "output_ids[0] 1.0"),
         ({"output_ids": [1 << 31]}, {}, "output_ids[0] 2147483648"),
         ({"output_ids": [["x" * 100]]}, {}, "output_ids[0]"),
+        ({"output_ids": [1], "steps": 1}, {}, "steps 1 is not a list"),
+        ({"output_ids": [1, 2], "steps": [1, 1]}, {}, "steps[1] 1 is not a number of tokens above"),
+        ({"output_ids": [1, 2], "steps": [3]}, {}, "steps[0] 3"),
+        ({"output_ids": [1, 2], "steps": [True]}, {}, "steps[0] true"),
         ({"output_ids": [1]}, {"n": 2}, "n 2"),
         ({"output_ids": [1]}, {"sampling_params": {"n": 3}}, "n 3"),
         ({"output_ids": [1]}, {"sampling_params": {"beam_width": 4}}, "beam_width 4"),
@@ -76,6 +80,7 @@ def test_a_prompt_of_tokens_is_one_prompt() -> None:
 
 def test_a_stream_may_be_asked_to_say_its_tokens() -> None:
     assert split({"output_ids": [], "report_ids": True})[1].report_ids
+    assert split({"output_ids": [7, 8, 9], "steps": [1, 3]})[1].steps == [1, 3]
     assert wire.ids_comment([1, 23]) == b": sglang_scaling_fixes_resume_ids [1,23]\n\n"
 
 

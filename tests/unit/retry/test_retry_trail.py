@@ -81,6 +81,8 @@ def test_however_often_it_breaks_the_client_has_every_token_once(
     for number, (until, its_sizes, its_cuts) in enumerate(breaks):
         begin = len(so_far.fields()[FIELD]["output_ids"])
         assert so_far.ids == list(range(begin))
+        steps = so_far.fields()[FIELD]["steps"]
+        assert steps == sorted(set(steps)) and [0, *steps][-1] == begin
         stream = TrailStream(Family.OPENAI, so_far, 1 << 20, RETRY_STATUS)
         out += fed(stream, written(begin, max(begin, until), its_sizes, f"w{number}"), its_cuts)
         out += stream.close()
@@ -113,6 +115,7 @@ def test_what_is_suspected_is_dropped_or_the_client_is_told(
         return
     ids = so_far.fields()[FIELD]["output_ids"]
     assert ids == list(range(len(ids))) and len(ids) <= bad_from
+    assert [0, *so_far.fields()[FIELD]["steps"]][-1] == len(ids)
     stream = TrailStream(Family.OPENAI, so_far, 1 << 20, RETRY_STATUS)
     out += fed(stream, written(len(ids), TOKENS, [], "good"), cuts)
     assert texts(out) == [f"t{i} " for i in range(TOKENS)]
