@@ -116,7 +116,10 @@ def _pool(rank: int, sent: dict[int, list[Tensor]]) -> Any:
         store_dtype=torch.bfloat16,
         kv_lora_rank=_DIM - 64,
         dsa_kv_cache_store_fp8=False,
-        dcp_replicated=True,  # asked for only to find out whether there is a DCP to mind
+        # Asked for only to find out whether there is a DCP to mind, before 0.5.22 and since.
+        write_loc_is_dcp_resolved=True,
+        dcp_replicated=True,
+        kernel_page_blocks=1,  # 0.5.19 to 0.5.21: more only in pools that stock calls unified
         layer_transfer_counter=None,
         stats=Metrics(PREFILL, None),
         size_of_scratch=scratch.size(_PAGE * _PAGES, _NEW, 2, _PAGE),

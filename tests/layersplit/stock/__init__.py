@@ -1,0 +1,1 @@
+"""LayerSplit on the classes of one stock release, in a process of its own: see `run`."""
