@@ -2,11 +2,14 @@
 
     tokens = (bytes for KV - 2 scratches) / (owned layers x (KV + index keys) + draft's layers)
 
-Stock adds a layer for its one scratch of the pool's size. Ours are compact, so that layer is taken
-away again, and the two scratches are taken off the bytes. Some releases count too little: 0.5.16
-takes 576 bytes for packed fp8 where the pool has 656, and 0.5.16 and 0.5.17 take the draft's layer,
-which every rank keeps whole, for a share of the split. So a token never counts for less than is
-allocated for it.
+Stock adds a layer for its one scratch of the pool's size. Ours are compact, so the two of them are
+taken off the bytes. No release counts a token of ours right, so it is counted here, for the rank
+that takes most, as the pool allocates it:
+
+    0.5.16             576 bytes for packed fp8, where the pool has 656: too little
+    0.5.16, 0.5.17     the draft's layer, whole on every rank, as a share of the split: too little
+    0.5.18 to 0.5.21   index keys of all layers on each rank: too much
+    from 0.5.22        index keys of stock's scratch: too much
 """
 
 from __future__ import annotations
@@ -43,9 +46,10 @@ def attach(scratch_tokens: int) -> None:
         LayerSplitDSATokenToKVPool.scratch_size = shape
         row = kv_bytes(kvc) + INDEX_BYTES
         setattr(sizes, _BYTES, SCRATCHES * shape.pages * _page_size(kvc) * row)
-        if not _skips_index():
-            layers = owned(kvc.layer_info.num_effective_layers, ranks) + _draft_layers(kvc)
-            sizes._cell_size = max(sizes._cell_size, layers * row)
+        token = token_bytes(kvc, ranks)
+        # Of a draft that is no EAGLE only stock knows the size.
+        known = kvc.spec_algorithm.is_none() or kvc.spec_algorithm.is_eagle()
+        sizes._cell_size = token if known else max(sizes._cell_size, token)
 
     def pool_sizes(
         stock: Callable[..., Any], sizes: Any, available_bytes: int, page_size: int
@@ -71,6 +75,18 @@ def attach(scratch_tokens: int) -> None:
 def owned(layers: int, ranks: int) -> int:
     """Layers of the rank that has most."""
     return -(-layers // ranks)
+
+
+def token_bytes(kvc: Any, ranks: int) -> int:
+    """Bytes of a token in all layers of the rank that takes most, and in its draft's."""
+    from sglang.srt.layers.cp.utils import get_layer_shard_range
+
+    kv, indexed = kv_bytes(kvc), _indexed(kvc)
+    ranges = (get_layer_shard_range(rank, ranks, len(indexed)) for rank in range(ranks))
+    own: int = max(
+        kv * (end - start) + INDEX_BYTES * sum(indexed[start:end]) for start, end in ranges
+    )
+    return own + _draft_layers(kvc) * (kv + INDEX_BYTES)
 
 
 def of_server(kvc: Any, scratch_tokens: int) -> scratch.Size:
@@ -115,13 +131,18 @@ def _draft_layers(kvc: Any) -> int:
     return int(kvc.spec_aux_config.eagle_draft_num_layers or 0)
 
 
-def _skips_index() -> bool:
-    """Whether this release gives no index keys to layers that take another one's top-k. It then
-    counts them itself."""
+def _indexed(kvc: Any) -> list[bool]:
+    """Which layers keep index keys, by the rule with which this release builds its pool."""
     from sglang.srt.mem_cache import kv_cache_configurator
 
+    layers = range(kvc.layer_info.start_layer, kvc.layer_info.end_layer)
     elides = getattr(kv_cache_configurator, "_should_elide_dsa_index_k", None)
-    return elides is not None and bool(elides(is_draft_worker=False))
+    if elides is None or not elides(is_draft_worker=kvc.is_draft_worker):
+        return [True] * len(layers)
+    from sglang.srt.configs.model_config import dsa_layer_skips_topk
+
+    config = kvc.model_config.hf_config
+    return [not dsa_layer_skips_topk(config, layer) for layer in layers]
 
 
 def _page_size(kvc: Any) -> int:

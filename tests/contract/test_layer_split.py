@@ -13,7 +13,8 @@ import pytest
 
 from sglang_scaling_fixes.lab.install import Environment
 from sglang_scaling_fixes.lab.runtime import cpu_env
-from sglang_scaling_fixes.layersplit.planner.models import PAGE
+from sglang_scaling_fixes.layersplit.planner.capacity import Pool
+from sglang_scaling_fixes.layersplit.planner.models import GLM_5_1, PAGE
 from sglang_scaling_fixes.paths import ROOT
 from tests import child
 from tests.contract import wheels
@@ -26,10 +27,19 @@ CODE = "from tests.layersplit.stock import run; run.main()"
 
 PUBLISHED = {"unsplit": 457_920, "split": 3_247_296}
 """Tokens of GLM-5.1 over 8 ranks in 26.22 GiB, as sgl-project/sglang #29930 logged them."""
+OURS = 3_519_000
+"""The least that is asked of ours there, with scratches of 262,144 tokens."""
 KV, RAW, INDEX = 656, 576, 132
 """Bytes of a token in a layer: packed fp8, the same without its scales, and index keys."""
 OWNED = 10
 """Layers of the fullest of 8 ranks."""
+WITH_DRAFT = (
+    (sizes.LAYERS + 1)
+    / (OWNED + 1)
+    * (1 - 2 * sizes.SCRATCH_TOKENS * (KV + INDEX) / sizes.AVAILABLE)
+)
+"""How many times the tokens of an unsplit pool with its draft: 10 layers and the draft's instead of
+78 and the draft's, less the two scratches."""
 STOCK_POOL = "sglang.srt.mem_cache.dsa_cache_layer_split:LayerSplitDSATokenToKVPool"
 OUR_POOL = "sglang_scaling_fixes.layersplit.pool:LayerSplitDSATokenToKVPool"
 WHOLE_POOL = "sglang.srt.mem_cache.memory_pool:DSATokenToKVPool"
@@ -88,6 +98,48 @@ def test_what_stock_counts_and_what_it_allocates(release: str, found: Any) -> No
         assert too_much == (size["bytes"] < size["allocated"]), name
         if name in PUBLISHED and size["bytes"] == size["allocated"]:
             assert size["tokens"] == pytest.approx(PUBLISHED[name], rel=1e-3)
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_ours_counts_what_it_allocates(release: str, found: Any) -> None:
+    ours = found["sizes"]
+    row, pages = KV + INDEX, ours["scratch"]
+    assert pages == sizes.SCRATCH_TOKENS // PAGE
+    for name, layers in (("split", OWNED), ("split draft", OWNED + 1)):
+        size = ours[name]
+        assert size["bytes"] == size["allocated"] == layers * row
+        left = sizes.AVAILABLE - 2 * pages * PAGE * row - size["tokens"] * size["allocated"]
+        assert 0 <= left < PAGE * size["allocated"]
+    assert ours["split"]["tokens"] >= OURS
+    whole = sizes.AVAILABLE // ALLOCATED["unsplit draft"]
+    assert ours["split draft"]["tokens"] / whole == pytest.approx(WITH_DRAFT, rel=1e-3)
+    assert pytest.approx(7.08, rel=5e-3) == WITH_DRAFT
+    # A pool that is not split is stock's business.
+    assert ours["unsplit"] == found["stock"]["sizes"]["unsplit"]
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_layers_that_keep_no_index_keys_are_not_counted(release: str, found: Any) -> None:
+    """The fullest rank has 10 layers; from 0.5.22 on those that share a top-k keep no keys."""
+    shared = found["sizes"]["shared"]
+    assert shared["bytes"] == max(shared["allocated"])
+    elides = release in wheels.between("0.5.22", NEW)
+    assert (shared["bytes"] < OWNED * (KV + INDEX)) == elides
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_the_planner_says_the_same(release: str, found: Any) -> None:
+    for name, mtp in (("split", "none"), ("split draft", "whole")):
+        plan = Pool(
+            model=GLM_5_1,
+            ranks=sizes.RANKS,
+            dtype="fp8",
+            memory=sizes.AVAILABLE,
+            mtp=mtp,
+            scratch_tokens=sizes.SCRATCH_TOKENS,
+            chunk=8192,
+        )
+        assert plan.ours() == found["sizes"][name]["tokens"]
 
 
 @pytest.mark.parametrize("release", RELEASES)
