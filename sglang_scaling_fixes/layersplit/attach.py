@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from sglang_scaling_fixes.attach import unwrap_class
 from sglang_scaling_fixes.layersplit import admission, index_writes, metadata, points, sizing
 
 if TYPE_CHECKING:
@@ -15,6 +16,9 @@ def attach(config: Config) -> None:
     """Stock imports the class from this module where it builds the pool, so it takes ours."""
     from sglang_scaling_fixes.layersplit.pool import LayerSplitDSATokenToKVPool
 
+    # What hicache-ordering put on stock's class orders nothing any more: ours waits by itself. Left
+    # there, it would look as if somebody else had hooked the name that is now our class's.
+    unwrap_class(f"{points.MODULE}:{LayerSplitDSATokenToKVPool.__name__}")
     module = importlib.import_module(points.MODULE)
     module.LayerSplitDSATokenToKVPool = LayerSplitDSATokenToKVPool  # type: ignore[attr-defined]
     sizing.attach(config.layer_split_scratch)

@@ -245,6 +245,21 @@ def test_a_fused_store_can_be_given_other_slots(release: str, found: Any) -> Non
     assert set(parameters.values()) <= by_name
 
 
+@pytest.mark.parametrize("release", RELEASES)
+def test_both_orders_of_arming_leave_both_in_force(release: str, found: Any) -> None:
+    for name, order in (("order", orders.ORDERS[0]), ("other order", orders.ORDERS[1])):
+        armed = found[name]
+        assert list(armed["proofs"]) == list(order)
+        for fix, status in armed["states"].items():
+            assert status["state"] in ("armed", "native"), f"{name}: {fix}: {status['reason']}"
+        assert armed["states"][orders.SPLIT]["state"] == "armed"
+        assert armed["ours is built"]
+        assert armed["waits"] and all(armed["waits"].values())
+    # The prefetch of stock's pool is ordered where nobody replaced that pool, and only there.
+    assert "LayerSplit prefetch" in found["order"]["proofs"][orders.HICACHE]
+    assert "LayerSplit prefetch" not in found["other order"]["proofs"][orders.HICACHE]
+
+
 ASK = """
 import json
 from sglang_scaling_fixes import fixes

@@ -16,6 +16,7 @@ from sglang_scaling_fixes.attach import (
     require_in_place,
     resolve,
     unwrap,
+    unwrap_class,
     wrap,
 )
 from sglang_scaling_fixes.errors import AttachError
@@ -113,6 +114,23 @@ def test_a_place_that_another_plugin_hooked_later_is_named(stock: Any) -> None:
     with pytest.raises(AttachError, match=r"Base\.method was hooked again"):
         require_in_place("fix", "decode", "both")
     require_in_place("fix", "decode")  # of no use here, so of no concern
+
+
+def test_a_class_that_is_replaced_leaves_no_wrapper_behind(stock: Any) -> None:
+    """Control: with one left on the old class, the new one's method looks hooked again."""
+    before = dict(vars(stock.Base))
+    wrap(at("Sibling.method"), loudly)
+    wrap(at("Base.method"), loudly)
+    old, new = stock.Base, type("New", (), {"method": lambda self, x: ("new", x)})
+    stock.Base = new
+    with pytest.raises(AttachError, match=r"Base\.method was hooked again"):
+        require_in_place("fix", "both")
+    stock.Base = old
+    unwrap_class("stock_module:Base")
+    assert dict(vars(old)) == before
+    assert is_wrapped("stock_module:Sibling.method")
+    stock.Base = new
+    require_in_place("fix", "both")
 
 
 @pytest.mark.parametrize(
