@@ -80,7 +80,7 @@ def test_flags_after_the_environment(
         "safe-reclaim": "armed",
         "early-send-ordering": "off",
         "hicache-ordering": "armed",
-        "layer-split": "unsupported",
+        "layer-split": "off",
         "spec-guard": "off",
         "resume": "off",
     }

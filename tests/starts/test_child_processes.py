@@ -78,7 +78,7 @@ ARMED = {
     "safe-reclaim": "armed",
     "early-send-ordering": "armed",
     "hicache-ordering": "off",
-    "layer-split": "unsupported",
+    "layer-split": "off",
     "spec-guard": "armed",
     "resume": "armed",
 }

@@ -47,7 +47,11 @@ PD = ("--disaggregation-mode", "decode", "--disaggregation-transfer-backend")
     ("argv", "env", "words"),
     [
         (("--plugin", "safe-reclam"), {}, ["--plugin", "safe-reclam", "choose from"]),
-        (("--plugin", "layer-split"), {}, ["layer-split", "not in force", "not starting"]),
+        (
+            ("--plugin", "layer-split"),
+            {},
+            ["layer-split", "no --enable-dsa-cache-layer-split", "not in force", "not starting"],
+        ),
         (("--plugin", "--spec-guard", "abort"), {}, ["spec-guard", "--speculative-algorithm"]),
         (("--plugin", "--spec-guard", "end"), {}, ["--spec-guard", "'end'", "abort"]),
         (("--plugin", "--spec-guard-rules", "x"), {}, ["--spec-guard-rules", "'x'", "published"]),
@@ -67,7 +71,7 @@ PD = ("--disaggregation-mode", "decode", "--disaggregation-transfer-backend")
     ],
     ids=[
         "unknown-fix",
-        "not-built",
+        "no-split",
         "no-drafts",
         "unknown-action",
         "unknown-rules",
@@ -113,7 +117,7 @@ def test_doctor(release: str, request: pytest.FixtureRequest, tmp_path: Path) ->
         "safe-reclaim": "armed",
         "early-send-ordering": "native" if release == "old" else "armed",
         "hicache-ordering": "off",
-        "layer-split": "unsupported",
+        "layer-split": "off",
         "spec-guard": "armed",
         "resume": "armed",
     }
@@ -124,3 +128,18 @@ def test_doctor(release: str, request: pytest.FixtureRequest, tmp_path: Path) ->
     assert (again_status, again["fixes"]) == (0, found["fixes"])
     left_out, excluded = doctor(SGLANG_PLUGINS="other")
     assert left_out == 1 and not excluded["plugin"]["loaded"]
+
+
+def test_doctor_says_what_a_release_lacks_for_a_fix(old: Environment, tmp_path: Path) -> None:
+    done = child.finished(
+        [
+            *(str(old.python), "-m", "sglang_scaling_fixes.cli", "doctor", "--json"),
+            *("--plugin", "layer-split"),
+        ],
+        cpu_env({**old.env, "XDG_CACHE_HOME": str(tmp_path)}),
+    )
+    assert done.returncode == 1
+    (split,) = [fix for fix in json.loads(done.stdout)["fixes"] if fix["name"] == "layer-split"]
+    assert split["state"] == "unsupported"
+    for word in ("this release has no --enable-dsa-cache-layer-split", "0.5.16"):
+        assert word in split["reason"]

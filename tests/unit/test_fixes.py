@@ -51,10 +51,11 @@ def test_whatever_goes_wrong_while_arming_refuses_the_start(
     assert line is not None and "safe-reclaim" in line and "\n" not in line
 
 
-def test_a_fix_that_does_not_exist_yet_refuses_the_start() -> None:
-    config = Config(fixes=("layer-split",))
-    line = fixes.refusal(fixes.arm_all(config), config)
-    assert line is not None and "layer-split" in line
+def test_a_fix_that_does_not_exist_yet_refuses_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fixes.FIXES[0], "missing", "not built yet")
+    statuses = arm_with(monkeypatch, lambda config: Armed("never asked"))
+    line = fixes.refusal(statuses, Config(fixes=("safe-reclaim",)))
+    assert line is not None and "safe-reclaim: not built yet" in line
 
 
 def test_native_is_reported_as_that(monkeypatch: pytest.MonkeyPatch) -> None:
