@@ -2,8 +2,8 @@
 
 A check runs in a process of its own, since it replaces `torch.cuda` there. The release is
 the installed one, or the source of any stock wheel on the dependencies of this environment.
-`fixes="on"` attaches both ordering fixes as the plugin would; releases that load no plugins are
-patched instead, in a copy.
+`fixes="on"` attaches both ordering fixes and `layer-split` as the plugin would; releases that load
+no plugins are patched instead, in a copy.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def exit_status(report: dict[str, Any]) -> int:
 
 def text(report: dict[str, Any]) -> str:
     """The report for people: one line per hazard, both sides of every race."""
-    lines = [f"SGLang {report['release']}, ordering fixes {report['fixes']}", ""]
+    lines = [f"SGLang {report['release']}, fixes {report['fixes']}", ""]
     width = max(len(hazard["name"]) for hazard in report["hazards"])
     for hazard in report["hazards"]:
         verdict = "RACE" if hazard["verdict"] == "race" else hazard["verdict"]

@@ -167,7 +167,7 @@ def build(recorder: Recorder, pool: Any) -> KvStack:
     recording_cuda.replace_kernels()  # of what the assembly imported
     recorder.entered[:] = [stack.schedule]
     _name_streams(recorder, stack.controller)
-    _watch(recorder, stack)
+    watch(recorder, pool)
     return stack
 
 
@@ -293,9 +293,8 @@ def _name_streams(recorder: Recorder, controller: Any) -> None:
                 recorder.rename(value, name.removesuffix("_stream"))
 
 
-def _watch(recorder: Recorder, stack: KvStack) -> None:
+def watch(recorder: Recorder, pool: Any) -> None:
     """Watch every buffer of the pool; a page's bytes differ per buffer."""
-    pool = stack.pool
     for name in _KV:
         for layer, buffer in enumerate(getattr(pool, name, None) or ()):
             row = buffer.stride(0) * buffer.element_size()

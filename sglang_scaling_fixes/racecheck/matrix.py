@@ -17,11 +17,13 @@ Written by `sglang-scaling-fixes racecheck --matrix docs/hicache-matrix.md`; do 
 
 Each cell is one check on a CPU: the release's own pools, host pools, controllers and transfer
 workers, run from its wheel's source on recording streams. A number is on how many buffers (one
-per layer and kind) two accesses were found that nothing orders, **stock → with the two fixes**,
-`hicache-ordering` and `early-send-ordering`.
-`ok` is ordered, `–` means that the release does not have what the hazard is about, `refused`
-that an armed server does not start with that combination. What a check sees and what it takes
-for granted is in [hicache-ordering.md](hicache-ordering.md).
+per layer and kind) two accesses were found that nothing orders, **stock → with the fixes**,
+`hicache-ordering`, `early-send-ordering` and `layer-split`.
+`ok` is ordered, `–` means that what the hazard is about is not there, `refused` that an armed
+server does not start with that combination. `layersplit-prefetch-before-load` and
+`layersplit-read-before-load` are of stock's LayerSplit, the other `layersplit` hazards of the pool
+of `layer-split`. What a check sees and what it takes for granted is in
+[hicache-ordering.md](hicache-ordering.md).
 """
 
 

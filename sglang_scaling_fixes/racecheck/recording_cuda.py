@@ -37,6 +37,7 @@ def install() -> None:
     registered = SimpleNamespace(cudaHostRegister=_registers, cudaHostUnregister=_registers)
     device.cudart = lambda: registered
     torch.get_device_module = lambda *_a, **_k: device
+    torch.Tensor.record_stream = lambda *_a: None  # keeps memory, orders nothing
     _tolerate_known_models()
     _have_memory()
 
@@ -98,8 +99,11 @@ def _record_operation(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 def _rows(func: Any, args: tuple[Any, ...]) -> Any:
     """Row indices of an indexed read or write, None for one of everything."""
-    if func.__name__.split(".")[0] in ("index", "index_put", "index_put_", "_index_put_impl_"):
+    name = func.__name__.split(".")[0]
+    if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
         return args[1][0]
+    if name == "index_select" and args[1] == 0:
+        return args[2]
     return None
 
 
@@ -132,6 +136,13 @@ _TRANSFER = re.compile(r"\btransfer_kv_\w+")
 _BUFFERS = re.compile(r"(src|dst)(_k|_v)?(_layers)?$")
 
 
+_BY_SLOT = (
+    "set_mla_kv_buffer_triton",
+    "set_mla_kv_buffer_dcp_sharded_triton",
+    "get_mla_kv_buffer_triton",
+)
+"""Kernels that take a KV buffer and its slots first."""
+
 _replaced: set[str] = set()
 
 
@@ -155,6 +166,11 @@ def replace_kernels() -> None:
             for reader in ("GetK", "GetS", "GetKAndS"):
                 if hasattr(module, reader):
                     getattr(module, reader).execute = _index_reader(reader)
+            if hasattr(module, "SetKAndS"):
+                module.SetKAndS.execute = _index_writer()
+        for kernel in _BY_SLOT:
+            if hasattr(module, kernel):
+                setattr(module, kernel, _by_slot(kernel))
 
 
 def _transfers(module: ModuleType) -> set[str]:
@@ -208,3 +224,22 @@ def _index_reader(name: str) -> Any:
         return None, None
 
     return classmethod(execute)
+
+
+def _index_writer() -> Any:
+    """A writer of index-K tokens: a page at a time, as everything here."""
+
+    def execute(_cls: type, /, *, pool: Any, buf: Any, loc: Any, **_keys: Any) -> None:
+        row_bytes = buf.stride(0) * buf.element_size()
+        rows = loc // pool.page_size
+        active().kernel("SetKAndS", writes=_row_pages(buf.data_ptr(), row_bytes, rows))
+
+    return classmethod(execute)
+
+
+def _by_slot(name: str) -> Callable[..., None]:
+    def kernel(kv_buffer: Any, loc: Any, *_keys: Any, **_how: Any) -> None:
+        pages, writes = touched(kv_buffer, loc), name.startswith("set_")
+        active().kernel(name, reads=() if writes else pages, writes=pages if writes else ())
+
+    return kernel

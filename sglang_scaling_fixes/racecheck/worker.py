@@ -51,13 +51,17 @@ def _arm() -> str:
     """Attach the fixes where there is a plugin loader; older releases come patched."""
     from sglang_scaling_fixes.config import Config
     from sglang_scaling_fixes.early_send_ordering import FIX as EARLY_SEND_ORDERING
+    from sglang_scaling_fixes.layersplit import points
     from sglang_scaling_fixes.ordering import FIX as HICACHE_ORDERING
+    from sglang_scaling_fixes.racecheck import split_pool
 
     if importlib.util.find_spec("sglang.srt.plugins") is None:
         return "patch set"
     kv_stack.settings()
     both = (HICACHE_ORDERING, EARLY_SEND_ORDERING)
-    return "; ".join(f"{fix.name}: {fix.arm(Config()).proof}" for fix in both)
+    proofs = {fix.name: fix.arm(Config()).proof for fix in both}
+    proofs[points.NAME] = split_pool.arm()  # last: the others attach to stock's own split
+    return "; ".join(f"{name}: {proof}" for name, proof in proofs.items())
 
 
 def _origin() -> str:

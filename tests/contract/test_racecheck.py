@@ -28,6 +28,15 @@ EARLY = "early-send-before-load"
 CHUNK_NIXL, CHUNK_MOONCAKE = "middle-chunk-before-write-nixl", "middle-chunk-before-write-mooncake"
 CHUNK_PP = "middle-chunk-before-write-pp"
 
+# Of layer-split's own pool.
+SEND, ARRIVE, ARRIVE_WRITE = (
+    "layersplit-broadcast-before-load",
+    "layersplit-read-before-broadcast",
+    "layersplit-write-before-broadcast",
+)
+REUSE, CHUNK_SEND = "layersplit-scratch-reuse-before-read", "layersplit-pack-before-write"
+OURS = (SEND, ARRIVE, ARRIVE_WRITE, REUSE, CHUNK_SEND)
+
 OVER_NIXL, OVER_MOONCAKE = (
     {NIXL: 4, CHUNK_NIXL: 4},
     {MOONCAKE: 4, CHUNK_MOONCAKE: 4},
@@ -58,13 +67,20 @@ def races(report: dict[str, Any]) -> dict[str, int]:
     return {h["name"]: h["races"] for h in report["hazards"] if h["verdict"] == "race"}
 
 
+def verdicts(report: dict[str, Any], names: tuple[str, ...]) -> dict[str, str]:
+    return {h["name"]: h["verdict"] for h in report["hazards"] if h["name"] in names}
+
+
 @pytest.mark.parametrize("build", STOCK)
 def test_stock_and_fixed(build: str) -> None:
     stock = racecheck.check(build)
     assert races(stock) == STOCK[build]
+    assert verdicts(stock, OURS) == dict.fromkeys(OURS, "n/a")
     assert racecheck.exit_status(stock) == 1
     fixed = racecheck.check(build, "on")
     assert races(fixed) == {CHUNK_PP: 4, **FIXED.get(build, {})}
+    split = build not in racecheck.RELEASES or build in between("0.5.16", "0.5.23")
+    assert verdicts(fixed, OURS) == dict.fromkeys(OURS, "ordered" if split else "n/a")
 
 
 CONTROLS = """
@@ -72,6 +88,8 @@ import contextlib, importlib, json
 from unittest import mock
 from sglang_scaling_fixes import ordering
 from sglang_scaling_fixes.early_send_ordering import sends
+from sglang_scaling_fixes.layersplit import lane
+from sglang_scaling_fixes.layersplit.schedule import SCRATCHES, Schedule
 from sglang_scaling_fixes.ordering import loads, probe
 from sglang_scaling_fixes.racecheck import recording_cuda, worker
 
@@ -87,6 +105,7 @@ from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.mem_cache.dsa_cache_layer_split import LayerSplitIndexKeyCache
 from sglang.srt.mem_cache.index_key_cache import IndexKeyCache
 from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
+from sglang_scaling_fixes.layersplit.pool import LayerSplitDSATokenToKVPool
 from sglang_scaling_fixes.racecheck.hazards import HAZARDS
 
 def without_counter(method, pool_of=lambda self: self):
@@ -124,6 +143,12 @@ def consuming(split=TpModelWorker.forward_batch_split_prefill):
         return split(self, batch)
     return forward
 
+def unfollowing(launch=lane.StreamLane.launch):
+    def launched(self, work, *used):
+        self._stream.wait_stream = lambda stream: None
+        return launch(self, work, *used)
+    return launched
+
 of_pool = lambda cache: cache.pool
 controls = {
     "nothing": (),
@@ -145,15 +170,21 @@ controls = {
     "pdmux": ((ordering, "check", lambda args: None),),
     "pdmux consumed": ((ordering, "check", lambda args: None),
                        (TpModelWorker, "forward_batch_split_prefill", consuming())),
+    "sent unloaded": ((LayerSplitDSATokenToKVPool, "_send",
+                       without_counter(LayerSplitDSATokenToKVPool._send)),),
+    "not arrived": ((lane._Event, "wait", lambda self: None),),
+    "not following": ((lane.StreamLane, "launch", unfollowing()),),
+    "too far ahead": ((Schedule, "enter", lambda self, l: self._up_to(l + SCRATCHES)),),
 }
-found = {}
+found, buffers = {}, {}
 for control, removed in controls.items():
     with contextlib.ExitStack() as stack:
         for owner, name, broken in removed:
             stack.enter_context(mock.patch.object(owner, name, broken))
         played = [worker.play(hazard) for hazard in HAZARDS]
     found[control] = {h["name"]: h.get("broken") or h["verdict"] for h in played}
-print("found:" + json.dumps(found))
+    buffers[control] = {h["name"]: [race["buffer"] for race in h.get("found", ())] for h in played}
+print("found:" + json.dumps([found, buffers]))
 """
 
 EXPECTED = {
@@ -171,7 +202,30 @@ EXPECTED = {
     "early": {EARLY},
     "pdmux": {PDMUX},
     "pdmux consumed": set(),
+    "sent unloaded": {SEND},
+    "not arrived": {ARRIVE, ARRIVE_WRITE},
+    "not following": {REUSE, CHUNK_SEND},
+    "too far ahead": {REUSE},
 }
+
+SCRATCHES = {
+    rank: {f"rank {rank}: scratch[{i}].{kind}" for i in range(2) for kind in ("kv", "index_k")}
+    for rank in range(2)
+}
+"""Rank 0 owns layers 0 and 1, rank 1 layers 2 and 3; scratch `l % 2` is layer `l`'s."""
+OWNED = {
+    rank: {f"{kind}[{layer}]" for layer in layers for kind in ("kv_buffer", "index_k")}
+    for rank, layers in enumerate(((0, 1), (2, 3)))
+}
+BUFFERS = {
+    ("sent unloaded", SEND): OWNED[0] | OWNED[1],
+    ("not arrived", ARRIVE): SCRATCHES[0] | SCRATCHES[1],
+    ("not arrived", ARRIVE_WRITE): SCRATCHES[0] | SCRATCHES[1] | OWNED[1],
+    ("not following", REUSE): SCRATCHES[0] | SCRATCHES[1],
+    ("not following", CHUNK_SEND): SCRATCHES[0] | SCRATCHES[1] | OWNED[0] | OWNED[1],
+    ("too far ahead", REUSE): SCRATCHES[0] | SCRATCHES[1],
+}
+"""Where KV and index keys then race, on an owner and on a peer. Only an owner loads."""
 
 
 def test_one_wait_removed_turns_exactly_its_hazards() -> None:
@@ -179,12 +233,15 @@ def test_one_wait_removed_turns_exactly_its_hazards() -> None:
     env = cpu_env({"CUDA_VISIBLE_DEVICES": ""})
     env.pop(STANDINS)
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env["PYTHONPATH"]])
-    found = child.said(sys.executable, CONTROLS, env=env, mark="found:")
+    found, buffers = child.said(sys.executable, CONTROLS, env=env, mark="found:")
     for control, hazards in EXPECTED.items():
         calm = {name: v for name, v in found[control].items() if v in ("ordered", "n/a")}
         turned = {name: v for name, v in found[control].items() if name not in calm}
         assert turned == dict.fromkeys({*hazards, CHUNK_PP}, "race"), control
     assert found["pdmux consumed"][PDMUX] == "ordered"
+    assert {found["nothing"][name] for name in OURS} == {"ordered"}
+    for (control, name), raced in BUFFERS.items():
+        assert set(buffers[control][name]) == raced, (control, name)
 
 
 def test_every_release_can_be_named() -> None:

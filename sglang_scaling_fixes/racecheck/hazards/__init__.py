@@ -18,6 +18,7 @@ from sglang_scaling_fixes.racecheck.hazards import (
     loads,
     middle_chunk,
     pdmux,
+    split_pool,
 )
 from sglang_scaling_fixes.racecheck.hazards.hazard import Hazard, Scenario
 
@@ -26,6 +27,7 @@ __all__ = ["HAZARDS", "Hazard", "Scenario"]
 HAZARDS = (
     *loads.HAZARDS,
     *layersplit.HAZARDS,
+    *split_pool.HAZARDS,
     *pdmux.HAZARDS,
     *early_send.HAZARDS,
     *middle_chunk.HAZARDS,

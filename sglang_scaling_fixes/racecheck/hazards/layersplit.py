@@ -1,4 +1,4 @@
-"""LayerSplit: each rank owns some layers and broadcasts them to the others."""
+"""Stock's LayerSplit: each rank owns some layers and broadcasts them to the others."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from sglang_scaling_fixes.racecheck.recorder import (
     Stream,
     recording,
 )
+from sglang_scaling_fixes.racecheck.recording_cuda import torch_operations
 
 PAGE = 64
 
@@ -134,3 +135,16 @@ def test_what_is_not_watched_is_not_recorded(history: Recorder) -> None:
     stranger = torch.zeros(PAGE, dtype=torch.uint8)
     history.kernel("read", reads=history.pages(stranger.data_ptr(), PAGE))
     assert history.accesses == 0
+
+
+@pytest.mark.parametrize(("page", "races"), [(1, 0), (2, 1)])
+def test_rows_that_torch_selects_are_all_it_reads(
+    history: Recorder, buffer: torch.Tensor, page: int, races: int
+) -> None:
+    """As an owner packs the pages that a pass reads: loads of other pages are none of its own."""
+    load, pack = Stream(name="load"), Stream(name="pack")
+    history.kernel("copy", writes=pages(history, buffer, page), stream=load)
+    packed = torch.empty(2, PAGE, dtype=torch.uint8)
+    with pack, torch_operations():
+        torch.index_select(buffer.view(4, PAGE), 0, torch.tensor([2, 3]), out=packed)
+    assert len(history.races) == races
