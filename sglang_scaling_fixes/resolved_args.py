@@ -13,8 +13,11 @@ _GROUPS = (
     "get_serving",
     "get_schedule",
     "get_parallel",
+    "get_exec.kernel",
+    "get_exec.graph",
 )
-"""Functions of stock's `runtime_context` that each return some of the arguments."""
+"""Functions of stock's `runtime_context` that each return some of the arguments, in themselves or
+in a part of theirs."""
 
 
 def resolved(server_args: Any, name: str) -> Any:
@@ -28,5 +31,7 @@ def resolved(server_args: Any, name: str) -> Any:
         for group in _GROUPS:
             # Not filled in this process yet, or the name belongs to another group.
             with contextlib.suppress(Exception):
-                return getattr(getattr(context, group)(), name)
+                function, _, part = group.partition(".")
+                found = getattr(context, function)()
+                return getattr(getattr(found, part) if part else found, name)
     return getattr(server_args, name, None)

@@ -8,6 +8,7 @@ from typing import Any
 from sglang_scaling_fixes.attach import require_in_place, unwrap_other_roles
 from sglang_scaling_fixes.errors import ConfigError
 from sglang_scaling_fixes.layersplit import points
+from sglang_scaling_fixes.resolved_args import resolved
 
 SPLIT = "enable_dsa_cache_layer_split"
 
@@ -64,21 +65,15 @@ def check(server_args: Any) -> None:
         _refuse("kv_cache_dtype", dtype, "its layout was never run here", "auto or fp8_e4m3")
     if server_args.page_size not in (None, 64):
         _refuse("page_size", server_args.page_size, "index keys lie in pages of 64", "64")
-    backend = str(getattr(server_args, "dsa_prefill_backend", None))
-    if backend in _BACKENDS:
-        _refuse("dsa_prefill_backend", backend, _BACKENDS[backend], "flashmla_sparse or fa3")
-    graph = getattr(getattr(server_args, "cuda_graph_config", None), "prefill", None)
-    used = getattr(getattr(graph, "backend", None), "value", None)
-    if used not in (None, "disabled"):
-        raise ConfigError(
-            f"prefill CUDA graphs ({used}): a graph would replay the pages of the pass that it was "
-            "captured with; switch them off (--disable-prefill-cuda-graph), or start without "
-            "layer-split"
-        )
+    _check_backend(getattr(server_args, "dsa_prefill_backend", None))
+    _check_graphs(getattr(server_args, "cuda_graph_backend_prefill", None))
 
 
 def check_in_force(scheduler: Any, server_args: Any) -> None:
-    """After stock has built its pool: it is ours, and nobody took our places since."""
+    """After stock has built its pool: it is ours, nobody took our places since, and what stock
+    chose by itself is what it is made for. Raises `ConfigError` or `AttachError`."""
+    import torch
+
     from sglang_scaling_fixes.layersplit import attach
     from sglang_scaling_fixes.layersplit.metrics import PREFILL
     from sglang_scaling_fixes.layersplit.pool import LayerSplitDSATokenToKVPool
@@ -97,8 +92,25 @@ def check_in_force(scheduler: Any, server_args: Any) -> None:
             "splits layers over two or more ranks of prefill context parallelism: add "
             "--enable-prefill-cp with --tp 2 or more"
         )
+    # What the operator left open stock has chosen by now: trtllm for fp8 on Blackwell, say.
+    _check_backend(resolved(server_args, "dsa_prefill_backend"))
+    if torch.device(pool.device).type == "cuda":  # a CPU has defaults for graphs, and no graphs
+        graphs = getattr(resolved(server_args, "cuda_graph_config"), "prefill", None)
+        _check_graphs(getattr(graphs, "backend", None))
     pool.stats = of_scheduler(PREFILL, scheduler, server_args)
     pool.stats.set("scratch_capacity", pool.size_of_scratch.pages)
+
+
+def _check_backend(backend: str | None) -> None:
+    if backend is not None and backend in _BACKENDS:
+        _refuse("dsa_prefill_backend", backend, _BACKENDS[backend], "flashmla_sparse or fa3")
+
+
+def _check_graphs(backend: str | None) -> None:
+    """`backend`: None where nothing was given, or stock has no such graphs."""
+    if backend not in (None, "disabled"):
+        why = "a graph would replay the pages of the pass that it was captured with"
+        _refuse("cuda_graph_backend_prefill", backend, why, "disabled")
 
 
 def _is_rocm() -> bool:
