@@ -66,6 +66,8 @@ class LayerSplitDSATokenToKVPool(DSATokenToKVPool):  # type: ignore[misc]  # sgl
     kv_buffer: list[Tensor]
     layer_num: int
     _forward: Forward | None = None
+    _exposed_ms: int = 0
+    """Counted so far: whole milliseconds, up to the newest pass."""
     _writes: str | None = None
 
     def __init__(
@@ -241,6 +243,9 @@ class LayerSplitDSATokenToKVPool(DSATokenToKVPool):  # type: ignore[misc]  # sgl
                 f" {len(plan.pages) - 1} pages, and a scratch has {self.size_of_scratch.pages - 1}"
             )
         self.stats.inc("forwards")
+        exposed_ms = int(self.lane.exposed_ms())
+        self.stats.inc("exposed_ms", by=exposed_ms - self._exposed_ms)
+        self._exposed_ms = exposed_ms
         self.stats.inc("pages", by=len(plan.prefix))
         self.stats.set("scratch_pages", len(plan.pages))
         self._forward = Forward(plan, self.layer_num, partial(self._send, plan), paged_index)
