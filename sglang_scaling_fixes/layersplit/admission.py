@@ -67,6 +67,7 @@ def _add_one(stock: Callable[..., Any], adder: Any, req: Any, *args: Any, **kwar
     from sglang.srt.managers.schedule_policy import AddReqResult
 
     if not admission.fits(_prefix(req) + req.host_hit_length, _path(req)):
+        _count_deferred()
         return AddReqResult.OTHER
     before = len(adder.can_run_list)
     result = stock(adder, req, *args, **kwargs)
@@ -86,16 +87,24 @@ def _add_chunked(stock: Callable[..., Any], adder: Any, req: Any) -> Any:
 
 def _admission(adder: Any) -> Admission | None:
     """None where this process has no split pool."""
+    found: Admission | None = getattr(adder, _ADMISSION, None)
+    if found is None and (pool := _pool()) is not None:
+        found = Admission(pool.size_of_scratch, pool.page_size)
+        setattr(adder, _ADMISSION, found)
+    return found
+
+
+def _pool() -> Any:
     from sglang_scaling_fixes.layersplit.pool import LayerSplitDSATokenToKVPool
 
-    found: Admission | None = getattr(adder, _ADMISSION, None)
-    if found is None:
-        current = LayerSplitDSATokenToKVPool.current
-        pool = current() if current is not None else None
-        if pool is not None:
-            found = Admission(pool.size_of_scratch, pool.page_size)
-            setattr(adder, _ADMISSION, found)
-    return found
+    current = LayerSplitDSATokenToKVPool.current
+    return current() if current is not None else None
+
+
+def _count_deferred() -> None:
+    """Once for each batch: it is closed then, and the request asks again for the next."""
+    if (pool := _pool()) is not None:
+        pool.stats.inc("deferred")
 
 
 def _prefix(req: Any) -> int:

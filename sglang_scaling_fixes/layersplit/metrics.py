@@ -15,6 +15,6 @@ PREFILL = Family(
         Metric("exposed_ms", "counter", "Milliseconds for which a forward pass waited for them."),
         Metric("scratch_pages", "gauge", "Pages of a scratch that the newest pass uses."),
         Metric("scratch_capacity", "gauge", "Pages of a scratch."),
-        Metric("deferred", "counter", "Requests that waited for another batch: scratch full."),
+        Metric("deferred", "counter", "Batches closed before a request that would not fit."),
     ),
 )
