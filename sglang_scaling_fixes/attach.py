@@ -186,6 +186,13 @@ def unwrap_other_roles(fix: str, role: str) -> None:
     unwrap([point for point in _replaced if point.fix == fix and point.role not in (role, "both")])
 
 
+def unwrap_class(target: str) -> None:
+    """The class `module:Name` is about to be replaced by another: take off what was wrapped on it,
+    by whichever fix. It would wrap nothing that runs, and look as if somebody had taken its place.
+    """
+    unwrap([point for point in _replaced if point.target.startswith(f"{target}.")])
+
+
 def is_there(point: AttachPoint) -> bool:
     """Whether this release has the place: for a point that not all of them have."""
     try:

@@ -36,7 +36,7 @@ def module(monkeypatch: pytest.MonkeyPatch, name: str, **names: Any) -> ModuleTy
     return made
 
 
-def pool_module(monkeypatch: pytest.MonkeyPatch) -> None:
+def pool_module(monkeypatch: pytest.MonkeyPatch, kind: type[Pool] = Pool) -> None:
     monkeypatch.setattr(Pool, "current", None)
     name = "sglang_scaling_fixes.layersplit.pool"
-    module(monkeypatch, name, LayerSplitDSATokenToKVPool=Pool)
+    module(monkeypatch, name, LayerSplitDSATokenToKVPool=kind)

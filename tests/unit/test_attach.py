@@ -145,3 +145,18 @@ def test_what_moved_is_named(stock: Any, target: str) -> None:
 def test_targets_are_unique() -> None:
     targets = [point.target for point in ATTACH_POINTS]
     assert len(targets) == len(set(targets))
+
+
+@pytest.mark.parametrize("told", [False, True], ids=["control", "told"])
+def test_a_class_that_we_replace_was_not_taken_by_somebody_else(stock: Any, told: bool) -> None:
+    for place in ("Base.method", "Sibling.plain"):
+        wrap(at(place), loudly)
+    if told:
+        unwrap_class("stock_module:Base")
+    stock.Base = type("Base", (), {"method": lambda self, x: x})
+    if told:
+        require_in_place("fix", "both")
+        assert is_wrapped("stock_module:Sibling.plain")
+    else:
+        with pytest.raises(AttachError, match=r"Base\.method was hooked again"):
+            require_in_place("fix", "both")
