@@ -14,6 +14,7 @@ from sglang_scaling_fixes.attach import FIRST_RELEASE, LAST_RELEASE, AttachPoint
 from sglang_scaling_fixes.config import PLUGIN_ENV, PLUGIN_FLAG, Setting
 from sglang_scaling_fixes.fix import Fix
 from sglang_scaling_fixes.fixes import DEFAULT_FIXES, FIXES, SETTINGS
+from sglang_scaling_fixes.layersplit.metrics import PREFILL as LAYER_SPLIT
 from sglang_scaling_fixes.metrics import PLUGIN, Family, Metric
 from sglang_scaling_fixes.points import ATTACH_POINTS as PLUGIN_POINTS
 from sglang_scaling_fixes.reclaim.metrics import DECODE, PREFILL
@@ -33,6 +34,7 @@ def tables() -> dict[tuple[str, str], str]:
         ("docs/fixes.md", "plugin"): places(PLUGIN_POINTS),
         ("docs/safe-reclaim.md", "metrics"): metrics(DECODE, PREFILL, PLUGIN),
         ("docs/spec-guard.md", "metrics"): metrics(SPEC_GUARD),
+        ("docs/layersplit.md", "metrics"): metrics(LAYER_SPLIT),
         ("docs/resume.md", "metrics"): metrics(RESUME),
         ("docs/retry-proxy.md", "metrics"): metrics(RETRY_PROXY),
     }
