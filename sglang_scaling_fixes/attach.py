@@ -175,12 +175,6 @@ def unwrap(points: Iterable[AttachPoint]) -> None:
             setattr(owner, name, before)
 
 
-def unwrap_class(target: str) -> None:
-    """The class `"module:Name"` is about to be replaced in its module: put back what stood at its
-    places before any fix of ours wrapped them."""
-    unwrap([point for point in _replaced if point.target.startswith(f"{target}.")])
-
-
 def unwrap_other_roles(fix: str, role: str) -> None:
     """This process keeps its role: remove the wrappers of `fix` that only other roles need."""
     unwrap([point for point in _replaced if point.fix == fix and point.role not in (role, "both")])

@@ -20,7 +20,6 @@ def attach(config: Config) -> None:
     # there, it would look as if somebody else had hooked the name that is now our class's.
     unwrap_class(f"{points.MODULE}:{LayerSplitDSATokenToKVPool.__name__}")
     module = importlib.import_module(points.MODULE)
-    unwrap_class(f"{points.MODULE}:LayerSplitDSATokenToKVPool")
     module.LayerSplitDSATokenToKVPool = LayerSplitDSATokenToKVPool  # type: ignore[attr-defined]
     sizing.attach(config.layer_split_scratch)
     index_writes.attach()

@@ -97,6 +97,35 @@ def test_bad_input_is_one_line_and_no_start(
         assert word in last
 
 
+SPLIT = ("--plugin", "layer-split", "--disaggregation-mode", "prefill")
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ((), ["--enable-dsa-cache-layer-split", "not given", "(prefill)", "give it to"]),
+        (
+            ("--enable-dsa-cache-layer-split", "--kv-cache-dtype", "fp8_e5m2"),
+            ["--kv-cache-dtype fp8_e5m2", "set it to auto or fp8_e4m3"],
+        ),
+        (
+            ("--layer-split-scratch-tokens", "many"),
+            ["--layer-split-scratch-tokens", "'many'", "number of tokens"],
+        ),
+    ],
+    ids=["not-split", "dtype", "scratch"],
+)
+def test_a_split_that_cannot_be_is_one_line_and_no_start(
+    new: Environment, checkpoint: Model, argv: tuple[str, ...], words: list[str]
+) -> None:
+    done = launch(new, *server(checkpoint, *SPLIT, *argv))
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    for word in words:
+        assert word in last
+
+
 @pytest.mark.parametrize("release", ["old", "new"])
 def test_doctor(release: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     environment: Environment = request.getfixturevalue(release)

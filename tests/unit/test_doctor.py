@@ -18,7 +18,7 @@ ARMED = [
     {"name": "safe-reclaim", "state": "armed", "reason": "proven"},
     {"name": "early-send-ordering", "state": "armed", "reason": "proven"},
     {"name": "hicache-ordering", "state": "off", "reason": "not asked for"},
-    {"name": "layer-split", "state": "unsupported", "reason": "not yet"},
+    {"name": "layer-split", "state": "off", "reason": "not asked for"},
     {"name": "spec-guard", "state": "armed", "reason": "proven"},
     {"name": "resume", "state": "armed", "reason": "proven"},
 ]
@@ -108,7 +108,7 @@ def test_what_only_a_prefill_or_decode_server_refuses_is_said_as_that(
         "safe-reclaim": "unsupported",
         "early-send-ordering": "armed",
         "hicache-ordering": "off",
-        "layer-split": "unsupported",
+        "layer-split": "off",
         "spec-guard": "armed",
         "resume": "armed",
     }

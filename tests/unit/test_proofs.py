@@ -25,7 +25,7 @@ SOUND = {
     "error": None,
     "statuses": [
         {"name": "safe-reclaim", "state": "armed", "reason": "proven"},
-        {"name": "layer-split", "state": "unsupported", "reason": "not part of this yet"},
+        {"name": "layer-split", "state": "off", "reason": "not asked for"},
     ],
 }
 HERE: dict[str, Any] = {
