@@ -18,7 +18,7 @@ def attach(config: Config) -> None:
 
     # What hicache-ordering put on stock's class orders nothing any more: ours waits by itself. Left
     # there, it would look as if somebody else had hooked the name that is now our class's.
-    unwrap_class(f"{points.MODULE}:{LayerSplitDSATokenToKVPool.__name__}")
+    unwrap_class(f"{points.MODULE}:LayerSplitDSATokenToKVPool")
     module = importlib.import_module(points.MODULE)
     module.LayerSplitDSATokenToKVPool = LayerSplitDSATokenToKVPool  # type: ignore[attr-defined]
     sizing.attach(config.layer_split_scratch)

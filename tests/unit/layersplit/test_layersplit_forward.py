@@ -46,7 +46,7 @@ def test_what_is_due_is_sent_before_anybody_waits() -> None:
     assert log.since() == ["send 0", "send 1"]
     forward.enter(0)
     assert log.since() == ["wait 0"]
-    forward.leave(0)
+    forward.leave()
     assert log.since() == ["send 2"]
     forward.enter(1)
     forward.enter(1)
@@ -54,8 +54,15 @@ def test_what_is_due_is_sent_before_anybody_waits() -> None:
     forward.enter(2)  # nobody said that layer 1 was left
     assert log.since() == ["send 3", "wait 2"]
     forward.enter(3)
-    forward.leave(3)
+    forward.leave()
     assert log.since() == ["wait 3"]
+
+
+def test_a_layer_that_was_not_entered_is_not_left() -> None:
+    log = Log()
+    forward = Forward(plan(2), LAYERS, log.send, paged_index=False)
+    forward.leave()
+    assert log.since() == ["send 0", "send 1"]
 
 
 def test_without_a_prefix_nothing_is_sent_and_nobody_waits() -> None:
@@ -63,7 +70,7 @@ def test_without_a_prefix_nothing_is_sent_and_nobody_waits() -> None:
     forward = Forward(plan(0), LAYERS, log.send, paged_index=False)
     for layer in range(LAYERS):
         forward.enter(layer)
-        forward.leave(layer)
+        forward.leave()
     assert log.since() == []
 
 

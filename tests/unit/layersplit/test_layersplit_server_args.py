@@ -104,7 +104,7 @@ def test_rocm_calls_its_devices_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     assert refused().startswith("--device rocm: ")
 
 
-@pytest.mark.parametrize("role", ["null", "decode", "prefill"])
+@pytest.mark.parametrize("role", ["null", "prefill"])
 def test_a_server_without_a_split_says_where_it_belongs(role: str) -> None:
     line = refused(enable_dsa_cache_layer_split=False, disaggregation_mode=role)
     assert line.startswith("--enable-dsa-cache-layer-split: not given")
@@ -123,17 +123,32 @@ def pool(monkeypatch: pytest.MonkeyPatch) -> Pool:
     return made
 
 
-def in_force(pool: Any, monkeypatch: pytest.MonkeyPatch, **resolved: Any) -> None:
+def in_force(
+    pool: Any, monkeypatch: pytest.MonkeyPatch, role: str = "prefill", **resolved: Any
+) -> None:
     """`resolved`: what stock has settled on where the operator gave nothing."""
     monkeypatch.setattr(server_args, "resolved", lambda _, name: resolved.get(name))
     runner = SimpleNamespace(token_to_kv_pool=pool)
-    scheduler = SimpleNamespace(tp_worker=SimpleNamespace(model_runner=runner))
+    scheduler = SimpleNamespace(
+        tp_worker=SimpleNamespace(model_runner=runner),
+        disaggregation_mode=SimpleNamespace(value=role),
+    )
     server_args.check_in_force(scheduler, server(dsa_prefill_backend=None))
 
 
 def graphs(backend: str) -> Any:
     """Stock's `CudaGraphConfig`, whose backends are words."""
     return SimpleNamespace(prefill=SimpleNamespace(backend=backend))
+
+
+def test_a_decode_of_the_fleet_keeps_nothing_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line for all servers may name the fix: decode has every layer, by its nature."""
+    server_args.check(server(enable_dsa_cache_layer_split=False, disaggregation_mode="decode"))
+    taken_off: list[tuple[str, str]] = []
+    monkeypatch.setattr(server_args, "unwrap_other_roles", lambda *what: taken_off.append(what))
+    pool_module(monkeypatch)
+    in_force(object(), monkeypatch, role="decode")
+    assert taken_off == [("layer-split", "decode")]
 
 
 def test_what_stock_chose_passes(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Sequence
 
 from hypothesis import given
@@ -63,7 +62,8 @@ class Lagging:
         self._text, self.said = "", ""
 
     def read(self, text: str) -> str:
-        common = os.path.commonprefix([self._text, text])
+        pairs = zip(self._text, text, strict=False)
+        common = "".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
         new, self._text = common[len(self.said) :], text
         self.said = common
         return new
