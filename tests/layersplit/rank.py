@@ -287,6 +287,56 @@ class Rank:
             for mine, whole in pairs
         )
 
+    def in_pairs(self, dtype: str) -> tuple[list[Seen], str]:
+        """Context parallelism within pairs of ranks, as beside attention DP: what a story differs
+        in, and what stock's pool says to its first broadcast."""
+        import torch.distributed as dist
+
+        first = self.rank // 2 * 2
+        pair = [first, first + 1]
+        group = dist.new_group(pair, backend="gloo", use_local_synchronization=True)
+        whole_rank, whole_ranks = self.rank, self.ranks
+        with _parallel(self.rank - first, 2, pair, group):
+            self.rank, self.ranks = self.rank - first, 2
+            try:
+                self.reset(dtype)
+                seen = [self.batch([Part(0, 70)]), self.batch([Part(0, 70)])]
+                self.reset(dtype, stock=True)
+                try:
+                    self.batch([Part(0, 70)])
+                    said = ""
+                except ValueError as error:
+                    said = str(error)
+            finally:
+                self.rank, self.ranks = whole_rank, whole_ranks
+        return seen, said
+
+    def moved(self, dtype: str) -> tuple[bool, str]:
+        """Tokens moved within a page and to another: is it as in the unsplit pool (its own bytes
+        taken one by one), and what stock's split pool says."""
+        import torch
+
+        self.reset(dtype, stock=True)
+        self.batch([Part(0, 3 * PAGE)])
+        rows = self.tables.req_to_token[0, : 3 * PAGE].long()
+        target, source = rows[[0, 5, 70]], rows[[130, 1, 9]]
+        before = [index.clone() for index in self.split.index_k_with_scale_buffer]
+        self.split.move_kv_cache(target, source)
+        right = True
+        for layer, old in enumerate(before):
+            if self.split.owns(layer):
+                new = self.split.index_k_with_scale_buffer[layer]
+                moved = [_index_key(old, int(slot)) for slot in source]
+                found = [_index_key(new, int(slot)) for slot in target]
+                right &= all(torch.equal(*pair) for pair in zip(moved, found, strict=True))
+                kv = self.split.kv_buffer[layer]
+                right &= torch.equal(kv[target], self.whole.kv_buffer[layer][source])
+        try:
+            self.stock.move_kv_cache(target, source)
+            return right, ""
+        except IndexError as error:
+            return right, str(error)
+
     def sizes(self) -> dict[str, int]:
         split = self.split
         tensors = [*split.kv_buffer, *split.index_k_with_scale_buffer]
@@ -298,17 +348,28 @@ class Rank:
         }
 
 
+def _index_key(index: Any, slot: int) -> Any:
+    """The key and the scale of one token: a page holds all keys, then all scales."""
+    import torch
+
+    page, place = slot // PAGE, slot % PAGE
+    keys, scales = index[page, : PAGE * 128], index[page, PAGE * 128 :]
+    return torch.cat([keys[place * 128 : (place + 1) * 128], scales[place * 4 : (place + 1) * 4]])
+
+
 @contextlib.contextmanager
-def _parallel(rank: int, ranks: int) -> Iterator[None]:
+def _parallel(
+    rank: int, ranks: int, global_ranks: list[int] | None = None, process_group: Any = None
+) -> Iterator[None]:
     import torch.distributed as dist
     from sglang.srt.runtime_context import get_parallel
 
     group = SimpleNamespace(
-        ranks=list(range(ranks)),
+        ranks=global_ranks or list(range(ranks)),
         world_size=ranks,
         rank_in_group=rank,
         pynccl_comm=None,
-        cpu_group=dist.group.WORLD,
+        cpu_group=process_group or dist.group.WORLD,
         device="cpu",
     )
     with get_parallel().override(attn_dcp_size=1, attn_dcp_rank=0, attn_cp_group=group):

@@ -121,6 +121,24 @@ def test_it_sends_a_25th_of_stocks_bytes(two: Ranks) -> None:
         assert seen.stock_sent >= 25 * seen.sent
 
 
+def test_beside_attention_dp_it_sends_within_its_own_ranks() -> None:
+    """Stock 0.5.16 to 0.5.23, without NCCL: a rank of the group is taken for one of the world."""
+    four = Ranks(4)
+    try:
+        for number, (seen, said) in enumerate(four.ask("in_pairs", "bf16")):
+            assert [one.differs for one in seen] == [[], []]
+            assert seen[1].sent > 0
+            assert ("is not part of group" in said) == (number >= 2)
+    finally:
+        four.end()
+
+
+def test_tokens_are_moved_as_they_lie(two: Ranks) -> None:
+    """Stock takes a token's slot for a page of index keys."""
+    for right, said in two.ask("moved", "bf16"):
+        assert right and "out of bounds" in said
+
+
 def test_sizes_are_said_as_they_are_held(ranks: Ranks) -> None:
     ranks.ask("reset", "packed", pages=200)
     for sizes in ranks.ask("sizes"):
