@@ -3,8 +3,8 @@
     python -m benchmarks.layersplit.plan_cost
 
 A lab server (two ranks, eight layers, packed KV) answers one request again and again from its
-cached prefix; its batch is planned as often in this process, in turns with the requests. Both are CPUs
-here: on a GPU the plan is some thirty small launches, of which none waits for the device.
+cached prefix; its batch is planned as often in this process, in turns with the requests. Both are
+CPUs here: on a GPU the plan is some thirty small launches, of which none waits for the device.
 """
 
 from __future__ import annotations
