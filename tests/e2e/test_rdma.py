@@ -18,7 +18,7 @@ from tests.verbs.needs import verbs_in_software
 pytestmark = [pytest.mark.e2e, verbs_in_software]
 
 
-@pytest.mark.parametrize("scenario", [pytest.param("abort", marks=pytest.mark.long), "poisoned"])
+@pytest.mark.parametrize("scenario", ["abort", "poisoned"])
 def test_stock_corrupts_and_fixed_does_not(scenario: str, tmp_path: Path) -> None:
     """ "abort" waits for prefill's proof; "poisoned" has none but a fence."""
     with link(1, tmp_path) as way:

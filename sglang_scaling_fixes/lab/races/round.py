@@ -33,7 +33,12 @@ from sglang_scaling_fixes.lab.races.reference import (
     random_prompt,
 )
 from sglang_scaling_fixes.lab.races.result import Round, Verdict, ranges
-from sglang_scaling_fixes.lab.races.scenarios import IN_FLIGHT_SHARE, Ending, Scenario
+from sglang_scaling_fixes.lab.races.scenarios import (
+    IN_FLIGHT_SHARE,
+    Ending,
+    Scenario,
+    says_margins,
+)
 from sglang_scaling_fixes.lab.races.traffic import SAMPLE_S, Traffic
 from sglang_scaling_fixes.lab.servers.cluster import Cluster
 from sglang_scaling_fixes.lab.servers.link import Link
@@ -220,12 +225,13 @@ class Race:
 
         Where victims share a batch the prompt is one without near-ties.
         """
+        margins = bool(self.plan.runners) and says_margins(self.cluster.release)
         for number in range(CLEAR_TRIES):
             prompt = random_prompt(draw, length)
             first = f"{rid}-reference-{number}"
-            options = WITH_MARGIN if self.plan.runners else None
+            options = WITH_MARGIN if margins else None
             reference = self._alone(first, prompt, new_tokens, options)
-            if not self.plan.runners or margin(reference.decode.body) >= MARGIN:
+            if not margins or margin(reference.decode.body) >= MARGIN:
                 break
         again = self._alone(f"{rid}-reference-again", prompt, new_tokens)
         if reference.ids is None or reference.ids != again.ids:

@@ -21,6 +21,10 @@ from sglang_scaling_fixes.lab.verbs import Transport
 HOLDS_FROM = (0, 5, 21)
 """First release whose decode holds the slots of an aborted transfer (30 s) by default."""
 
+SAYS_MARGINS_FROM = (0, 5, 23)
+"""First release that a lab pair was asked for log-probabilities with: 0.5.12's prefill ends itself
+at such a request, so its prompts may have near-ties there."""
+
 REFUSES_FROM = (0, 5, 22)
 """First release whose prefill refuses a prompt that is too long before decode hears of it, unless
 it is told to cut the prompt (--allow-auto-truncate)."""
@@ -191,6 +195,11 @@ def scenario(name: str) -> Scenario:
     if found is None:
         raise LabError(f"unknown scenario {name!r}; there are: {', '.join(SCENARIOS)}")
     return found
+
+
+def says_margins(release: str) -> bool:
+    """Whether a pair of this release can say how sure it was of a token."""
+    return _numbers(release) >= SAYS_MARGINS_FROM
 
 
 def holds(release: str) -> bool:

@@ -81,6 +81,7 @@ class Cluster:
         spec: ClusterSpec | None = None,
     ) -> None:
         self._environment = environment
+        self.release = environment.release
         self._model = model
         self._link = way
         self._run_dir = run_dir
