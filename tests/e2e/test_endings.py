@@ -21,7 +21,7 @@ from sglang_scaling_fixes.reclaim.retry_after import ENDED
 
 from .servers import prompt, report, wait_for
 
-TIMEOUT_S = 25
+TIMEOUT_S = 15
 """Stock's 300 s, made shorter."""
 LINK_MBIT = 6.0
 LONG, TOO_LONG = 600, 1000

@@ -21,7 +21,7 @@ SPEC = ClusterSpec(
 )
 
 
-@pytest.mark.parametrize("release", ["old", "new"])
+@pytest.mark.parametrize("release", [pytest.param("old", marks=pytest.mark.long), "new"])
 def test_a_decode_that_holds_slots_lives_through_what_stock_asserts_to_be_idle_for(
     release: str, checkpoint: Model, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

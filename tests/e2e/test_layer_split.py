@@ -111,8 +111,7 @@ def test_answers_are_the_dense_models_with_drafts_and_after_a_load_back(
     ("ranks", "packed"),
     [
         pytest.param(2, True, marks=pytest.mark.long),
-        (4, True),
-        pytest.param(4, False, marks=pytest.mark.long),
+        *(pytest.param(4, packed, marks=pytest.mark.long) for packed in (True, False)),
     ],
 )
 def test_every_rank_reads_the_layers_of_every_other(
