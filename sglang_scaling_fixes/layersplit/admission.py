@@ -16,8 +16,9 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang_scaling_fixes.attach import wrap
-from sglang_scaling_fixes.layersplit import points
+from sglang_scaling_fixes.layersplit import points, tree
 from sglang_scaling_fixes.layersplit.scratch import Size
+from sglang_scaling_fixes.layersplit.tree import Path
 
 
 class Admission:
@@ -30,7 +31,7 @@ class Admission:
         self._requests = 0
         self._paths: set[int] = set()
 
-    def fits(self, tokens: int, path: list[tuple[int, int]]) -> bool:
+    def fits(self, tokens: int, path: Path) -> bool:
         """Whether a request with a prefix of `tokens` may join. The first one always may.
 
         `path`: `(node, tokens from the root to its end)` for each node of the tree in which its
@@ -41,12 +42,12 @@ class Admission:
         pages = self._pages + self._needed(tokens, path)
         return self._requests < self._size.requests and pages <= self._size.prefix
 
-    def take(self, tokens: int, path: list[tuple[int, int]]) -> None:
+    def take(self, tokens: int, path: Path) -> None:
         self._pages += self._needed(tokens, path)
         self._requests += 1
         self._paths.update(node for node, _ in path)
 
-    def _needed(self, tokens: int, path: list[tuple[int, int]]) -> int:
+    def _needed(self, tokens: int, path: Path) -> int:
         shared = max((end for node, end in path if node in self._paths), default=0)
         return -(-tokens // self._page_size) - min(shared, tokens) // self._page_size
 
@@ -66,13 +67,15 @@ def _add_one(stock: Callable[..., Any], adder: Any, req: Any, *args: Any, **kwar
         return stock(adder, req, *args, **kwargs)
     from sglang.srt.managers.schedule_policy import AddReqResult
 
-    if not admission.fits(_prefix(req) + req.host_hit_length, _path(req)):
+    if not admission.fits(
+        _prefix(req) + req.host_hit_length, tree.path(adder.tree_cache, req.last_node)
+    ):
         _count_deferred()
         return AddReqResult.OTHER
     before = len(adder.can_run_list)
     result = stock(adder, req, *args, **kwargs)
     if len(adder.can_run_list) > before:  # its prefix is now what was really loaded
-        admission.take(_prefix(req), _path(req))
+        admission.take(_prefix(req), tree.path(adder.tree_cache, req.last_node))
     return result
 
 
@@ -81,7 +84,7 @@ def _add_chunked(stock: Callable[..., Any], adder: Any, req: Any) -> Any:
     result = stock(adder, req)
     admission = _admission(adder)
     if admission is not None and len(adder.can_run_list) > before:
-        admission.take(_prefix(req), _path(req))
+        admission.take(_prefix(req), tree.path(adder.tree_cache, req.last_node))
     return result
 
 
@@ -111,21 +114,3 @@ def _prefix(req: Any) -> int:
     """Tokens of a request that were computed before: `prefix_len` since 0.5.22."""
     length = getattr(req, "prefix_len", None)
     return len(req.prefix_indices) if length is None else int(length)
-
-
-def _path(req: Any) -> list[tuple[int, int]]:
-    """The nodes of stock's radix tree on the way to this request's last one, deepest first.
-
-    Only nodes of the device's tree: pages that are still on the host get pages of their own.
-    """
-    nodes = []
-    node = req.last_node
-    while node is not None and getattr(node, "parent", None) is not None:
-        nodes.append((id(node), len(node.key)))
-        node = node.parent
-    total = sum(length for _, length in nodes)
-    path = []
-    for identity, length in nodes:
-        path.append((identity, total))
-        total -= length
-    return path

@@ -17,6 +17,7 @@ _BACKEND = "sglang.srt.layers.attention.dsa_backend:DeepseekSparseAttnBackend"
 _INDEXER = "sglang.srt.layers.attention.dsa.dsa_indexer:Indexer"
 _SIZES = "sglang.srt.model_executor.pool_configurator:DefaultPoolConfigurator"
 _ADDER = "sglang.srt.managers.schedule_policy:PrefillAdder"
+_TREE = "sglang.srt.mem_cache.unified_cache.unified_tree_core_interface:UnifiedTreeCoreInterface"
 _SPLIT = "sglang.srt.layers.cp.utils"
 _CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator"
 
@@ -49,6 +50,8 @@ OWNED_LAYERS = _prefill(
 SHARD = _prefill(f"{_SPLIT}:get_glm_dsa_cp_layer_shard_info", ("model_runner",), wrapped=False)
 KEY_BYTES = _prefill(f"{_CONFIGURATOR}:calculate_mla_kv_cache_dim", wrapped=False)
 ADD_REQUEST = _prefill(f"{_ADDER}.add_one_req", ("req", "has_chunked_req", "truncation_align_size"))
-ADD_CHUNKED = _prefill(f"{_ADDER}.add_chunked_req", ("req",))
+ADD_CHUNKED = _prefill(f"{_ADDER}.add_chunked_req", ("req",), uses=("tree_cache",))
+PATHS = _prefill(f"{_TREE}.collect_path_info", ("end_node_ids",), first="0.5.22", wrapped=False)
+NODES = _prefill(f"{_TREE}.node_by_id", ("node_id",), first="0.5.17", wrapped=False)
 
 ATTACH_POINTS = catalogue(vars())

@@ -18,7 +18,7 @@ from sglang_scaling_fixes.layersplit.planner.models import GLM_5_1, PAGE
 from sglang_scaling_fixes.paths import ROOT
 from tests import child
 from tests.contract import wheels
-from tests.layersplit.stock import orders, pools, run, sizes, tables
+from tests.layersplit.stock import orders, pools, run, sizes, tables, trees
 from tests.releases import NEW
 
 RELEASES = wheels.between("0.5.16", NEW)
@@ -276,3 +276,21 @@ def test_a_release_without_a_split_is_unsupported(release: str, old: Environment
     states = child.said(old.python, ASK, env=env, mark="states:")
     assert states["layer-split"]["state"] == "unsupported"
     assert "no --enable-dsa-cache-layer-split" in states["layer-split"]["reason"]
+
+
+UNIFIED = wheels.between("0.5.19", NEW)
+"""Releases whose tree is UnifiedRadixCache unless told otherwise. It gives nodes by number."""
+
+
+@pytest.mark.parametrize("release", UNIFIED, indirect=True)
+def test_two_requests_of_the_releases_own_tree_share_what_they_share(found: Any) -> None:
+    assert found["trees"]
+    for seen in found["trees"].values():
+        assert seen["last"] == "int"
+        if seen["core"].startswith("Rust") and not seen["ends"][0]:
+            continue  # before 0.5.22 it cannot say
+        ends = [trees.PREFIX * trees.PAGE, trees.COMMON * trees.PAGE]
+        assert seen["ends"] == [ends, ends]
+        assert seen["shared"] == 1
+        assert seen["both fit"]
+        assert not seen["both fit unseen"]  # the control

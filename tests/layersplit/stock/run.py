@@ -11,7 +11,7 @@ MARK = "layer split:"
 def main() -> None:
     import sglang
 
-    from tests.layersplit.stock import orders, pools, sizes, stores, tables
+    from tests.layersplit.stock import orders, pools, sizes, stores, tables, trees
 
     found: dict[str, Any] = {"file": sglang.__file__}
     found["stock"] = {"pools": pools.stock(), "sizes": sizes.all_of()}
@@ -22,4 +22,5 @@ def main() -> None:
     found["sizes"] = sizes.attached()
     found["tables"] = tables.attached()
     found["stores"] = stores.attached()
+    found["trees"] = trees.all_of()
     print(MARK + json.dumps(found), flush=True)

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_scaling_fixes import attach
-from sglang_scaling_fixes.layersplit import admission, points
+from sglang_scaling_fixes.layersplit import admission, points, tree
 from sglang_scaling_fixes.layersplit.admission import Admission
 from sglang_scaling_fixes.layersplit.scratch import Size
 from tests.layersplit.stand_ins import PAGE, Pool, module, pool_module
@@ -147,7 +147,7 @@ def node(pages: int, parent: Node = ROOT) -> Node:
     return Node([0] * (pages * PAGE), parent)
 
 
-def request(pages: int, last: Node = ROOT, on_host: int = 0, refused: bool = False) -> Any:
+def request(pages: int, last: Node | int = ROOT, on_host: int = 0, refused: bool = False) -> Any:
     """`pages`: of its prefix on the device. `on_host`: pages that a load brings there."""
     return SimpleNamespace(
         prefix_len=pages * PAGE,
@@ -159,6 +159,8 @@ def request(pages: int, last: Node = ROOT, on_host: int = 0, refused: bool = Fal
 
 
 class PrefillAdder:
+    tree_cache: Any = None
+
     def __init__(self) -> None:
         self.can_run_list: list[Any] = []
 
@@ -264,6 +266,47 @@ def test_pages_that_two_requests_share_in_the_tree_count_once(adder: type[Any]) 
     assert add(batch, request(8, node(2, shared))) is Result.CONTINUE
     assert add(batch, request(8, node(2, shared))) is Result.OTHER
     assert pool.stats.report()["deferred"] == 1
+
+
+class Core:
+    """A tree core whose nodes are numbers, as UnifiedRadixCache's are."""
+
+    def __init__(self) -> None:
+        self._nodes: list[Node] = []
+
+    def number(self, node: Node) -> int:
+        self._nodes.append(node)
+        return len(self._nodes) - 1
+
+    def node_by_id(self, number: int) -> Node:
+        return self._nodes[number]
+
+
+class Paths(Core):
+    """It says the way to a node, root first."""
+
+    def collect_path_info(self, numbers: list[int]) -> list[list[Any]]:
+        (number,) = numbers
+        nodes = tree.path(None, self._nodes[number])
+        return [[SimpleNamespace(node_id=n, path_end=end) for n, end in reversed(nodes)]]
+
+
+class Silent(Core):
+    def node_by_id(self, number: int) -> Node:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(("core", "joins"), [(Core(), True), (Paths(), True), (Silent(), False)])
+def test_pages_are_shared_in_a_tree_of_numbers(adder: type[Any], core: Core, joins: bool) -> None:
+    """And where the core says no path, they count for each: never too little."""
+    pool = Pool(Size(prefix=10, chunk=8))
+    shared = node(6)
+    batch = adder()
+    batch.tree_cache = SimpleNamespace(tree_core=core)
+    for expected in (True, joins):
+        req = request(8, core.number(node(2, shared)))
+        assert (add(batch, req) is Result.CONTINUE) == expected
+    assert pool.stats.report()["deferred"] == (not joins)
 
 
 def test_before_0_5_22_a_prefix_is_its_slots(adder: type[Any]) -> None:
