@@ -9,7 +9,8 @@ indices into it.
     real_page_table          pages; with these the indexer reads
 
 In a prefill pass the indexer asks the pool for its keys, which translates the pages itself, so
-`real_page_table` keeps the pool's. Where the indexer reads pages in place it is translated, too.
+`real_page_table` keeps the pool's. Where the indexer reads pages in place it is translated, too:
+in passes of a start-up (FlashInfer's autotune), which decode, or verify drafts up to 0.5.17.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def after_metadata(stock: Callable[..., None]) -> Callable[..., None]:
         if not isinstance(pool, LayerSplitDSATokenToKVPool) or mode.is_idle():
             return
         plan = begin(pool, backend.req_to_token_pool.req_to_token, forward_batch)
-        backend.forward_metadata = remapped(backend.forward_metadata, plan, mode.is_decode())
+        paged = not mode.is_extend_without_speculative()
+        backend.forward_metadata = remapped(backend.forward_metadata, plan, paged)
 
     return init_forward_metadata
 
@@ -50,14 +52,18 @@ def begin(pool: Any, req_to_token: Any, batch: Any) -> Plan:
     """Plan the pass of a whole batch, of which the ranks may hold different rows."""
     mode = batch.forward_mode
     seq_lens = batch.seq_lens_cpu.tolist()
-    if mode.is_decode():  # a start-up may try one
-        prefix_lens = [length - 1 for length in seq_lens]
-    elif mode.is_extend_without_speculative():
+    paged_index = not mode.is_extend_without_speculative()
+    if not paged_index:
         prefix_lens = list(batch.extend_prefix_lens_cpu)
+    elif mode.is_decode():
+        prefix_lens = [length - 1 for length in seq_lens]
+    elif mode.is_target_verify():  # drafts are not in the lengths yet
+        prefix_lens = seq_lens
+        seq_lens = [length + batch.spec_info.draft_token_num for length in seq_lens]
     else:
         raise RuntimeError(f"layer-split: a prefill server has no forward pass of {mode}")
     plan: Plan = pool.begin(
-        req_to_token, batch.req_pool_indices, prefix_lens, seq_lens, paged_index=mode.is_decode()
+        req_to_token, batch.req_pool_indices, prefix_lens, seq_lens, paged_index=paged_index
     )
     return plan
 

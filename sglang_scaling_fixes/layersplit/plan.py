@@ -57,16 +57,19 @@ def make(
     *,
     page_size: int,
     pool_pages: int,
+    room: int,
 ) -> Plan:
     """The plan of an extend batch.
 
     `req_to_token`: int `[requests, tokens]`, slots by position. `requests`: int `[batch]`, its rows
     of this batch. `prefix_lens`, `seq_lens`: tokens before this pass, and after it; host numbers.
-    `pool_pages`: pages that slots can name, page 0 included.
+    `pool_pages`: pages that slots can name, page 0 included. `room`: pages of a scratch.
 
     A page that the prefix fills only partly counts as prefix: it is sent, and then written to.
     The host waits for the device only where two requests have a prefix, to find pages that they
-    share: how many there are is not known from the lengths.
+    share: how many there are is not known from the lengths. It waits as well where the lengths
+    alone say more than `room`: stock's warm-ups (FlashInfer's autotune) are batches of thousands
+    of requests that are all in page 0.
     """
     # `index_select`, since indexing with one element of a tensor on a device waits for it.
     starts = req_to_token[:, : max(seq_lens, default=0) : page_size].index_select(0, requests)
@@ -79,7 +82,17 @@ def make(
     prefix = torch.cat([pages.new_empty(0), *read])
     if sum(before > 0 for before in prefix_lens) > 1:
         prefix = torch.unique(prefix)
-    order = torch.cat([pages.new_zeros(1), prefix, *written])
+    new = torch.cat([pages.new_empty(0), *written])
+    if 1 + len(prefix) + len(new) > room:
+        prefix, new = _distinct(prefix, new)
+    order = torch.cat([pages.new_zeros(1), prefix, new])
     table = torch.zeros(pool_pages, dtype=torch.int32, device=pages.device)
     table[order] = torch.arange(len(order), dtype=torch.int32, device=pages.device)
     return Plan(prefix, order, table, page_size)
+
+
+def _distinct(prefix: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+    """Each page once, and page 0 not at all: it is padding, and has its place."""
+    prefix, new = torch.unique(prefix), torch.unique(new)
+    prefix = prefix[prefix > 0]
+    return prefix, new[(new > 0) & ~torch.isin(new, prefix)]

@@ -236,6 +236,7 @@ class LayerSplitDSATokenToKVPool(DSATokenToKVPool):  # type: ignore[misc]  # sgl
             seq_lens,
             page_size=self.page_size,
             pool_pages=pool_pages,
+            room=self.size_of_scratch.pages,
         )
         if len(plan.pages) > self.size_of_scratch.pages:
             raise RuntimeError(

@@ -85,6 +85,7 @@ def collectives_of_rank_local_plans(rank: Rank, parts: list[tuple[int, int, int]
         [after for _, _, after in held],
         page_size=64,
         pool_pages=100,
+        room=100,
     )
     return [len(found.prefix)]
 

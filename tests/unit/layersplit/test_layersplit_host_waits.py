@@ -43,7 +43,9 @@ def waits(prefix: list[int]) -> int:
     requests = torch.arange(len(prefix))
     lengths = [before + 10 for before in prefix]
     with Waits() as seen:
-        made = plan.make(table, requests, prefix, lengths, page_size=PAGE, pool_pages=PAGES)
+        made = plan.make(
+            table, requests, prefix, lengths, page_size=PAGE, pool_pages=PAGES, room=PAGES
+        )
         made.slot(table[0, :100].long())
         made.slot(table)
         made.page(table[:, ::PAGE] // PAGE)

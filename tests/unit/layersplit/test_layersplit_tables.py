@@ -56,7 +56,7 @@ def test_pages_are_translated_where_the_indexer_reads_them_in_place() -> None:
 
 
 def mode(**true: bool) -> Any:
-    asked = ("is_decode", "is_extend_without_speculative", "is_idle")
+    asked = ("is_decode", "is_extend_without_speculative", "is_idle", "is_target_verify")
     return SimpleNamespace(**{name: lambda name=name: true.get(name, False) for name in asked})
 
 
@@ -79,6 +79,7 @@ def batch(forward_mode: Any) -> Any:
         seq_lens_cpu=torch.tensor([9, 4]),
         extend_prefix_lens_cpu=[3, 0],
         req_pool_indices="rows",
+        spec_info=SimpleNamespace(draft_token_num=3),
     )
 
 
@@ -88,6 +89,8 @@ def test_a_pass_is_planned_from_the_whole_batch() -> None:
     assert (pool.batch, pool.paged_index) == (("table", "rows", [3, 0], [9, 4]), False)
     metadata.begin(pool, "table", batch(mode(is_decode=True)))
     assert (pool.batch, pool.paged_index) == (("table", "rows", [8, 3], [9, 4]), True)
+    metadata.begin(pool, "table", batch(mode(is_target_verify=True)))
+    assert (pool.batch, pool.paged_index) == (("table", "rows", [9, 4], [12, 7]), True)
 
 
 def test_a_pass_that_no_prefill_server_has_is_an_error() -> None:
