@@ -18,7 +18,12 @@ def all_of() -> dict[str, Any]:
 
 
 def _found(core: str) -> dict[str, Any] | None:
-    tree = _tree(core)
+    try:
+        tree = _tree(core)
+    except (FileNotFoundError, RuntimeError):
+        if core != "rust":
+            raise
+        tree = None  # an unpacked wheel may lack what is compiled, or have it for another PyTorch
     if tree is None:
         return None
     import torch
