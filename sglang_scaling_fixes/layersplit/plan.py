@@ -88,6 +88,7 @@ def make(
     order = torch.cat([pages.new_zeros(1), prefix, new])
     table = torch.zeros(pool_pages, dtype=torch.int32, device=pages.device)
     table[order] = torch.arange(len(order), dtype=torch.int32, device=pages.device)
+    table[:1] = 0  # a warm-up's requests are in page 0
     return Plan(prefix, order, table, page_size)
 
 

@@ -205,8 +205,8 @@ def warm_up(requests: int, prefix: int = 0) -> Batch:
 def test_a_warm_up_of_any_size_needs_padding_only(prefix: int) -> None:
     batch = warm_up(5000, prefix)
     plan = made(batch, room=20)
-    assert plan.pages.tolist() == [0] and not len(plan.prefix)
-    assert not plan.slot(batch.tables).any()
+    assert len(plan.pages) <= 2 and not plan.pages.any()
+    assert torch.equal(plan.slot(batch.tables), batch.tables)  # row 0 stays row 0
 
 
 def test_control_by_their_lengths_it_would_need_a_page_for_each() -> None:
