@@ -55,7 +55,15 @@ def plan_seconds(prefix: int, new: int, pool_tokens: int) -> float:
     tables = Tables(row, row[0], row[:, ::PAGE] // PAGE)
     written = row[0, prefix:].long()
     began = time.perf_counter()
-    made = plan.make(row, torch.tensor([0]), [prefix], [length], page_size=PAGE, pool_pages=pages)
+    made = plan.make(
+        row,
+        torch.tensor([0]),
+        [prefix],
+        [length],
+        page_size=PAGE,
+        pool_pages=pages,
+        room=pages,
+    )
     metadata.remapped(tables, made, paged_index=False)
     for _ in range(2 * SPLIT.layers):
         made.slot(written)
