@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from sglang_scaling_fixes.attach import is_wrapped
 from sglang_scaling_fixes.config import Config
 from sglang_scaling_fixes.layersplit import FIX, points, scratch
 from sglang_scaling_fixes.layersplit.lane import StreamLane
+from sglang_scaling_fixes.ordering import loads
 from sglang_scaling_fixes.presence import exists
 from sglang_scaling_fixes.racecheck import kv_stack, recording_cuda
 from sglang_scaling_fixes.racecheck.kv_stack import DEVICE_PAGES, PAGE
@@ -37,8 +39,11 @@ def arm() -> str:
         return "this release has no LayerSplit"
     there = vars(importlib.import_module(points.MODULE))
     stock = there["LayerSplitDSATokenToKVPool"]
+    ordered = is_wrapped(loads.PREFETCH)
     proof = FIX.arm(Config()).proof
     there["LayerSplitDSATokenToKVPool"] = stock
+    if ordered:  # what leaves with stock's class comes back with it
+        loads.attach_prefetch()
     _armed = True
     return proof
 
