@@ -62,6 +62,8 @@ class Fix(abc.ABC):
     """`(release, what stock does by itself from this release on)`, oldest first."""
     native: ClassVar[tuple[str, ...]] = ()
     """The releases of `stock` from which, up to the next one there, nothing has to be attached."""
+    unsupported: ClassVar[tuple[str, ...]] = ()
+    """The same, where it cannot be in force: stock lacks what it mends."""
     upstream: ClassVar[str]
     """Where upstream has worked on it."""
     remove_when: ClassVar[str]

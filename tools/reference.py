@@ -61,6 +61,7 @@ def _states(fix: Fix) -> Iterator[str]:
         return
     for first, does in fix.stock:
         state = "native" if first in fix.native else "armed"
+        state = "unsupported" if first in fix.unsupported else state
         yield f"from {first} **{state}** ({does})"
 
 

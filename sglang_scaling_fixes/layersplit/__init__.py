@@ -32,9 +32,10 @@ class LayerSplit(Fix):
     )
     how = "Owners broadcast only the pages in use, a layer ahead, into two compact scratches."
     stock = (
-        ("0.5.11", "every rank stores every layer"),
+        ("0.5.11", "has no split: every rank stores every layer"),
         (points.FIRST, "broadcasts the whole pool of each layer, on one scratch of its size"),
     )
+    unsupported = ("0.5.11",)
     upstream = "sgl-project/sglang LayerSplit (in 0.5.16), #39601 (pages in use, open)"
     remove_when = "upstream filters its broadcast by page and double-buffers it"
     settings = SETTINGS
