@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang_scaling_fixes.attach import wrap
-from sglang_scaling_fixes.layersplit import points, tree
+from sglang_scaling_fixes.layersplit import points, report, tree
 from sglang_scaling_fixes.layersplit.scratch import Size
 from sglang_scaling_fixes.layersplit.tree import Path
 
@@ -91,22 +91,15 @@ def _add_chunked(stock: Callable[..., Any], adder: Any, req: Any) -> Any:
 def _admission(adder: Any) -> Admission | None:
     """None where this process has no split pool."""
     found: Admission | None = getattr(adder, _ADMISSION, None)
-    if found is None and (pool := _pool()) is not None:
+    if found is None and (pool := report.pool()) is not None:
         found = Admission(pool.size_of_scratch, pool.page_size)
         setattr(adder, _ADMISSION, found)
     return found
 
 
-def _pool() -> Any:
-    from sglang_scaling_fixes.layersplit.pool import LayerSplitDSATokenToKVPool
-
-    current = LayerSplitDSATokenToKVPool.current
-    return current() if current is not None else None
-
-
 def _count_deferred() -> None:
     """Once for each batch: it is closed then, and the request asks again for the next."""
-    if (pool := _pool()) is not None:
+    if (pool := report.pool()) is not None:
         pool.stats.inc("deferred")
 
 

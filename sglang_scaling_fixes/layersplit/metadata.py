@@ -42,8 +42,7 @@ def after_metadata(stock: Callable[..., None]) -> Callable[..., None]:
         if not isinstance(pool, LayerSplitDSATokenToKVPool) or mode.is_idle():
             return
         plan = begin(pool, backend.req_to_token_pool.req_to_token, forward_batch)
-        paged = not mode.is_extend_without_speculative()
-        backend.forward_metadata = remapped(backend.forward_metadata, plan, paged)
+        backend.forward_metadata = remapped(backend.forward_metadata, plan, _in_place(mode))
 
     return init_forward_metadata
 
@@ -52,7 +51,7 @@ def begin(pool: Any, req_to_token: Any, batch: Any) -> Plan:
     """Plan the pass of a whole batch, of which the ranks may hold different rows."""
     mode = batch.forward_mode
     seq_lens = batch.seq_lens_cpu.tolist()
-    paged_index = not mode.is_extend_without_speculative()
+    paged_index = _in_place(mode)
     if not paged_index:
         prefix_lens = list(batch.extend_prefix_lens_cpu)
     elif mode.is_decode():
@@ -66,6 +65,11 @@ def begin(pool: Any, req_to_token: Any, batch: Any) -> Plan:
         req_to_token, batch.req_pool_indices, prefix_lens, seq_lens, paged_index=paged_index
     )
     return plan
+
+
+def _in_place(mode: Any) -> bool:
+    """Whether the indexer reads pages where they lie, and not whole requests from the pool."""
+    return not mode.is_extend_without_speculative()
 
 
 def remapped(metadata: Any, plan: Plan, paged_index: bool) -> Any:

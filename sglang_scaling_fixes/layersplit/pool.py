@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import logging
 import weakref
 from collections.abc import Iterator
 from functools import partial
@@ -46,8 +45,6 @@ from sglang_scaling_fixes.layersplit.pack import pack
 from sglang_scaling_fixes.layersplit.schedule import SCRATCHES
 from sglang_scaling_fixes.layersplit.scratch import Scratch, Size
 from sglang_scaling_fixes.metrics import Metrics
-
-logger = logging.getLogger(__name__)
 
 _SCRATCH, _OWNER = "scratch", "owner"
 
@@ -115,18 +112,15 @@ class LayerSplitDSATokenToKVPool(DSATokenToKVPool):  # type: ignore[misc]  # sgl
     def _only_owned(self) -> Iterator[None]:
         """Within the block this is a pool of the owned layers alone, to stock's own methods."""
         start, end = self._owned_local_layer_range()
-        kv, index, layers = self.kv_buffer, self._index_buffers(), self.layer_num
-        self.kv_buffer, self.layer_num = kv[start:end], end - start
+        kv, index = self.kv_buffer, self.index_k_with_scale_buffer
+        self.kv_buffer = kv[start:end]
         self._set_index_buffers(index[start:end])
         try:
-            yield
+            with self._fewer_layers():
+                yield
         finally:
-            self.kv_buffer, self.layer_num = kv, layers
+            self.kv_buffer = kv
             self._set_index_buffers(index)
-
-    def _index_buffers(self) -> list[Tensor]:
-        cache = getattr(self, "index_key_cache", None)
-        return list(self.index_k_with_scale_buffer if cache is None else cache.buffer)
 
     def _set_index_buffers(self, buffers: list[Tensor]) -> None:
         cache = getattr(self, "index_key_cache", None)
@@ -267,7 +261,7 @@ class LayerSplitDSATokenToKVPool(DSATokenToKVPool):  # type: ignore[misc]  # sgl
         first, last = 1, 1 + len(plan.prefix)
         kv = scratch.kv[first * self.page_size : last * self.page_size]
         parts = [kv]
-        index = self._index_buffers()[layer]
+        index = self.index_k_with_scale_buffer[layer]
         if self._has_index(layer):
             parts.append(scratch.index[first:last])
         owner = get_layer_owner(layer, self.layer_shard_size, self.layer_num)
@@ -436,5 +430,5 @@ class LayerSplitDSATokenToKVPool(DSATokenToKVPool):  # type: ignore[misc]  # sgl
         for kv in self.kv_buffer:
             if len(kv):
                 kv[target] = kv[source]
-        for index in self._index_buffers():
+        for index in self.index_k_with_scale_buffer:
             move_index_keys(index, target, source, self.page_size, self.index_head_dim)

@@ -48,7 +48,7 @@ def test_a_pass_counts_what_it_sends(pool: Any) -> None:
     assert (counts(pool)["forwards"], counts(pool)["bytes"]) == (1, 0)
     begin(pool, PREFIX)
     assert (counts(pool)["pages"], counts(pool)["broadcasts"]) == (2, SCRATCHES)
-    row = pool.kv_buffer[0][0].nbytes + pool._index_buffers()[0][0].nbytes // probe._PAGE
+    row = pool.kv_buffer[0][0].nbytes + pool.index_k_with_scale_buffer[0][0].nbytes // probe._PAGE
     assert counts(pool)["bytes"] == SCRATCHES * PREFIX * row
 
 
