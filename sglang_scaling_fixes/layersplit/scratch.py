@@ -8,8 +8,10 @@ Both hold the pages of one plan, at the same places: layer `l` lies in scratch `
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:  # the planner counts with these sizes, and runs without torch
+    from torch import Tensor
 
 REQUESTS = 128
 """Requests of one batch, at most: each may begin a page of its own beside the chunk's."""

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sglang_scaling_fixes.layersplit import scratch
 from sglang_scaling_fixes.layersplit.planner.models import PAGE, Model, index_bytes, kv_bytes, pages
+from sglang_scaling_fixes.layersplit.schedule import SCRATCHES
 
 MTP = {
     "none": "no draft layer",
     "whole": "every rank keeps the draft layer",
     "split": "the draft layer has one owner, like any other layer; upstream and unsplit: whole",
 }
-SCRATCHES = 2
-"""Compact ones of ours: one is read while the other is filled."""
 UPSTREAM_SCRATCHES = 1
 """As large as a layer of the pool."""
 
@@ -92,8 +92,8 @@ class Pool:
 
     @property
     def least_scratch(self) -> int:
-        """Tokens of a scratch in which one request of the longest context fits."""
-        return PAGE * (1 + pages(self.model.context) + pages(self.chunk))
+        """Tokens of a scratch with which a server starts, whatever its limit of requests."""
+        return scratch.least(self.model.context, self.chunk, scratch.REQUESTS, PAGE)
 
     @property
     def scratch_bytes(self) -> int:

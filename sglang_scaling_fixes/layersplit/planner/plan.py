@@ -35,8 +35,8 @@ class Asked:
             )
         if pool.scratch_tokens < pool.least_scratch:
             raise ConfigError(
-                f"--scratch-tokens {pool.scratch_tokens} does not hold one context of {model.name} "
-                f"and one chunk; write at least {pool.least_scratch}"
+                f"--scratch-tokens {pool.scratch_tokens} does not hold one context of {model.name}, "
+                f"one chunk and a page for each request; write at least {pool.least_scratch}"
             )
         if pool.ours() < longest:
             raise ConfigError(

@@ -9,12 +9,10 @@ from sglang_scaling_fixes.layersplit.planner import flags, plan, report
 from sglang_scaling_fixes.layersplit.planner.capacity import MTP, Pool
 from sglang_scaling_fixes.layersplit.planner.models import KV_DTYPES, MODELS
 from sglang_scaling_fixes.layersplit.planner.traffic import Speed
+from sglang_scaling_fixes.layersplit.scratch import CONTEXTS
 
 LEAST_RANKS = 2
 """One rank has nothing to split."""
-CONTEXTS_OF_A_SCRATCH = 2
-"""By default, so that a batch can have more than one long prefix. Both scratches of GLM-5.1 on 8
-ranks then take a quarter of the bytes of upstream's one."""
 
 DESCRIPTION = (
     "What LayerSplit would hold, send and leave exposed: without a split, with upstream's, with "
@@ -75,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
 def asked(args: argparse.Namespace) -> plan.Asked:
     """The flags as numbers. Raises ConfigError, which names flag, value and remedy."""
     model = MODELS[flags.one_of("--model", args.model, MODELS)]
-    scratch = CONTEXTS_OF_A_SCRATCH * model.context
+    scratch = CONTEXTS * model.context
     if args.scratch_tokens is not None:
         scratch = flags.tokens("--scratch-tokens", args.scratch_tokens)
     pool = Pool(

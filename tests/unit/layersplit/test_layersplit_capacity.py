@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_scaling_fixes.layersplit.planner.capacity import MTP, SCRATCHES, Pool, owned_layers
+from sglang_scaling_fixes.layersplit import scratch
+from sglang_scaling_fixes.layersplit.planner.capacity import MTP, Pool, owned_layers
 from sglang_scaling_fixes.layersplit.planner.flags import size
 from sglang_scaling_fixes.layersplit.planner.labels import PUBLISHED, published
 from sglang_scaling_fixes.layersplit.planner.models import (
@@ -18,6 +19,7 @@ from sglang_scaling_fixes.layersplit.planner.models import (
     index_bytes,
     kv_bytes,
 )
+from sglang_scaling_fixes.layersplit.schedule import SCRATCHES
 
 NEAR = 0.001
 CHUNK = 8192
@@ -80,7 +82,15 @@ def test_a_scratch_is_whole_pages_and_holds_a_context_a_chunk_and_padding(pool: 
     assert pool.scratch_rows % PAGE == 0
     assert 0 <= pool.scratch_rows - pool.scratch_tokens < PAGE
     assert pool.least_scratch >= pool.model.context + pool.chunk + PAGE
-    assert pool.least_scratch < pool.model.context + pool.chunk + 3 * PAGE
+
+
+@given(POOLS, st.integers(1, 1000))
+def test_a_server_starts_with_the_least_that_a_plan_asks_for(pool: Pool, requests: int) -> None:
+    """And one with as many requests in a batch as there may be starts with no less."""
+    found = scratch.size(pool.least_scratch, pool.chunk, requests, PAGE)
+    assert found.prefix * PAGE >= pool.model.context
+    less = scratch.size(pool.least_scratch - PAGE, pool.chunk, scratch.REQUESTS, PAGE)
+    assert less.prefix * PAGE < pool.model.context
 
 
 @given(st.integers(1, 200), st.integers(1, 200))
