@@ -35,8 +35,9 @@ class Asked:
             )
         if pool.scratch_tokens < pool.least_scratch:
             raise ConfigError(
-                f"--scratch-tokens {pool.scratch_tokens} does not hold one context of {model.name}, "
-                f"one chunk and a page for each request; write at least {pool.least_scratch}"
+                f"--scratch-tokens {pool.scratch_tokens} does not hold one context of "
+                f"{model.name}, one chunk and a page for each request; write at least "
+                f"{pool.least_scratch}"
             )
         if pool.ours() < longest:
             raise ConfigError(
