@@ -19,6 +19,7 @@ from sglang_scaling_fixes.lab.standins import (
     dsa,
     gpu,
     hidden,
+    idle,
     kernels,
 )
 
@@ -34,6 +35,7 @@ def install() -> None:
     import_hooks.after_import("torch", cuda.patch_torch)
     dsa.install()
     context_parallel.install()
+    idle.install()
     forgetful.install()
     failing.install()
     slow.install()
