@@ -5,7 +5,7 @@ schedule.py      when each layer travels
 forward.py       both, for one pass: what is under way, and who waits for it
 pool.py          the pool: owned layers, two scratches
 pack.py, channel.py, lane.py   an owner's copy, the broadcast, and the stream on which both run
-metadata.py, index_writes.py, admission.py, tree.py, sizing.py   where stock meets it
+metadata.py, index_writes.py, admission.py, sharing.py, tree.py, sizing.py   where stock meets it
 """
 
 from __future__ import annotations

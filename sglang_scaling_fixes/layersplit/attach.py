@@ -6,7 +6,14 @@ import importlib
 from typing import TYPE_CHECKING
 
 from sglang_scaling_fixes.attach import unwrap_class
-from sglang_scaling_fixes.layersplit import admission, index_writes, metadata, points, sizing
+from sglang_scaling_fixes.layersplit import (
+    admission,
+    index_writes,
+    metadata,
+    points,
+    sharing,
+    sizing,
+)
 
 if TYPE_CHECKING:
     from sglang_scaling_fixes.config import Config
@@ -24,6 +31,7 @@ def attach(config: Config) -> None:
     sizing.attach(config.layer_split_scratch)
     index_writes.attach()
     admission.attach()
+    sharing.attach()
     metadata.attach()
 
 

@@ -52,8 +52,10 @@ def begin(pool: Any, req_to_token: Any, batch: Any) -> Plan:
     mode = batch.forward_mode
     seq_lens = batch.seq_lens_cpu.tolist()
     paged_index = _in_place(mode)
+    shared = None
     if not paged_index:
         prefix_lens = list(batch.extend_prefix_lens_cpu)
+        shared = pool.sharing.take(batch.rids, prefix_lens)
     elif mode.is_decode():
         prefix_lens = [length - 1 for length in seq_lens]
     elif mode.is_target_verify():  # drafts are not in the lengths yet
@@ -62,7 +64,12 @@ def begin(pool: Any, req_to_token: Any, batch: Any) -> Plan:
     else:
         raise RuntimeError(f"layer-split: a prefill server has no forward pass of {mode}")
     plan: Plan = pool.begin(
-        req_to_token, batch.req_pool_indices, prefix_lens, seq_lens, paged_index=paged_index
+        req_to_token,
+        batch.req_pool_indices,
+        prefix_lens,
+        seq_lens,
+        paged_index=paged_index,
+        shared=shared,
     )
     return plan
 

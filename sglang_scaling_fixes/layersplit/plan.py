@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sglang_scaling_fixes.layersplit.sharing import several
 from sglang_scaling_fixes.layersplit.translate import translate
 
 
@@ -58,29 +59,38 @@ def make(
     page_size: int,
     pool_pages: int,
     room: int,
+    shared: Sequence[int] | None = None,
 ) -> Plan:
     """The plan of an extend batch.
 
     `req_to_token`: int `[requests, tokens]`, slots by position. `requests`: int `[batch]`, its rows
     of this batch. `prefix_lens`, `seq_lens`: tokens before this pass, and after it; host numbers.
     `pool_pages`: pages that slots can name, page 0 included. `room`: pages of a scratch.
+    `shared`: for each request the pages at its beginning that an earlier request of the batch has,
+    too (`sharing.py`); None if that is not known.
 
     A page that the prefix fills only partly counts as prefix: it is sent, and then written to.
-    The host waits for the device only where two requests have a prefix, to find pages that they
-    share: how many there are is not known from the lengths. It waits as well where the lengths
-    alone say more than `room`: stock's warm-ups (FlashInfer's autotune) are batches of thousands
-    of requests that are all in page 0.
+    The host waits for the device where two requests have a prefix and what they share is not known,
+    and where the lengths say more than `room`: stock's warm-ups (FlashInfer's autotune) are batches
+    of thousands of requests that are all in page 0.
+
+    A page said to be shared that no earlier request has ends the process (on a GPU: by an assertion
+    on the device): it would be read from padding.
     """
     # `index_select`, since indexing with one element of a tensor on a device waits for it.
     starts = req_to_token[:, : max(seq_lens, default=0) : page_size].index_select(0, requests)
     pages = torch.div(starts.long(), page_size, rounding_mode="floor")
-    read = [pages[i, : -(-before // page_size)] for i, before in enumerate(prefix_lens)]
+    skipped = shared or [0] * len(prefix_lens)
+    read = [
+        pages[i, skip : -(-before // page_size)]
+        for i, (skip, before) in enumerate(zip(skipped, prefix_lens, strict=True))
+    ]
     written = [
         pages[i, -(-before // page_size) : -(-after // page_size)]
         for i, (before, after) in enumerate(zip(prefix_lens, seq_lens, strict=True))
     ]
     prefix = torch.cat([pages.new_empty(0), *read])
-    if sum(before > 0 for before in prefix_lens) > 1:
+    if shared is None and several(prefix_lens):
         prefix = torch.unique(prefix)
     new = torch.cat([pages.new_empty(0), *written])
     if 1 + len(prefix) + len(new) > room:
@@ -89,6 +99,9 @@ def make(
     table = torch.zeros(pool_pages, dtype=torch.int32, device=pages.device)
     table[order] = torch.arange(len(order), dtype=torch.int32, device=pages.device)
     table[:1] = 0  # a warm-up's requests are in page 0
+    if any(skipped):
+        elsewhere = torch.cat([pages[i, :skip] for i, skip in enumerate(skipped)])
+        torch._assert_async((table[elsewhere] > 0).all(), "layer-split: a shared page is missing")
     return Plan(prefix, order, table, page_size)
 
 

@@ -51,6 +51,10 @@ SHARD = _prefill(f"{_SPLIT}:get_glm_dsa_cp_layer_shard_info", ("model_runner",),
 KEY_BYTES = _prefill(f"{_CONFIGURATOR}:calculate_mla_kv_cache_dim", wrapped=False)
 ADD_REQUEST = _prefill(f"{_ADDER}.add_one_req", ("req", "has_chunked_req", "truncation_align_size"))
 ADD_CHUNKED = _prefill(f"{_ADDER}.add_chunked_req", ("req",), uses=("tree_cache",))
+PREPARE = _prefill(
+    "sglang.srt.managers.schedule_batch:ScheduleBatch.prepare_for_extend",
+    uses=("reqs", "prefix_lens", "tree_cache"),
+)
 PATHS = _prefill(f"{_TREE}.collect_path_info", ("end_node_ids",), first="0.5.22", wrapped=False)
 NODES = _prefill(f"{_TREE}.node_by_id", ("node_id",), first="0.5.17", wrapped=False)
 

@@ -44,6 +44,7 @@ from sglang_scaling_fixes.layersplit.moves import move_index_keys
 from sglang_scaling_fixes.layersplit.pack import pack
 from sglang_scaling_fixes.layersplit.schedule import SCRATCHES
 from sglang_scaling_fixes.layersplit.scratch import Scratch, Size
+from sglang_scaling_fixes.layersplit.sharing import Sharing
 from sglang_scaling_fixes.metrics import Metrics
 
 _SCRATCH, _OWNER = "scratch", "owner"
@@ -81,6 +82,7 @@ class LayerSplitDSATokenToKVPool(DSATokenToKVPool):  # type: ignore[misc]  # sgl
         self.layer_shard_rank = layer_shard_rank
         self.layer_shard_size = layer_shard_size
         self.stats = Metrics(PREFILL, None)
+        self.sharing = Sharing()
         layers = kwargs["layer_num"]
         if layer_shard_size > layers:
             raise ConfigError(
@@ -216,7 +218,9 @@ class LayerSplitDSATokenToKVPool(DSATokenToKVPool):  # type: ignore[misc]  # sgl
         requests: Tensor,
         prefix_lens: list[int],
         seq_lens: list[int],
+        *,
         paged_index: bool = False,
+        shared: list[int] | None = None,
     ) -> plans.Plan:
         """A forward pass begins: plan it, and send what can be sent. `plan.make` says what is what.
 
@@ -231,6 +235,7 @@ class LayerSplitDSATokenToKVPool(DSATokenToKVPool):  # type: ignore[misc]  # sgl
             page_size=self.page_size,
             pool_pages=pool_pages,
             room=self.size_of_scratch.pages,
+            shared=shared,
         )
         if len(plan.pages) > self.size_of_scratch.pages:
             raise RuntimeError(

@@ -15,6 +15,7 @@ from sglang_scaling_fixes.lab.faults import forgetful
 from sglang_scaling_fixes.lab.install import Environment
 from sglang_scaling_fixes.lab.servers import checkpoints
 from sglang_scaling_fixes.lab.servers.serve import Options, Served, prompt
+from sglang_scaling_fixes.layersplit import scratch
 
 from .servers import report, resting
 from .test_tiny_glm import (
@@ -31,6 +32,7 @@ from .test_tiny_glm import (
 
 pytestmark = pytest.mark.e2e
 
+PAGE = 64
 LAYERS = 8  # over 2 ranks 4 and 4, over 4 ranks 2 each
 SPLIT = Options(
     pd=True,
@@ -99,7 +101,7 @@ def test_answers_are_the_dense_models_with_drafts_and_after_a_load_back(
             assert_dense_agrees(model, ids, reply)
         counted = split(served)
         # KV and index keys of the pages in use, once for each layer: bf16 has 576 values.
-        assert counted["bytes"] == counted["pages"] * 64 * (2 * 576 + 132) * LAYERS > 0
+        assert counted["bytes"] == counted["pages"] * PAGE * (2 * 576 + 132) * LAYERS > 0
         assert counted["exposed_ms"] > 0  # 20 ms a layer show somewhere
         assert served.cluster is not None
         held = report(served.cluster)
@@ -126,6 +128,36 @@ def test_every_rank_reads_the_layers_of_every_other(
         for ids, reply in zip(sharing(), asked_at_once(served, sharing()), strict=True):
             assert_dense_agrees(model, ids, reply)
         assert split(served)["broadcasts"] > 0
+
+
+CONTEXT, CHUNK, REQUESTS = 320, 256, 8
+LEAST = scratch.least(CONTEXT, CHUNK, REQUESTS, PAGE)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("tokens", "waits"), [(LEAST, True), (LEAST + 3 * CONTEXT, False)])
+def test_a_prefix_that_does_not_fit_the_scratch_waits_its_turn(
+    new: Environment, tmp_path: Path, tokens: int, waits: bool
+) -> None:
+    """Three prompts at once, each with a prefix of four pages. The smaller scratch has five."""
+    model = dense(new)
+    sizes = {
+        "--context-length": CONTEXT,
+        "--chunked-prefill-size": CHUNK,
+        "--max-running-requests": REQUESTS,
+        "--layer-split-scratch-tokens": tokens,
+    }
+    flags = [str(part) for pair in sizes.items() for part in pair]
+    options = replace(SPLIT, prefill_flags=(*SPLIT.prefill_flags, *flags))
+    prompts = [prompt(CONTEXT - TOKENS - 10, seed=40 + i) for i in range(3)]
+    with resting(options, new, tmp_path) as served:
+        for ids in prompts:
+            served.ask(ids, 1)
+        for _ in range(2):
+            for ids, reply in zip(prompts, asked_at_once(served, prompts), strict=True):
+                assert reply.prefill["cached_tokens"] == 4 * PAGE
+                assert_dense_agrees(model, ids, reply)
+        assert (split(served)["deferred"] > 0) == waits
 
 
 @pytest.mark.long

@@ -11,6 +11,7 @@ import pytest
 
 from sglang_scaling_fixes.layersplit.metrics import PREFILL
 from sglang_scaling_fixes.layersplit.scratch import Size
+from sglang_scaling_fixes.layersplit.sharing import Sharing
 from sglang_scaling_fixes.metrics import Metrics
 
 PAGE = 64
@@ -26,6 +27,7 @@ class Pool:
     def __init__(self, size: Size) -> None:
         self.size_of_scratch = size
         self.stats = Metrics(PREFILL, None)
+        self.sharing = Sharing()
         type(self).current = weakref.ref(self)
 
 

@@ -1,4 +1,4 @@
-"""What makes the host wait for a GPU: nothing, but where two requests of a batch have a prefix."""
+"""What makes the host wait for a GPU: nothing, where the tree says what prefixes share."""
 
 from __future__ import annotations
 
@@ -38,13 +38,20 @@ def _indexed_by_bool(name: str, args: Any) -> bool:
     return any(isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in indices)
 
 
-def waits(prefix: list[int]) -> int:
+def waits(prefix: list[int], shared: list[int] | None = None) -> int:
     table = torch.arange(PAGE, PAGE * PAGES, dtype=torch.int32).repeat(4, 1)
     requests = torch.arange(len(prefix))
     lengths = [before + 10 for before in prefix]
     with Waits() as seen:
         made = plan.make(
-            table, requests, prefix, lengths, page_size=PAGE, pool_pages=PAGES, room=PAGES
+            table,
+            requests,
+            prefix,
+            lengths,
+            page_size=PAGE,
+            pool_pages=PAGES,
+            room=PAGES,
+            shared=shared,
         )
         made.slot(table[0, :100].long())
         made.slot(table)
@@ -58,7 +65,12 @@ def test_a_plan_waits_for_nothing(prefix: list[int]) -> None:
     assert waits(prefix) == 0
 
 
-def test_it_waits_once_where_requests_may_share_pages() -> None:
+@pytest.mark.parametrize("shared", [[0, 10, 0], [0, 10, 3]])
+def test_it_waits_for_nothing_where_the_tree_says_what_is_shared(shared: list[int]) -> None:
+    assert waits([640, 640, 200], shared) == 0
+
+
+def test_it_waits_once_where_nobody_says() -> None:
     assert waits([640, 640]) == 1
 
 

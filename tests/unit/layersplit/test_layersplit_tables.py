@@ -15,6 +15,7 @@ from torch import Tensor
 from sglang_scaling_fixes.layersplit import index_writes, metadata
 from sglang_scaling_fixes.layersplit.plan import Plan
 from sglang_scaling_fixes.layersplit.scratch import Size
+from sglang_scaling_fixes.layersplit.sharing import Sharing
 from tests.layersplit.stand_ins import PAGE, Pool, module, pool_module
 
 
@@ -63,8 +64,11 @@ def mode(**true: bool) -> Any:
 class Planned:
     """A pool that keeps what it was asked to plan."""
 
-    def begin(self, *batch: Any, paged_index: bool) -> Plan:
-        self.batch, self.paged_index = batch, paged_index
+    def __init__(self) -> None:
+        self.sharing = Sharing()
+
+    def begin(self, *batch: Any, paged_index: bool, shared: list[int] | None) -> Plan:
+        self.batch, self.paged_index, self.shared = batch, paged_index, shared
         return plan()
 
 
@@ -78,6 +82,7 @@ def batch(forward_mode: Any) -> Any:
         forward_mode=forward_mode,
         seq_lens_cpu=torch.tensor([9, 4]),
         extend_prefix_lens_cpu=[3, 0],
+        rids=["a", "b"],
         req_pool_indices="rows",
         spec_info=SimpleNamespace(draft_token_num=3),
     )
