@@ -30,7 +30,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 LAB_RELEASE = "0.5.12"
-PATIENT = {"tests/contract", "tests/starts", "tests/unit"}  # may wait for a core for seconds
+PATIENT = {f"tests/{name}" for name in ("contract", "layersplit", "starts", "unit")}
+"""Of these no test minds to wait for a core for seconds."""
 SLOW = {"tests/e2e", "tests/gpu"}  # serial; and for machines with a GPU, by hand
 SIDE_BY_SIDE = ("-n", "auto", "--dist=worksteal")
 NO_TESTS_COLLECTED = 5

@@ -66,7 +66,7 @@ COMBINATIONS = [
     for count in range(len(FEATURES) + 1)
     for combination in itertools.combinations(FEATURES, count)
 ]
-SHORT = ((), ("hicache",), ("pd", "spec"), FEATURES)
+SHORT = (("hicache",), FEATURES)
 """Those in which each feature and each pair of features meets the dense model."""
 
 
@@ -166,6 +166,7 @@ def test_control_without_the_index_k_wait_a_load_back_corrupts(
     assert max(off_after_load_back(new, dense, tmp_path, forget)) > SAME
 
 
+@pytest.mark.long
 def test_control_stock_sends_layers_of_a_split_that_are_not_loaded(
     new: Environment, dense: Any, tmp_path: Path
 ) -> None:
@@ -173,6 +174,7 @@ def test_control_stock_sends_layers_of_a_split_that_are_not_loaded(
     assert max(off_after_load_back(new, dense, tmp_path, SPLIT)) > SAME
 
 
+@pytest.mark.long
 def test_a_split_layer_is_sent_once_it_is_loaded(
     new: Environment, dense: Any, tmp_path: Path
 ) -> None:
