@@ -17,6 +17,7 @@ from sglang_scaling_fixes.lab.errors import LabError
 from sglang_scaling_fixes.lab.races import reclaim_command, soak_command
 from sglang_scaling_fixes.lab.servers import serve_command
 from sglang_scaling_fixes.layersplit.planner import plan_command
+from sglang_scaling_fixes.layersplit.simulator import simulate_command
 from sglang_scaling_fixes.racecheck import command as racecheck_command
 from sglang_scaling_fixes.retry import command as retry_command
 
@@ -43,6 +44,7 @@ LAB_COMMANDS: tuple[Command, ...] = (
 )
 LAYERSPLIT_COMMANDS: tuple[Command, ...] = (
     ("plan", "capacity, traffic and exposed time on given hardware; modelled", plan_command),
+    ("simulate", "capacity, hits and goodput over a trace of requests; modelled", simulate_command),
 )
 
 

@@ -63,6 +63,11 @@ def speed(flag: str, text: str) -> float:
     return _number(flag, text, "a speed", 0.001, 1e6)
 
 
+def time(flag: str, text: str) -> float:
+    """A number from 0 to 1,000,000, in the flag's unit."""
+    return _number(flag, text, "a time", 0.0, 1e6)
+
+
 def one_of(flag: str, text: str, known: Iterable[str]) -> str:
     """`text`, if it is one of them."""
     names = list(known)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_scaling_fixes.errors import ConfigError
-from sglang_scaling_fixes.layersplit.planner import labels
+from sglang_scaling_fixes.layersplit.planner import assumptions, labels
 from sglang_scaling_fixes.layersplit.planner.capacity import Pool
 from sglang_scaling_fixes.layersplit.planner.traffic import Forward, Layer, Sent, Speed, forwards
 
@@ -33,17 +33,22 @@ class Asked:
                 f"--context {longest}: {model.name} reads at most {model.context} tokens; leave "
                 "it out"
             )
-        if pool.scratch_tokens < pool.least_scratch:
-            raise ConfigError(
-                f"--scratch-tokens {pool.scratch_tokens} does not hold one context of "
-                f"{model.name}, one chunk and a page for each request; write at least "
-                f"{pool.least_scratch}"
-            )
-        if pool.ours() < longest:
-            raise ConfigError(
-                f"--mem of {pool.memory / GIB:.2f} GiB does not hold two scratches and one context "
-                f"of {longest} tokens; write at least {_gib_up(pool.memory_for(longest))}GiB"
-            )
+        check_pool(pool, longest)
+
+
+def check_pool(pool: Pool, longest: int) -> None:
+    """Raise ConfigError if ours cannot hold a context of `longest` tokens."""
+    if pool.scratch_tokens < pool.least_scratch:
+        raise ConfigError(
+            f"--scratch-tokens {pool.scratch_tokens} does not hold one context of "
+            f"{pool.model.name}, one chunk and a page for each request; write at least "
+            f"{pool.least_scratch}"
+        )
+    if pool.ours() < longest:
+        raise ConfigError(
+            f"--mem of {pool.memory / GIB:.2f} GiB does not hold two scratches and one context "
+            f"of {longest} tokens; write at least {_gib_up(pool.memory_for(longest))}GiB"
+        )
 
 
 def make(asked: Asked) -> dict[str, Any]:
@@ -124,42 +129,8 @@ def _sent(sent: Sent) -> dict[str, float]:
 
 def _assumptions(asked: Asked) -> dict[str, dict[str, Any]]:
     """What was given, published or assumed: value, unit, and where it comes from."""
-    pool, speed = asked.pool, asked.speed
-    hides = "--upstream-hides"
-    if speed.upstream_hides is None:
-        hides += " not given: by FLOPs, the MLP before and the layer's own projections and indexer"
-    found = {
-        "model": ("given", pool.model.name, "", "--model"),
-        "layers": ("published", pool.model.layers, "layers", pool.model.source),
-        "ranks": ("given", pool.ranks, "GPUs", "--cp"),
-        "memory": ("given", pool.memory, "bytes for KV and index-K on each rank", "--mem"),
-        "kv_bytes": (
-            "published",
-            pool.kv,
-            "bytes of a token and layer",
-            f"--kv-dtype {pool.dtype}",
-        ),
-        "index_bytes": (
-            "published",
-            pool.index,
-            "bytes of a token and layer",
-            "fp8 and its scales",
-        ),
-        "mtp": ("given", pool.mtp, "", "--mtp"),
-        "scratch_tokens": (
-            "given",
-            pool.scratch_tokens,
-            "tokens of one scratch",
-            "--scratch-tokens",
-        ),
-        "chunk": ("given", pool.chunk, "new tokens of a forward", "--chunked-prefill-size"),
-        "hit_rate": ("assumed", asked.hit_rate, "of a context is in the pool", "--hit-rate"),
-        "bandwidth_gb_s": ("assumed", speed.bandwidth / 1e9, "GB/s", "--bandwidth-gb-s"),
-        "tflops": ("assumed", speed.flops / 1e12, "TFLOP/s of each GPU, as worked", "--tflops"),
-        "upstream_hides": ("assumed", speed.upstream_hides, "of a layer's compute", hides),
-    }
-    fields = ("kind", "value", "unit", "from")
-    return {name: dict(zip(fields, one, strict=True)) for name, one in found.items()}
+    hit_rate = ("assumed", asked.hit_rate, "of a context is in the pool", "--hit-rate")
+    return assumptions.as_json(assumptions.of(asked.pool, asked.speed) | {"hit_rate": hit_rate})
 
 
 def _gib_up(size: int) -> str:

@@ -1,12 +1,17 @@
-"""A plan as text, at most 100 columns wide."""
+"""A plan as text."""
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-WIDTH = 100
+from sglang_scaling_fixes.layersplit.planner.layout import (
+    assumptions,
+    formulas,
+    section,
+    table,
+    wrapped,
+)
 
 
 def text(plan: dict[str, Any]) -> str:
@@ -16,23 +21,19 @@ def text(plan: dict[str, Any]) -> str:
         f"{given['model']}, {given['ranks']} ranks, {given['kv_bytes']} + {given['index_bytes']} B "
         f"a token and layer, draft layer: {given['mtp']}",
         "Nothing here is measured. What is modelled rests on the assumptions below.",
-        *_section("Capacity (modelled)", _capacity(plan)),
-        *_section("GB of one forward, ms of one request (modelled)", _traffic(plan["rows"])),
-        *_section(
+        *section("Capacity (modelled)", _capacity(plan)),
+        *section("GB of one forward, ms of one request (modelled)", _traffic(plan["rows"])),
+        *section(
             "Contexts held, and gain of ours (modelled; held and speed are not to be multiplied)",
             _gain(plan["rows"]),
         ),
-        *_section("Layers of the first forward, ms (modelled)", _layers(plan["rows"])),
-        *_section("Published capacities, and this planner's", _published(plan["published"])),
-        *_section("Assumptions", _assumptions(plan["assumptions"])),
-        *_section("Formulas", _wrapped(_formulas(plan))),
-        *_section("Left out", _wrapped(plan["left_out"])),
+        *section("Layers of the first forward, ms (modelled)", _layers(plan["rows"])),
+        *section("Published capacities, and this planner's", _published(plan["published"])),
+        *section("Assumptions", assumptions(plan["assumptions"])),
+        *section("Formulas", wrapped(formulas(plan))),
+        *section("Left out", wrapped(plan["left_out"])),
     ]
     return "\n".join(lines)
-
-
-def _section(title: str, lines: Iterable[str]) -> list[str]:
-    return ["", title, *(f"  {line}".rstrip() for line in lines)]
 
 
 def _capacity(plan: dict[str, Any]) -> list[str]:
@@ -43,7 +44,7 @@ def _capacity(plan: dict[str, Any]) -> list[str]:
         for name, count in tokens.items()
     ]
     return [
-        *_table(["pool", "tokens", "of unsplit"], rows),
+        *table(["pool", "tokens", "of unsplit"], rows),
         f"two scratches of {scratch['rows']:,} tokens: {scratch['bytes'] / 1e9:.2f} GB on a rank",
     ]
 
@@ -51,7 +52,7 @@ def _capacity(plan: dict[str, Any]) -> list[str]:
 def _traffic(rows: Iterable[dict[str, Any]]) -> list[str]:
     head = ["context", "prefix", "forwards", "GB: upstream", "ours"]
     head += ["compute ms", "exposed: upstream", "ours"]
-    return _table(
+    return table(
         head,
         [
             [
@@ -70,7 +71,7 @@ def _traffic(rows: Iterable[dict[str, Any]]) -> list[str]:
 def _gain(rows: Iterable[dict[str, Any]]) -> list[str]:
     head = ["context", "unsplit", "upstream", "ours"]
     head += ["held/unsplit", "speed", "held/upstream", "speed"]
-    return _table(
+    return table(
         head,
         [
             [
@@ -101,7 +102,7 @@ def _layers(rows: Iterable[dict[str, Any]]) -> list[str]:
         "ours: hidden",
         "exposed",
     ]
-    return _table(
+    return table(
         head,
         [
             [
@@ -133,39 +134,4 @@ def _published(found: Sequence[dict[str, Any]]) -> list[str]:
         for one in found
     ]
     source = f"{found[0]['by']} ({found[0]['flags']})"
-    return [*_table(["pool", "published", "modelled", "apart"], rows), *_wrapped([source])]
-
-
-def _assumptions(found: dict[str, dict[str, Any]]) -> list[str]:
-    lines = []
-    for name, one in found.items():
-        value = "-" if one["value"] is None else one["value"]
-        value = f"{value:,}" if isinstance(value, int) else str(value)
-        words = " ".join(filter(None, (value, one["unit"], f"({one['from']})")))
-        start = f"{name:<15} {one['kind']:<10} "
-        lines += textwrap.wrap(start + words, WIDTH - 2, subsequent_indent=" " * len(start))
-    return lines
-
-
-def _formulas(plan: dict[str, Any]) -> list[str]:
-    formulas = [f"{path} = {label['formula']}" for path, label in plan["labels"].items()]
-    return formulas + [f"{symbol}: {what}" for symbol, what in plan["symbols"].items()]
-
-
-def _wrapped(texts: Iterable[str]) -> list[str]:
-    return [
-        line for text in texts for line in textwrap.wrap(text, WIDTH - 2, subsequent_indent="  ")
-    ]
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The first column to the left, the others to the right."""
-    lines = [head, *rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if number else cell.ljust(width)
-            for number, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
+    return [*table(["pool", "published", "modelled", "apart"], rows), *wrapped([source])]

@@ -11,7 +11,8 @@ layer into the scratch, before each broadcast.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from sglang_scaling_fixes.layersplit.planner.capacity import Pool
@@ -69,25 +70,40 @@ class Forward:
         return pool.upstream() * pool.row * pool.model.layers
 
     def layers(self, pool: Pool, speed: Speed) -> Iterator[Layer]:
-        """From the first to the last. A draft layer counts as one with experts."""
-        model, rate = pool.model, speed.flops * pool.ranks
-        ours = self.our_bytes(pool) / pool.sent_layers / speed.bandwidth
-        whole = pool.upstream() / speed.bandwidth
-        last: LayerFlops | None = None
-        for number in range(pool.unsplit_layers):
-            flops = layer_flops(
-                model, dense=number < model.dense_layers, prefix=self.prefix, new=self.new
-            )
-            before = last.total / rate if last is not None else 0.0
-            upstream_before = _upstream_hides(last, flops, speed.upstream_hides) / rate
-            yield Layer(
+        """From the first to the last, each by itself."""
+        for count, layer in layer_runs([self], pool, speed):
+            yield from itertools.repeat(layer, count)
+
+
+def layer_runs(batch: Sequence[Forward], pool: Pool, speed: Speed) -> Iterator[tuple[int, Layer]]:
+    """The layers of a batch from the first to the last: how many follow each other with the same
+    figures, and these. A draft layer counts as one with experts.
+
+    The batch's new tokens are computed together, and its prefixes travel together. Prefixes that
+    requests share count for each of them. Upstream's pool travels once for the batch.
+    """
+    model, rate = pool.model, speed.flops * pool.ranks
+    ours = PAGE * sum(pages(part.prefix) for part in batch) * pool.row / speed.bandwidth
+    whole = pool.upstream() / speed.bandwidth
+    kinds = [_together(batch, pool, dense) for dense in (False, True)]
+    bounds = {0, 1, model.dense_layers, model.dense_layers + 1}
+    bounds |= {model.layers, pool.sent_layers, pool.unsplit_layers}
+    last: LayerFlops | None = None
+    for first, end in itertools.pairwise(sorted(n for n in bounds if n <= pool.unsplit_layers)):
+        flops = kinds[first < model.dense_layers]
+        before = last.total / rate if last is not None else 0.0
+        upstream_before = _upstream_hides(last, flops, speed.upstream_hides) / rate
+        yield (
+            end - first,
+            Layer(
                 flops.total / rate,
-                _sent(ours, before) if number < pool.sent_layers else Sent(0.0, 0.0),
+                _sent(ours, before) if first < pool.sent_layers else Sent(0.0, 0.0),
                 _sent(whole * pool.kv, upstream_before, whole * pool.index)
-                if number < model.layers
+                if first < model.layers
                 else Sent(0.0, 0.0),
-            )
-            last = flops
+            ),
+        )
+        last = flops
 
 
 def forwards(context: int, hit_rate: float, chunk: int) -> list[Forward]:
@@ -95,6 +111,17 @@ def forwards(context: int, hit_rate: float, chunk: int) -> list[Forward]:
     prefix = min(round(context * hit_rate), context - 1)
     starts = range(prefix, context, chunk)
     return [Forward(start, min(chunk, context - start)) for start in starts]
+
+
+def _together(batch: Sequence[Forward], pool: Pool, dense: bool) -> LayerFlops:
+    parts = [
+        layer_flops(pool.model, dense=dense, prefix=part.prefix, new=part.new) for part in batch
+    ]
+    return LayerFlops(
+        sum(part.before for part in parts),
+        sum(part.attention for part in parts),
+        sum(part.mlp for part in parts),
+    )
 
 
 def _sent(hideable: float, compute: float, bare: float = 0.0) -> Sent:

@@ -13,7 +13,7 @@ import pytest
 
 from sglang_scaling_fixes import cli
 from sglang_scaling_fixes.layersplit.planner.labels import FORMULAS
-from sglang_scaling_fixes.layersplit.planner.report import WIDTH
+from sglang_scaling_fixes.layersplit.planner.layout import WIDTH
 
 FLAGS = {
     "--model": "glm-5.1",

@@ -13,7 +13,7 @@ from sglang_scaling_fixes.layersplit.planner import flops
 from sglang_scaling_fixes.layersplit.planner.capacity import Pool
 from sglang_scaling_fixes.layersplit.planner.flops import layer_flops
 from sglang_scaling_fixes.layersplit.planner.models import GLM_5_1, PAGE
-from sglang_scaling_fixes.layersplit.planner.traffic import Forward, Speed, forwards
+from sglang_scaling_fixes.layersplit.planner.traffic import Forward, Speed, forwards, layer_runs
 
 POOL = Pool(GLM_5_1, 8, "fp8", 28 * 10**9, "none", 2 * GLM_5_1.context, 8192)
 SPEED = Speed(300e9, 600e12)
@@ -170,3 +170,27 @@ def test_ours_sends_and_exposes_no_more_than_upstream_while_the_prefix_fits_its_
         sum(getattr(layer, who).exposed for layer in layers) for who in ("ours", "upstream")
     )
     assert ours <= upstream + CLOSE
+
+
+@given(
+    st.lists(FORWARDS, min_size=1, max_size=4),
+    st.sampled_from(["none", "whole", "split"]),
+    st.sampled_from([SPEED, SLOW, replace(SLOW, upstream_hides=0.5)]),
+)
+def test_layers_of_a_batch_are_those_of_its_requests_together(
+    batch: list[Forward], mtp: str, speed: Speed
+) -> None:
+    """Layer by layer: compute adds up, prefixes travel together, upstream's pool travels once."""
+    pool = replace(POOL, mtp=mtp)
+    alone = [list(one.layers(pool, speed)) for one in batch]
+    together = [layer for count, layer in layer_runs(batch, pool, speed) for _ in range(count)]
+    assert len(together) == pool.unsplit_layers
+    before = 0.0
+    for number, layer in enumerate(together):
+        of_each = [layers[number] for layers in alone]
+        assert layer.compute == pytest.approx(sum(one.compute for one in of_each))
+        assert layer.ours.transfer == pytest.approx(sum(one.ours.transfer for one in of_each))
+        assert layer.ours.exposed == pytest.approx(max(layer.ours.transfer - before, 0), abs=CLOSE)
+        assert {one.upstream.transfer for one in of_each} == {layer.upstream.transfer}
+        assert layer.upstream.exposed <= min(one.upstream.exposed for one in of_each) + CLOSE
+        before = layer.compute
