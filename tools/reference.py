@@ -1,4 +1,4 @@
-"""The tables of README and docs that are made from the package's own records.
+"""The tables of README and docs that are made from the package's own records and from results.
 
     python -m tools.reference      write them anew, between their `<!-- NAME: begin/end -->` markers
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from benchmarks.layersplit.calibration import report
 from sglang_scaling_fixes.attach import FIRST_RELEASE, LAST_RELEASE, AttachPoint
 from sglang_scaling_fixes.config import PLUGIN_ENV, PLUGIN_FLAG, Setting
 from sglang_scaling_fixes.fix import Fix
@@ -35,9 +36,20 @@ def tables() -> dict[tuple[str, str], str]:
         ("docs/safe-reclaim.md", "metrics"): metrics(DECODE, PREFILL, PLUGIN),
         ("docs/spec-guard.md", "metrics"): metrics(SPEC_GUARD),
         ("docs/layersplit.md", "metrics"): metrics(LAYER_SPLIT),
+        **calibration(),
         ("docs/resume.md", "metrics"): metrics(RESUME),
         ("docs/retry-proxy.md", "metrics"): metrics(RETRY_PROXY),
     }
+
+
+# -- LayerSplit's published gain -----------------------------------------------------------
+
+
+def calibration() -> dict[tuple[str, str], str]:
+    """Tables of the committed result: nothing is computed anew."""
+    found = report.committed()
+    made = (report.fits, report.parts, report.signs, report.rounds, report.warm)
+    return {("docs/layersplit.md", table.__name__): table(found) for table in made}
 
 
 # -- fixes ---------------------------------------------------------------------------------
