@@ -34,6 +34,7 @@ MANY, MANY_TOKENS = 100, 32
 TRAIL = "288"
 JUDGED_WITHIN = 340
 """Tokens in which a corruption is found, and some more."""
+AS_GOOD = 0.01  # of log-probabilities
 HOLD = 96  # the guard's first verdict comes at the 64th token here, the next one 16 later
 
 
@@ -217,7 +218,7 @@ def test_what_has_begun_ends_with_an_error_and_no_second_beginning(
 
 
 def test_what_an_anomaly_spoiled_is_written_again(workers: tuple[Served, Served]) -> None:
-    """The corruption begins after good tokens. The client gets the sound worker's answer.
+    """The corruption begins after good tokens. The client gets a sound answer.
 
     This model's own text becomes a loop after some 400 tokens, so later corruption is not tried.
     """
@@ -229,15 +230,16 @@ def test_what_an_anomaly_spoiled_is_written_again(workers: tuple[Served, Served]
     try:
         for number, seed in enumerate(ANOMALOUS[:2]):
             asked = prompt(450, seed=seed)
-            wanted = workers[1].ask(asked, count).ids
             ids, spoilt = streamed_ids(proxy, asked, count, f"corrupt:noise:1.0:{good}:g-{number}")
-            assert ids == wanted and not spoilt
+            assert not spoilt
+            assert_best(workers[1], asked, ids, count)
             body = {"model": model, "prompt": asked, "max_tokens": count, "temperature": 0}
             body |= {"ignore_eos": True, "stream": True}
             body["rid"] = f"corrupt:noise:1.0:{good}:c-{number}"
             chunks = events(proxy.post("/v1/completions", body).body)
             assert all("error" not in chunk for chunk in chunks)
-            assert tokenizer.ids("".join(c["choices"][0]["text"] for c in chunks)) == wanted
+            text = "".join(c["choices"][0]["text"] for c in chunks)
+            assert_best(workers[1], asked, tokenizer.ids(text), count)
             assert len({chunk["id"] for chunk in chunks}) == 1
         metrics = str(proxy.get("/metrics").body)
         assert 'reason="anomaly"' in metrics
@@ -249,6 +251,19 @@ def test_what_an_anomaly_spoiled_is_written_again(workers: tuple[Served, Served]
         assert spoiled
     finally:
         proxy.end()
+
+
+def assert_best(worker: Served, asked: list[int], ids: list[int], count: int) -> None:
+    """Each token is the worker's best, or as good: of two that are, it depends on where an answer
+    was cut which one comes. KV is rounded to bf16, in a prefill and in decode steps not alike."""
+    assert len(ids) == count
+    body = {**greedy([*asked, *ids], 1), "return_logprob": True, "top_logprobs_num": 1}
+    meta = worker.servers[0].post("/generate", {**body, "logprob_start_len": 0}).body["meta_info"]
+    said, best = (meta[key][len(asked) :] for key in ("input_token_logprobs", "input_top_logprobs"))
+    assert [token for _, token, *_ in said] == ids
+    behind = [top[0][0] - mine[0] for mine, top in zip(said, best, strict=True)]
+    print("BEHIND", max(behind), sorted(behind)[-5:])
+    assert max(behind) < AS_GOOD
 
 
 def streamed_ids(

@@ -71,5 +71,5 @@ def test_known_limits_are_still_limits(name: str) -> None:
 
 def test_looking_at_the_end_of_a_world_leaves_the_others_alone() -> None:
     """Worlds share their ranks; one that is settled must not change them."""
-    config = SMALL["unknown peer, stock lags"]
+    config = SMALL["slot reuse"]
     assert explore(config).states == len(reached(config, {}))
