@@ -5,13 +5,16 @@ have been generated, the first SHARE (0 to 1) of its context's latent KV is over
 layers of the target model; the draft keeps its own. A prefix that the radix tree shares is
 overwritten for all who share it, now and later. An id counts once. KIND says with what: `noise`,
 Gaussian of each row's own size; `zero`; `mixed`, the same rows in another order, as if
-pages had been exchanged. Loaded only where SGLANG_SCALING_FIXES_LAB_CORRUPT=1. With
+pages had been exchanged. The same id is given the same noise and the same order.
+
+Loaded only where SGLANG_SCALING_FIXES_LAB_CORRUPT=1. With
 SGLANG_SCALING_FIXES_LAB_CORRUPT=KIND:SHARE:AFTER it is done to every request, whatever its id.
 """
 
 from __future__ import annotations
 
 import os
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,8 +53,9 @@ class Corruptor:
             self._requests[rid] = request
         if not request.done and len(slots) >= request.due:
             request.done = True
+            draw = torch.Generator().manual_seed(zlib.crc32(rid.encode()))
             for buffer in pool.kv_buffer:
-                _overwrite(buffer, slots[: int(len(slots) * request.share)], request.kind)
+                _overwrite(buffer, slots[: int(len(slots) * request.share)], request.kind, draw)
 
 
 def parse(rid: str) -> tuple[str, float, int]:
@@ -69,15 +73,15 @@ def parse(rid: str) -> tuple[str, float, int]:
     return kind, share, after
 
 
-def _overwrite(buffer: Tensor, slots: Tensor, kind: str) -> None:
+def _overwrite(buffer: Tensor, slots: Tensor, kind: str, draw: torch.Generator) -> None:
     rows = buffer[slots]
     if kind == "zero":
         new = torch.zeros_like(rows)
     elif kind == "mixed":
-        new = rows[torch.randperm(len(rows))]
+        new = rows[torch.randperm(len(rows), generator=draw)]
     else:
         size = rows.float().square().mean(-1, keepdim=True).sqrt()
-        new = (torch.randn(rows.shape) * size).to(rows.dtype)
+        new = (torch.randn(rows.shape, generator=draw) * size).to(rows.dtype)
     buffer[slots] = new
 
 

@@ -33,3 +33,16 @@ def test_corruption_waits_for_its_time_and_leaves_the_rest() -> None:
     corruptor.visit("corrupt:zero:0.5:2", slots, pool)
     for buffer in pool.kv_buffer:
         assert buffer[:, 0, 0].tolist() == [1, 0, 0, 0, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("kind", ["noise", "mixed"])
+def test_the_same_id_is_corrupted_alike(kind: str) -> None:
+    """Whatever was drawn before."""
+    found = []
+    for number, name in enumerate(("a", "a", "b")):
+        torch.manual_seed(number)
+        rows = torch.arange(64.0).view(16, 1, 4) + 1
+        pool = SimpleNamespace(kv_buffer=[rows])
+        corrupt.Corruptor().visit(f"corrupt:{kind}:1:0:{name}", torch.arange(16), pool)
+        found.append(rows)
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
