@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from unittest import mock
 
 from tests.layersplit.stock import fakes, pools
+
+Building = Callable[[], AbstractContextManager[Any]]
 
 LAYERS, RANKS, CONTEXT = 78, 8, 202_752
 AVAILABLE = int(26.22 * 2**30)
@@ -39,27 +42,36 @@ def counted(ranks: int, eagle_layers: int, **more: Any) -> dict[str, int]:
     return {"tokens": int(found.max_total_num_tokens), "bytes": int(sizes._cell_size)}
 
 
-def allocated(ranks: int, eagle_layers: int, rank: int = 0, **more: Any) -> int:
-    """Bytes that one token more takes in the pools of a rank, the draft's among them."""
+def allocated(
+    ranks: int, eagle_layers: int, rank: int = 0, *, building: Building = nullcontext, **more: Any
+) -> int:
+    """Bytes that one token more takes in the pools of a rank, the draft's among them.
+
+    `building`: entered around each pool that is built.
+    """
     small, large = (2 * fakes.PAGE, 4 * fakes.PAGE)
     made = [(server(split=ranks > 1, **more), ranks)]
     if eagle_layers:
         made.append((fakes.server(layers=eagle_layers, dtype="packed", draft=True), ranks))
-    return sum(
-        (pools.held(pools.build(of, rank, n, large)) - pools.held(pools.build(of, rank, n, small)))
-        // (large - small)
-        for of, n in made
-    )
+    with building():
+        return sum(
+            (
+                pools.held(pools.build(of, rank, n, large))
+                - pools.held(pools.build(of, rank, n, small))
+            )
+            // (large - small)
+            for of, n in made
+        )
 
 
-def all_of() -> dict[str, Any]:
+def all_of(building: Building = nullcontext) -> dict[str, Any]:
     """`{"unsplit": ..., "split": ..., "unsplit draft": ..., "split draft": ...}`"""
     found = {}
     for name, ranks in (("unsplit", 1), ("split", RANKS)):
         for eagle_layers in (0, 1):
             found[name + " draft" * eagle_layers] = {
                 **counted(ranks, eagle_layers),
-                "allocated": allocated(ranks, eagle_layers),
+                "allocated": allocated(ranks, eagle_layers, building=building),
             }
     return found
 
@@ -68,14 +80,21 @@ def attached() -> dict[str, Any]:
     from sglang_scaling_fixes.layersplit import scratch
     from sglang_scaling_fixes.layersplit.pool import LayerSplitDSATokenToKVPool as Split
 
+    def least_scratch() -> AbstractContextManager[Any]:
+        """Those of the size that is counted would take 400 MB for each pool that is built."""
+        return mock.patch.object(Split, "scratch_size", scratch.Size(prefix=1, chunk=1))
+
     with (
-        mock.patch.object(Split, "scratch_size", scratch.Size(prefix=1, chunk=1)),
+        least_scratch(),
         mock.patch("sglang_scaling_fixes.layersplit.pool.Channel", pools.Channel),
     ):
-        found = all_of()
+        found = all_of(least_scratch)
         found["shared"] = {
             **counted(RANKS, 0, shares=SHARES),
-            "allocated": [allocated(RANKS, 0, rank, shares=SHARES) for rank in range(RANKS)],
+            "allocated": [
+                allocated(RANKS, 0, rank, building=least_scratch, shares=SHARES)
+                for rank in range(RANKS)
+            ],
         }
         sized = Split.scratch_size
         found["scratch"] = sized.pages if sized is not None else None
