@@ -18,6 +18,7 @@ from sglang_scaling_fixes.lab.races import reclaim_command, soak_command
 from sglang_scaling_fixes.lab.servers import serve_command
 from sglang_scaling_fixes.layersplit.planner import plan_command
 from sglang_scaling_fixes.layersplit.simulator import simulate_command
+from sglang_scaling_fixes.patches import command as patch_command
 from sglang_scaling_fixes.racecheck import command as racecheck_command
 from sglang_scaling_fixes.retry import command as retry_command
 
@@ -28,6 +29,11 @@ COMMANDS: tuple[Command, ...] = (
         "doctor",
         "would a server started here load the plugin, and which fixes would hold in it?",
         doctor_command,
+    ),
+    (
+        "patch",
+        "insert our lines into an SGLang that loads no plugins, or take them back",
+        patch_command,
     ),
     ("racecheck", "is a build's HiCache ordered? on any CPU", racecheck_command),
     (

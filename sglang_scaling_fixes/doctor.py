@@ -17,7 +17,7 @@ from typing import Any
 from sglang_scaling_fixes import fixes, flags, loading, release
 from sglang_scaling_fixes.config import PLUGIN_ENV, PLUGIN_FLAG, Config
 from sglang_scaling_fixes.fixes import FixState
-from sglang_scaling_fixes.racecheck import patches
+from sglang_scaling_fixes.patches import applied
 
 Statuses = list[dict[str, str]]
 
@@ -53,7 +53,7 @@ def report(asked: str | None, *, again: bool = False) -> dict[str, Any]:
     found, result["standins"] = _load(env, again=again)
     result["plugin"] = found.as_dict()
     if found.sglang is not None:
-        result["patches"] = patches.state(version, Path(found.sglang).parent)
+        result["patches"] = applied.state(version, Path(found.sglang).parent)
     if found.proof is not None:
         result["proof"] = {"at": found.proof.at, "kept": found.proof.kept}
     if found.problem is not None:

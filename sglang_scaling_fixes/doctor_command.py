@@ -76,7 +76,7 @@ def _plugin_lines(plugin: dict[str, Any] | None) -> list[str]:
         return []
     if not plugin["loaded"]:
         return [f"Plugin    NOT LOADED by servers here: {plugin['reason']}"]
-    lines = [f"Plugin    loaded by SGLang from {plugin['folder']}"]
+    lines = [f"Plugin    loaded by SGLang from {plugin['folder']}, {plugin['reason']}"]
     if len(plugin["copies"]) > 1:
         copies = ", ".join(f"{copy['version']} in {copy['folder']}" for copy in plugin["copies"])
         lines.append(f"          installed more than once ({copies}); keep one")

@@ -20,7 +20,7 @@ from sglang_scaling_fixes.config import PLUGIN_ENV
 from sglang_scaling_fixes.errors import ConfigError
 from sglang_scaling_fixes.fixes import FixState
 from sglang_scaling_fixes.flags import left_out
-from sglang_scaling_fixes.lab.wheels import OLDER_RELEASES
+from sglang_scaling_fixes.patches import manifest
 from sglang_scaling_fixes.paths import PACKAGE
 from sglang_scaling_fixes.proof_store import Proof
 from sglang_scaling_fixes.release import sglang_version, version_tuple
@@ -46,13 +46,19 @@ class Loading:
     """`{"version", "folder"}` of every installed copy; the first is the one that counts."""
     sglang: str | None = None
     """SGLang's folder."""
+    patched: bool = False
+    """Whether it is not stock's loader that called, but our patch."""
     proof: Proof | None = None
     """When the states were proven; None where there is nothing to keep."""
+
+    @property
+    def _caller(self) -> str:
+        return f"the patch {loading_probe.PATCH}" if self.patched else "stock's own loader"
 
     def as_dict(self) -> dict[str, Any]:
         return {
             "loaded": self.problem is None,
-            "reason": self.problem or "called by stock's own loader",
+            "reason": self.problem or f"called by {self._caller}",
             "folder": self.folder,
             "copies": self.copies,
         }
@@ -81,6 +87,7 @@ def ask(
         folder=here["folder"],
         copies=here["copies"],
         sglang=here["sglang"],
+        patched=here["patched"],
         proof=proof,
     )
 
@@ -141,7 +148,12 @@ def _problem(here: dict[str, Any], there: dict[str, Any], env: Mapping[str, str]
     """The first reason why a server runs without the plugin of this very copy."""
     if not there["loader"]:
         return _without_loader(there["sglang"] or "")
-    if not here["ours"]:
+    if here["patched"] and not here["calls"]:
+        return (
+            f"this SGLang has the patch {loading_probe.PATCH}, and {loading_probe.PACKAGE} cannot "
+            f"be imported by {sys.executable}: no server starts; pip install it there"
+        )
+    if not here["ours"] and not here["patched"]:
         return _not_installed(here["copies"])
     if there["called"] or there["refused"] is not None:
         return _another_copy(here["folder"])
@@ -168,15 +180,16 @@ def _without_loader(version: str) -> str:
             f"SGLang {version} has no {loading_probe.LOADER}.load_plugins; releases from "
             f"{FIRST_RELEASE} to {LAST_RELEASE} are known to load plugins: use one of them"
         )
-    patches = (
-        " (or, for hicache-ordering, the patch set in patches/)"
-        if version in OLDER_RELEASES
+    patches = [patch.name for patch in manifest.load().series(version)]
+    instead = (
+        f", or put in what there is for it: sglang-scaling-fixes patch apply {' '.join(patches)}"
+        if patches
         else ""
     )
     return (
         f"SGLang {version} has no plugin loader, so none of its servers loads this plugin, "
         f"whatever {PLUGIN_ENV} says; use {FIRST_RELEASE} or later, the first release that has "
-        f"one{patches}"
+        f"one{instead}"
     )
 
 

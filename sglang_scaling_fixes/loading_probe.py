@@ -29,18 +29,21 @@ from typing import Any
 MARK = "sglang-scaling-fixes-loading:"
 LOADER = "sglang.srt.plugins"
 """Stock's module with `load_plugins`, and the name of its group of entry points."""
+PATCH = "plugin-loader"
+"""The patch that calls this package where a release has no loader; `patches/manifest.toml`."""
 PACKAGE = "sglang_scaling_fixes"
 DISTRIBUTION = "sglang-scaling-fixes"
 
 
 def installed() -> dict[str, Any]:
-    """`{"ours", "others", "copies", "folder", "error", "sglang", "loader", "calls", "state"}`.
+    """`{"ours", "others", "copies", "folder", "error", "sglang", "loader", ...}`.
 
     `ours`: names of the entry points that lead to this package; `others`: `{name: distribution}`
     of the rest; `copies`: `[{"version", "folder"}]` of every installed copy, the first is the one
     that counts; `folder`: where the code comes from; `error`: why it cannot be imported.
-    `sglang`: SGLang's folder; `loader`: whether it has a loader; `calls`: whether that calls this
-    plugin (None: it cannot be told without the rest of SGLang); `state`: see `_state`.
+    `sglang`: SGLang's folder; `loader`: whether it has a loader; `patched`: whether that is ours;
+    `calls`: whether it calls this plugin (None: it cannot be told without the rest of SGLang);
+    `state`: see `_state`.
     """
     found: dict[str, Any] = {"ours": [], "others": {}, "folder": None, "error": None}
     for entry in metadata.entry_points(group=LOADER):
@@ -61,7 +64,12 @@ def installed() -> dict[str, Any]:
     ]
     folders = _folders("sglang")
     found["sglang"] = folders[0] if folders else None
-    found["loader"], found["calls"] = _decision(folders)
+    found["patched"] = _patched(folders)
+    if found["patched"]:  # its lines import this package, and ask no entry point
+        found["folder"] = next(iter(_folders(PACKAGE)), None)
+        found["loader"], found["calls"] = True, found["folder"] is not None
+    else:
+        found["loader"], found["calls"] = _decision(folders)
     found["state"] = _state(folders)
     return found
 
@@ -86,6 +94,14 @@ def _decision(folders: list[str]) -> tuple[bool, bool | None]:
     except (Exception, SystemExit):  # another plugin's; a server tells what becomes of it
         return True, None
     return True, bool(called)
+
+
+def _patched(folders: list[str]) -> bool:
+    """Whether the sentinel of our loader is there. It tells itself whether it is right."""
+    for file in (Path(folder, "srt", "__init__.py") for folder in folders):
+        if file.is_file() and f'_NAME = "{PATCH}"' in file.read_text():
+            return True
+    return False
 
 
 def _folders(package: str) -> list[str]:
@@ -162,7 +178,12 @@ def load() -> dict[str, Any]:
 
 
 def _loader() -> Callable[[], None] | None:
-    """Stock's `load_plugins`, None where the release has none."""
+    """Stock's `load_plugins`, or what our patch calls in its place; None where there is neither."""
+    if _patched(_folders("sglang")):
+        importlib.import_module("sglang.srt")  # its sentinel compares the lines that call
+        from sglang_scaling_fixes.entry import activate
+
+        return activate
     try:
         module = importlib.import_module(LOADER)
     except ModuleNotFoundError as error:

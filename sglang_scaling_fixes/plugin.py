@@ -34,9 +34,12 @@ from sglang_scaling_fixes.attach import require_in_place, wrap
 from sglang_scaling_fixes.config import ENV_PREFIX, PLUGIN_ENV, PLUGIN_FLAG, Config
 from sglang_scaling_fixes.errors import ScalingFixesError
 from sglang_scaling_fixes.fix import Fix
+from sglang_scaling_fixes.presence import exists
 
 logger = logging.getLogger(__name__)
 
+LOADER = "sglang.srt.plugins"
+"""Stock's plugin loader, from 0.5.11 on."""
 REPORT_KEY = "sglang_scaling_fixes"
 """Our key in `/server_info` and in what schedulers report to the main process."""
 
@@ -326,7 +329,8 @@ def _hook_launch() -> None:
     def launch_subprocesses(stock: Callable[..., Any], cls: Any, *args: Any, **kwargs: Any) -> Any:
         with _stopping():  # the children read the environment of now
             _arm_process(flags.from_env())
-        if (problem := flags.left_out()) is not None:
+        # A patched release has no loader that could leave us out.
+        if exists(LOADER) and (problem := flags.left_out()) is not None:
             stop(f"no scheduler process would load this plugin: {problem}")
         result = stock(cls, *args, **kwargs)
         _check_children(kwargs.get("server_args", args[0] if args else None), result)

@@ -17,6 +17,7 @@ from sglang_scaling_fixes.fix import Fix
 from sglang_scaling_fixes.fixes import DEFAULT_FIXES, FIXES, SETTINGS
 from sglang_scaling_fixes.layersplit.metrics import PREFILL as LAYER_SPLIT
 from sglang_scaling_fixes.metrics import PLUGIN, Family, Metric
+from sglang_scaling_fixes.patches import manifest
 from sglang_scaling_fixes.points import ATTACH_POINTS as PLUGIN_POINTS
 from sglang_scaling_fixes.reclaim.metrics import DECODE, PREFILL
 from sglang_scaling_fixes.resume.metrics import RESUME
@@ -33,6 +34,7 @@ def tables() -> dict[tuple[str, str], str]:
         ("README.md", "settings"): settings(),
         ("docs/fixes.md", "fixes"): "\n".join(fix_in_full(fix) for fix in FIXES),
         ("docs/fixes.md", "plugin"): places(PLUGIN_POINTS),
+        ("docs/patches.md", "patches"): patches(),
         ("docs/safe-reclaim.md", "metrics"): metrics(DECODE, PREFILL, PLUGIN),
         ("docs/spec-guard.md", "metrics"): metrics(SPEC_GUARD),
         ("docs/layersplit.md", "metrics"): metrics(LAYER_SPLIT),
@@ -109,6 +111,36 @@ def places(points: Iterable[AttachPoint]) -> str:
         for point in points
     ]
     return _table(["Place", "Role", "Releases", ""], rows)
+
+
+# -- patches -------------------------------------------------------------------------------
+
+
+def patches() -> str:
+    rows = [
+        [
+            f"`{patch.name}`",
+            patch.kind,
+            f"{patch.releases[0]} – {patch.releases[-1]}",
+            " ".join(patch.problem.split()),
+            " ".join(patch.fix.split()),
+            f"{patch.cost} (`{patch.cost_command}`)" if patch.cost_command else patch.cost,
+            patch.upstream,
+            patch.retires,
+        ]
+        for patch in manifest.load().patches
+    ]
+    head = [
+        "Patch",
+        "Kind",
+        "Releases",
+        "Without it",
+        "What it does",
+        "Cost",
+        "Upstream",
+        "Retires",
+    ]
+    return _table(head, rows)
 
 
 # -- settings ------------------------------------------------------------------------------

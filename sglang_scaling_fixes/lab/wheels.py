@@ -55,8 +55,9 @@ class WheelUnavailable(LabError):
 
 
 def between(first: str, last: str) -> tuple[str, ...]:
-    """The releases from `first` to `last`, both included."""
-    return RELEASES[RELEASES.index(first) : RELEASES.index(last) + 1]
+    """The releases from `first` to `last`, both included; also such that load no plugins."""
+    every = (*OLDER_RELEASES, *RELEASES)
+    return every[every.index(first) : every.index(last) + 1]
 
 
 def source(release: str) -> Path:

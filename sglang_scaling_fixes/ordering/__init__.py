@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from sglang_scaling_fixes.attach import AttachPoint
+from sglang_scaling_fixes.attach import AttachPoint, is_there
 from sglang_scaling_fixes.errors import AttachError, ConfigError
 from sglang_scaling_fixes.fix import Armed, Fix, Native
 from sglang_scaling_fixes.ordering import points
@@ -17,6 +17,13 @@ from sglang_scaling_fixes.parts import Part, Parts
 
 if TYPE_CHECKING:
     from sglang_scaling_fixes.config import Config
+
+
+def _cannot_attach() -> None:
+    raise AttachError(
+        "this release reads index-K before its load, and nothing attaches to that; apply the "
+        "patch for it: sglang-scaling-fixes patch apply index-k-wait"
+    )
 
 
 def _parts() -> list[Part]:
@@ -44,7 +51,13 @@ def _parts() -> list[Part]:
         holds=probe.prefetch_waits,
         attach=loads.attach_prefetch,
     )
-    return [*fences, split]
+    index_k = Part(
+        "index-K wait",
+        there=partial(is_there, points.INDEX_K[0]),
+        holds=probe.index_k_waits,
+        attach=_cannot_attach,
+    )
+    return [index_k, *fences, split]
 
 
 _PARTS = Parts(_parts, "this release has no HiCache")

@@ -36,5 +36,22 @@ PREFETCH = _prefill(
     uses=("layer_transfer_counter", "start_layer", "layer_broadcast_comm"),
     first="0.5.16",
 )
+_POOL = "sglang.srt.mem_cache.memory_pool:NSATokenToKVPool"
+# What the probe asks: they wait since 0.5.11, before that with the patch index-k-wait.
+INDEX_K = tuple(
+    _both(
+        f"{_POOL}.{reader}",
+        ("layer_id",),
+        uses=("index_k_with_scale_buffer", "layer_transfer_counter", "start_layer"),
+        first="0.5.10",
+        last="0.5.12.post1",
+        wrapped=False,
+    )
+    for reader in (
+        "get_index_k_continuous",
+        "get_index_k_scale_continuous",
+        "get_index_k_scale_buffer",
+    )
+)
 
-ATTACH_POINTS = catalogue(vars())
+ATTACH_POINTS = (*catalogue(vars()), *INDEX_K)

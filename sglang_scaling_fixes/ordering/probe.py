@@ -10,13 +10,14 @@ from __future__ import annotations
 import ast
 import contextlib
 import importlib
+import inspect
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 from sglang_scaling_fixes import scheduler_statements
 from sglang_scaling_fixes.attach import is_wrapped, resolve
-from sglang_scaling_fixes.ordering import loads
+from sglang_scaling_fixes.ordering import loads, points
 from sglang_scaling_fixes.presence import own_method
 from sglang_scaling_fixes.standin_objects import Anything, Lenient
 
@@ -44,10 +45,13 @@ def fenced(target: str, method: str) -> bool:
         __enter__ = submit_host_to_device = submit_device_to_host = start
 
     class Bare(Lenient, cls):  # type: ignore[misc]
+        def move_indices(self, *_args: Any, **_kwargs: Any) -> Any:
+            return Anything(), Anything()
+
         def _indices(self, *_args: Any, **_kwargs: Any) -> Any:
             return Anything(), Anything(), None
 
-        move_indices = _move_op_indices = _move_write_operation = move_hybrid_indices = _indices
+        _move_op_indices = _move_write_operation = move_hybrid_indices = _indices
 
     copies = Copies()
     vars(copies).update(host_to_device_stream=copies, device_to_host_stream=copies)
@@ -92,6 +96,39 @@ def _hands_over(node: ast.If) -> bool:
         if isinstance(child, ast.Assign)
         for target in child.targets
     )
+
+
+def index_k_waits() -> bool:
+    """Do the readers of index-K wait for the load of their layer before they take the buffer?"""
+    waited: list[int] = []
+    in_time: list[bool] = []
+
+    class Buffers:
+        def __getitem__(self, layer: int) -> Any:
+            in_time.append(waited == [layer])
+            return Anything()
+
+    for point in points.INDEX_K:
+        cls, reader, method = resolve(point.target)
+        others = list(inspect.signature(method).parameters)[2:]  # behind self and layer_id
+
+        class Bare(Lenient, cls):  # type: ignore[misc, valid-type]
+            pass
+
+        pool: Any = Bare(
+            start_layer=4,
+            index_k_with_scale_buffer=Buffers(),
+            layer_transfer_counter=SimpleNamespace(wait_until=waited.append),
+        )
+        waited.clear()
+        module = importlib.import_module(cls.__module__)
+        # What is done with the buffer then does not matter, and takes a real one.
+        with (
+            mock.patch.object(module, "index_buf_accessor", Anything(), create=True),
+            contextlib.suppress(Exception),
+        ):
+            getattr(pool, reader)(7, **dict.fromkeys(others, Anything()))
+    return in_time == [True] * len(points.INDEX_K)
 
 
 def prefetch_waits() -> bool:

@@ -22,7 +22,7 @@ from sglang_scaling_fixes.errors import ConfigError
 from sglang_scaling_fixes.lab import wheels
 from sglang_scaling_fixes.lab.runtime import STANDINS, cpu_env
 from sglang_scaling_fixes.paths import ROOT
-from sglang_scaling_fixes.racecheck import patches
+from sglang_scaling_fixes.racecheck import patched
 from sglang_scaling_fixes.release import sglang_version, version_tuple
 
 RELEASES = (*wheels.OLDER_RELEASES, *wheels.RELEASES)
@@ -51,10 +51,11 @@ def check(
     if (
         fixes == "on"
         and version_tuple(version) < version_tuple(FIRST_RELEASE)
-        and version not in patches.available()
+        and version not in patched.available()
     ):
         raise ConfigError(
-            f"sglang {version} loads no plugins, and {patches.FOLDER} has no patches for it"
+            f"sglang {version} loads no plugins, and there are patches only for "
+            f"{', '.join(patched.available())}"
         )
     with _source(release, version, fixes) as folder:
         report = _run(folder, fixes, hazards)
@@ -69,9 +70,9 @@ def check(
 def _source(release: str, version: str, fixes: str) -> Iterator[Path | None]:
     """The folder to import `sglang` from, None for the installed one."""
     folder = None if release == INSTALLED else wheels.source(release)
-    if fixes == "on" and version in patches.available():
+    if fixes == "on" and version in patched.available():
         with tempfile.TemporaryDirectory() as scratch:
-            yield patches.patched(version, folder or _installed(), Path(scratch))
+            yield patched.patched(version, folder or _installed(), Path(scratch))
     else:
         yield folder
 

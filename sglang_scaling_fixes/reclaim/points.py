@@ -105,14 +105,21 @@ UPDATE_WEIGHTS = tuple(
     _updater(f"update_weights_from_{source}") for source in ("disk", "distributed", "tensor", "ipc")
 )
 FLUSH = _moved(f"{_FLUSH}.handle", f"{_SCHEDULER}.flush_cache_wrapped")
-ALTERNATIVES = (RELEASE_MEMORY, RESUME_MEMORY, *UPDATE_WEIGHTS, FLUSH)
+# In the main process: what all schedulers answered.
+_answers = partial(AttachPoint, NAME, "server")
+ANSWERS = (
+    _answers("sglang.srt.managers.communicator:FanOutCommunicator.__call__"),
+    # Releases that load no plugins: in a tree with the patch plugin-loader.
+    _answers(
+        "sglang.srt.managers.tokenizer_communicator_mixin:_Communicator.__call__",
+        first="0.5.10",
+        last="0.5.10.post1",
+    ),
+)
+ALTERNATIVES = (RELEASE_MEMORY, RESUME_MEMORY, *UPDATE_WEIGHTS, FLUSH, ANSWERS)
 """Of each a release has one."""
 ATTACH_STORAGE = _decode(f"{_SCHEDULER}.attach_hicache_storage_wrapped")
 DETACH_STORAGE = _decode(f"{_SCHEDULER}.detach_hicache_storage_wrapped")
-# In the main process: what all schedulers answered.
-ANSWERS = AttachPoint(
-    NAME, "server", "sglang.srt.managers.communicator:FanOutCommunicator.__call__"
-)
 
 # -- decode: the lock on a prefix that requests share --------------------------------------
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.contract.wheel_ast import Wheel
-from tests.contract.wheels import RELEASES, WheelUnavailable, source
+from tests.contract.wheels import ALL, WheelUnavailable, source
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -20,7 +20,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def order(item: pytest.Item) -> int:
         params = getattr(getattr(item, "callspec", None), "params", {})
         ours = Path(__file__).parent in item.path.parents
-        return RELEASES.index(params["release"]) if ours and "release" in params else -1
+        return ALL.index(params["release"]) if ours and "release" in params else -1
 
     items.sort(key=order)
 

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import sys
 
-from sglang_scaling_fixes.lab.wheels import RELEASES, WheelUnavailable, between, main, source
+from sglang_scaling_fixes.lab.wheels import (
+    OLDER_RELEASES,
+    RELEASES,
+    WheelUnavailable,
+    between,
+    main,
+    source,
+)
 
-__all__ = ["RELEASES", "WheelUnavailable", "between", "source"]
+__all__ = ["ALL", "RELEASES", "WheelUnavailable", "between", "source"]
+
+ALL = (*OLDER_RELEASES, *RELEASES)
+"""With those that load no plugins; oldest first."""
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,8 +10,8 @@ from sglang_scaling_fixes import attach, doctor, doctor_command, loading, releas
 from sglang_scaling_fixes.config import PLUGIN_ENV
 from sglang_scaling_fixes.errors import ConfigError
 from sglang_scaling_fixes.loading import Loading
+from sglang_scaling_fixes.patches import applied
 from sglang_scaling_fixes.proof_store import Proof
-from sglang_scaling_fixes.racecheck import patches
 from sglang_scaling_fixes.specguard.flags import ACTION
 
 ARMED = [
@@ -136,7 +136,7 @@ def test_mooncake_does_not_hide_that_the_fix_itself_does_not_hold(
 def test_a_release_that_is_newer_than_any_tested_is_called_that(
     monkeypatch: pytest.MonkeyPatch, version: str, newer: bool
 ) -> None:
-    monkeypatch.setattr(patches, "state", lambda release, _: [{"name": "p", "state": release}])
+    monkeypatch.setattr(applied, "state", lambda release, _: [{"name": "p", "state": release}])
     found = loaded(sglang="/somewhere/sglang", proof=Proof({}, "2026", kept=True))
     result = report(monkeypatch, found, version=version)
     words = f"newer than any release that was tested, the last is {attach.LAST_RELEASE}"

@@ -21,7 +21,7 @@ import pytest
 from sglang_scaling_fixes.paths import PACKAGE, ROOT
 
 COMMAND_LINE = {"lab", "racecheck", "benchmarks", "retry", "cli", "doctor", "child_process"}
-COMMAND_LINE |= {"console", "doctor_command", "loading", "loading_probe", "proof_store"}
+COMMAND_LINE |= {"console", "doctor_command", "loading", "loading_probe", "proof_store", "patches"}
 FIXES = {"reclaim", "early_send_ordering", "ordering", "specguard", "layersplit", "resume"}
 FLOORS = [{"entry"}, {"plugin"}, {"flags"}, {"fixes"}, FIXES]
 """Of the server, from the top: a floor imports only what is below it. Ground is below them all."""

@@ -36,6 +36,7 @@ HERE: dict[str, Any] = {
     "error": None,
     "sglang": "/somewhere/sglang",
     "loader": True,
+    "patched": False,
     "calls": True,
     "state": "one",
 }

@@ -23,13 +23,14 @@ def install() -> None:
 
 
 def rest_when_idle(module: ModuleType) -> None:
-    """`Scheduler.on_idle` runs each time stock's loop found no batch to run, on every release."""
-    on_idle = module.Scheduler.on_idle
+    """One method runs each time stock's loop found no batch to run: `on_idle`, since 0.5.11."""
+    name = "on_idle" if hasattr(module.Scheduler, "on_idle") else "self_check_during_idle"
+    stock = getattr(module.Scheduler, name)
 
-    @functools.wraps(on_idle)
+    @functools.wraps(stock)
     def resting(scheduler: Any) -> Any:
-        found = on_idle(scheduler)
+        found = stock(scheduler)
         time.sleep(REST_S)
         return found
 
-    module.Scheduler.on_idle = resting
+    setattr(module.Scheduler, name, resting)

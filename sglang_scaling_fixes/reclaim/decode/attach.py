@@ -211,4 +211,4 @@ def _attach_maintenance() -> None:
     wrap(present(points.FLUSH), asked(Maintenance.flush))
     wrap(points.ATTACH_STORAGE, asked(Maintenance.storage))
     wrap(points.DETACH_STORAGE, asked(Maintenance.storage))
-    wrap(points.ANSWERS, maintenance.answers)
+    wrap(present(points.ANSWERS), maintenance.answers)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sglang_scaling_fixes import cli, racecheck
 from sglang_scaling_fixes.errors import ConfigError
-from sglang_scaling_fixes.racecheck import matrix, patches
+from sglang_scaling_fixes.racecheck import matrix
 
 SIDE = {"access": "write", "operation": "copy", "stream": "load", "stack": ["a.py:1 f: copy()"]}
 RACE: dict[str, Any] = {
@@ -101,50 +100,3 @@ def test_matrix_shows_stock_and_fixed() -> None:
     assert "| 0.5.9 | ok | **4** → ok | – → refused | ? |" in text
     assert "| 0.5.10 | ? | ? | ? | ? |" in text
     assert "| 0.5.9 | proof |" in text and "| 0.5.10 | no wheel |" in text
-
-
-def test_a_patched_copy_leaves_the_source_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source, folder, scratch = (tmp_path / name for name in ("source", "patches", "scratch"))
-    for path in (source / "sglang", folder / "0.5.9", scratch):
-        path.mkdir(parents=True)
-    (source / "sglang" / "a.py").write_text("one\ntwo\n")
-    (source / "sglang" / "b.py").write_text("other\n")
-    (folder / "0.5.9" / "series").write_text("1.patch\n")
-    (folder / "0.5.9" / "1.patch").write_text(
-        "why\n\n--- a/sglang/a.py\n+++ b/sglang/a.py\n@@ -1,0 +2 @@\n+one and a half\n"
-    )
-    monkeypatch.setattr(patches, "FOLDER", folder)
-    assert patches.available() == ("0.5.9",)
-    copy = patches.patched("0.5.9", source, scratch)
-    assert (copy / "sglang" / "a.py").read_text() == "one\none and a half\ntwo\n"
-    assert (copy / "sglang" / "b.py").read_text() == "other\n"
-    assert (source / "sglang" / "a.py").read_text() == "one\ntwo\n"
-
-
-def test_a_patch_that_does_not_apply_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source, folder, scratch = (tmp_path / name for name in ("source", "patches", "scratch"))
-    for path in (source / "sglang", folder / "0.5.9", scratch):
-        path.mkdir(parents=True)
-    (source / "sglang" / "a.py").write_text("one\n")
-    (folder / "0.5.9" / "series").write_text("1.patch\n")
-    (folder / "0.5.9" / "1.patch").write_text(
-        "--- a/sglang/a.py\n+++ b/sglang/a.py\n@@ -1,1 +1,1 @@\n-gone\n+new\n"
-    )
-    monkeypatch.setattr(patches, "FOLDER", folder)
-    with pytest.raises(ConfigError, match=r"patches for sglang 0\.5\.9 do not apply to .*a\.py"):
-        patches.patched("0.5.9", source, scratch)
-
-
-def test_the_patch_sets_of_this_repository_only_add_lines() -> None:
-    assert set(patches.available()) == {"0.5.9", "0.5.10", "0.5.10.post1"}
-    for release in patches.available():
-        for file in patches.files(release):
-            body = file.read_text().split("\n--- ", 1)[1].splitlines()[1:]
-            assert all(
-                line.startswith(("+", "@@", "--- a/")) and not line.startswith("-s")
-                for line in body
-            ), file
