@@ -18,7 +18,7 @@ from hypothesis.errors import NoSuchExample
 
 from sglang_scaling_fixes.reclaim.stock_shapes import decode_reads, prefill_reads
 from tests.contract import stock_threads
-from tests.contract.wheels import RELEASES, between, source
+from tests.contract.wheels import ARMED, RELEASES, between, source
 
 Frames = list[bytes]
 Reads = Callable[[Any, Frames], bool]
@@ -127,7 +127,7 @@ FUZZED = settings(
     suppress_health_check=list(HealthCheck),
 )
 ROLES = pytest.mark.parametrize("role", READS)
-EACH = pytest.mark.parametrize("release", RELEASES)
+EACH = pytest.mark.parametrize("release", ARMED)
 
 
 @ROLES
