@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from sglang_scaling_fixes.lab import wheels
 from sglang_scaling_fixes.patches import manifest, series
 from sglang_scaling_fixes.patches.anchors import inserted
-from sglang_scaling_fixes.patches.manifest import Manifest
+from sglang_scaling_fixes.patches.manifest import Manifest, Patch
 from sglang_scaling_fixes.paths import ROOT
+from sglang_scaling_fixes.release import version_tuple
 
 MARK = "# digests: written by `python -m tools.patches`\n"
 TEXTS = ROOT / "patches"
@@ -36,17 +37,21 @@ def texts() -> dict[str, str]:
 
 
 def sources(known: Manifest, release: str) -> dict[str, str]:
-    """The stock files that the release's series changes."""
-    names = {file for patch in known.series(release) for file in patch.files(release)}
+    """The stock files that patches of the release change."""
+    names = {file for patch in _of(known, release) for file in patch.files(release)}
     stock = wheels.source(release)
     return {name: (stock / name).read_text() for name in sorted(names)}
 
 
+def _of(known: Manifest, release: str) -> list[Patch]:
+    return [patch for patch in known.patches if release in patch.releases]
+
+
 def _digests(known: Manifest) -> Iterator[str]:
-    for release in known.releases():
+    for release in sorted({r for p in known.patches for r in p.releases}, key=version_tuple):
+        patches = _of(known, release)
         for file, source in sources(known, release).items():
             yield f'\n[[file]]\nreleases = ["{release}"]\npath = "{file}"\n'
-            patches = known.series(release)
             for names in manifest.combinations(patches, release, file):
                 insertions = [
                     insertion

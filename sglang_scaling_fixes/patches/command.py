@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sglang_scaling_fixes.patches import change, manifest, tree
+from sglang_scaling_fixes.errors import ConfigError
+from sglang_scaling_fixes.patches import change, export, manifest, tree
 from sglang_scaling_fixes.patches.change import Done
 
 
@@ -27,6 +28,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         _add_target(action)
         action.add_argument("--json", action="store_true", help="machine-readable output")
 
+    staging = actions.add_parser(
+        "export",
+        help="patches for upstream as commits on a checkout, with their pull-request texts",
+        description="Writes each patch for upstream as one commit on the checkout's HEAD, with "
+        "its test, signed by the checkout's own git identity, and the text of its pull request. "
+        "The checkout is only read.",
+    )
+    staging.add_argument("--to", type=Path, required=True, metavar="CHECKOUT", help="a git clone")
+    staging.add_argument("--format", choices=("mbox",), default="mbox", help="for git am (mbox)")
+    staging.add_argument(
+        "--output",
+        type=Path,
+        default=Path("upstream"),
+        metavar="FOLDER",
+        help="where to (upstream)",
+    )
+    _add_names(staging, "of upstream")
+
+
+def _add_names(parser: argparse.ArgumentParser, whose: str) -> None:
+    parser.add_argument(
+        "patches", nargs="*", metavar="PATCH", help=f"only these (default: all {whose})"
+    )
+
 
 def _add_target(parser: argparse.ArgumentParser) -> None:
     where = parser.add_mutually_exclusive_group()
@@ -39,17 +64,14 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
     where.add_argument(
         "--installed", action="store_true", help="the SGLang of this Python (the default)"
     )
-    parser.add_argument(
-        "patches",
-        nargs="*",
-        metavar="PATCH",
-        help="only these (default: all of the release)",
-    )
+    _add_names(parser, "of the release")
 
 
 def run(args: argparse.Namespace) -> int:
     """The exit status. Raises `ScalingFixesError`, and then nothing was changed."""
     known = manifest.load()
+    if args.action == "export":
+        return _export(known, args)
     root = tree.installed() if args.to is None else tree.find(args.to)
     if args.action != "check":
         done = {"apply": change.apply, "revert": change.revert}[args.action](
@@ -61,6 +83,19 @@ def run(args: argparse.Namespace) -> int:
     result = checked(known, root, args.patches)
     print(json.dumps(result, indent=2) if args.json else _table(result))
     return 0 if all(patch["state"] == "applied" for patch in result["patches"]) else 1
+
+
+def _export(known: manifest.Manifest, args: argparse.Namespace) -> int:
+    wanted = tuple(known.patch(name) for name in args.patches) or known.upstream()
+    for patch in wanted:
+        if patch.kind != "upstream":
+            names = ", ".join(each.name for each in known.upstream())
+            raise ConfigError(
+                f"patch {patch.name} is for operators, not for upstream; choose from {names}"
+            )
+    for one in export.export(wanted, export.Checkout(args.to), args.output):
+        print(f"{one.mbox}  {one.patch.title}")
+    return 0
 
 
 def checked(known: manifest.Manifest, root: Path, names: list[str]) -> dict[str, Any]:

@@ -67,6 +67,9 @@ class Patch:
     sentinel: str = ""
     """The file that checks the patch at import, relative to the folder that holds `sglang`. No
     release has it. Empty for what goes upstream."""
+    unit_test: str = ""
+    """For what goes upstream: where its test lies in a checkout. Ours has the same name, in
+    `upstream/`."""
     needs_plugin: bool = False
     """Whether its lines import this package, so that SGLang cannot start without it."""
 
@@ -98,6 +101,10 @@ class Manifest:
     def series(self, release: str) -> tuple[Patch, ...]:
         """What an operator applies to that release, in this order."""
         return tuple(p for p in self.patches if p.kind != "upstream" and release in p.releases)
+
+    def upstream(self) -> tuple[Patch, ...]:
+        """What goes upstream; each is of its own."""
+        return tuple(p for p in self.patches if p.kind == "upstream")
 
     def releases(self) -> tuple[str, ...]:
         """The releases with a series, oldest first."""
