@@ -16,7 +16,7 @@ import contextlib
 import errno
 import fcntl
 import os
-import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,6 +40,8 @@ class Done:
     """As it was before."""
     changed: tuple[str, ...]
     """The patches that were applied or taken back; none: there was nothing to do."""
+    healed: bool = False
+    """Whether an unfinished change was undone; the tree is as it was released."""
 
 
 def interrupted(root: Path) -> bool:
@@ -76,7 +78,7 @@ def revert(manifest: Manifest, root: Path, names: Iterable[str] = ()) -> Done:
         kept = record.load(root)
         if kept is not None and kept.interrupted(root):
             _heal(root, kept)
-            return Done(recognise(manifest, root), tuple(kept.patches))
+            return Done(recognise(manifest, root), (), healed=True)
         tree = recognise(manifest, root, names)
         tree.require_known()
         going = tuple(p.name for p in tree.patches if tree.state(p) != "not applied")
@@ -88,10 +90,19 @@ def revert(manifest: Manifest, root: Path, names: Iterable[str] = ()) -> Done:
 
 
 def _whole(tree: Tree) -> Tree:
-    """The same tree, seen with the whole series: patches that are not named may be there, too."""
+    """The same tree, seen with the whole series: patches that are not named may be there, too.
+
+    Raises `ForeignFile` where one of them shares a file with those that are named, and another
+    file of it is nobody's: what it has in the shared file could not be kept apart.
+    """
     series = tree.manifest.series(tree.release)
-    known = [p for p in series if p in tree.patches or not _foreign(tree, p.name)]
-    return Tree(tree.manifest, tree.root, tree.release, tuple(known))
+    shared = frozenset[str]().union(*(has or () for has in tree.files.values()))
+    known = [
+        p for p in series if p in tree.patches or p.name in shared or not _foreign(tree, p.name)
+    ]
+    whole = Tree(tree.manifest, tree.root, tree.release, tuple(known))
+    whole.require_known()
+    return whole
 
 
 def _foreign(tree: Tree, name: str) -> bool:
@@ -179,13 +190,27 @@ def _replace_all(root: Path, new: Files, goal: Record, stock: Files, now: Files)
             _forget_bytecode(root / name)
         for name, content in new.items():
             _put_in_place(root / name, content)
-    except BaseException:
-        for name in new:
-            _put(root / name, now[name])
-        _settle(root, before)
+    except BaseException as error:
+        _undo(root, new, now, before, error)
         raise
     over = goal.patches or goal.stock.keys() - goal.goal.keys()
     _settle(root, replace(goal, finished=True) if over else None)
+
+
+def _undo(root: Path, new: Files, now: Files, before: Record | None, error: BaseException) -> None:
+    """Every file as it was. Raises `ConfigError` where that fails, too; `revert` can later."""
+    try:
+        for name in new:  # first: they take the space that is wanted
+            if _beside(root / name).exists():
+                _beside(root / name).unlink()
+        for name in reversed(new):
+            _put(root / name, now[name])
+        _settle(root, before)
+    except OSError as second:
+        raise ConfigError(
+            f"{root} could be changed in part only ({error}), and that could not be undone "
+            f"({second}); run `sglang-scaling-fixes patch revert` on it when it can be written"
+        ) from error
 
 
 def _settle(root: Path, kept: Record | None) -> None:
@@ -220,10 +245,14 @@ def _beside(file: Path) -> Path:
 
 
 def _write_beside(file: Path, content: bytes) -> None:
+    """With the mode and the owner of the old file: a server must be able to read it."""
     beside = _beside(file)
     record.write(beside, content)
-    if file.exists():
-        shutil.copymode(file, beside)
+    there = file.exists()
+    about = (file if there else file.parent).stat()
+    beside.chmod(stat.S_IMODE(about.st_mode) if there else 0o644)
+    with contextlib.suppress(PermissionError):  # root can give a file away, others need not
+        os.chown(beside, about.st_uid, about.st_gid)
 
 
 def _put_in_place(file: Path, content: bytes | None) -> None:

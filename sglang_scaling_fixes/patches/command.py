@@ -120,12 +120,15 @@ def _result(done: Done) -> dict[str, Any]:
         "release": done.tree.release,
         "root": str(done.tree.root),
         "changed": list(done.changed),
+        "healed": done.healed,
     }
 
 
 def _told(action: str, done: Done) -> str:
     where = f"SGLang {done.tree.release} in {done.tree.root}"
     names = ", ".join(patch.name for patch in done.tree.patches)
+    if done.healed:
+        return f"{where}: an unfinished change was undone; it is as released. Restart its servers"
     if not done.changed:
         state = "applied already" if action == "apply" else "not applied"
         return f"{where}: {names}: {state}; nothing to do"

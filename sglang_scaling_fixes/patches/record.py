@@ -9,7 +9,6 @@ process that is killed leaves a tree that can be told and healed.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -89,8 +88,8 @@ def original(root: Path, record: Record, file: str) -> bytes | None:
 def drop(root: Path) -> None:
     """The tree is stock's again: nothing is kept. The record goes first: without it, what is left
     means nothing."""
-    with contextlib.suppress(FileNotFoundError):
-        (root / FOLDER / _STATE).unlink()
+    (root / FOLDER / _STATE).unlink(missing_ok=True)
+    if (root / FOLDER).exists():
         shutil.rmtree(root / FOLDER)
         sync((root / FOLDER).parent)
 

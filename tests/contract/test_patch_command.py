@@ -296,7 +296,6 @@ def test_a_folder_that_cannot_be_written_changes_nothing(closed: str, shared_tre
             os.chown(path, NOBODY, NOBODY)
     (shared_tree / closed).chmod(0o555)
     before = contents(shared_tree)
-    told = shared_tree / "sglang" / "told.txt"
 
     def as_somebody() -> int:
         if os.geteuid() == 0:
@@ -306,13 +305,15 @@ def test_a_folder_that_cannot_be_written_changes_nothing(closed: str, shared_tre
             status = patch("apply", shared_tree)
             err.seek(0)
             line = err.read().strip()
-        right = "cannot be written" in line and closed in line and "\n" not in line
-        return status if right else 99
+        assert "cannot be written" in line and closed in line and "\n" not in line, line
+        return status
 
     assert child(as_somebody) == 2
-    assert contents(shared_tree) == before and not told.exists()
+    assert contents(shared_tree) == before
     (shared_tree / closed).chmod(0o755)
     assert patch("apply", shared_tree) == 0  # the control: nothing else was in the way
+    owners = {(shared_tree / name).stat().st_uid for name in (*FILES, *SENTINELS)}
+    assert owners == {shared_tree.stat().st_uid}  # whoever patched, the owner can read it
 
 
 def killed_at(number: int, action: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> int:
@@ -356,6 +357,7 @@ def test_killed_between_two_renames_is_partial_and_heals(
     assert patch("apply", tree) == 2
     assert "was not finished" in capsys.readouterr().err
     assert patch("revert", tree) == 0
+    assert "an unfinished change was undone" in capsys.readouterr().out
     assert contents(tree) == stock
     assert patch("apply", tree) == 0
 
@@ -408,6 +410,41 @@ def test_a_rename_that_fails_undoes_those_before_it(
     assert "No space left" in capsys.readouterr().err
     assert contents(tree) == before
     assert set(states(tree, capsys).values()) == {"applied", "not applied"}
+
+
+def test_what_cannot_be_undone_either_is_told_and_healed_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    tree = small(NEWEST, tmp_path)
+    stock = contents(tree)
+    put, done = change._put_in_place, []
+
+    def fails_from_the_fourth_on(*args: Any) -> None:
+        done.append(args)
+        if len(done) >= 4:
+            raise OSError(28, "No space left on device", str(args[0]))
+        put(*args)
+
+    with monkeypatch.context() as context:
+        context.setattr(change, "_put_in_place", fails_from_the_fourth_on)
+        assert patch("apply", tree) == 2
+    line = capsys.readouterr().err.strip()
+    assert "in part only" in line and "patch revert" in line and "\n" not in line
+    assert set(states(tree, capsys).values()) == {"partial"}
+    assert patch("revert", tree) == 0
+    assert contents(tree) == stock
+
+
+def test_a_patch_that_shares_a_file_is_not_torn_apart(tmp_path: Path, capsys: Capture) -> None:
+    """The loader and the copies change the scheduler; another file of the copies is nobody's."""
+    tree = small(NEWEST, tmp_path)
+    assert patch("apply", tree, "copies-follow-forwards") == 0
+    other = tree / "sglang/srt/managers/cache_controller.py"
+    other.write_bytes(other.read_bytes() + b"# a change of somebody's\n")
+    before = contents(tree)
+    assert patch("apply", tree, "plugin-loader") == 2
+    assert "cache_controller.py (SHA-256 " in capsys.readouterr().err
+    assert contents(tree) == before
 
 
 # -- from a wheel ------------------------------------------------------------------------------
