@@ -263,7 +263,11 @@ MAINTENANCE = (
     + """
 import asyncio
 from sglang.srt.managers import io_struct
-from sglang.srt.managers.communicator import FanOutCommunicator
+try:
+    from sglang.srt.managers.communicator import FanOutCommunicator
+except ModuleNotFoundError:  # before 0.5.11
+    from sglang.srt.managers import tokenizer_communicator_mixin
+    FanOutCommunicator = tokenizer_communicator_mixin._Communicator
 
 decode = Decode()
 
@@ -427,7 +431,7 @@ print("maintenance:" + json.dumps(found))
 """
 )
 
-RELEASES = ("0.5.11", "0.5.13", "0.5.17", "0.5.20", NEW)
+RELEASES = ("0.5.10.post1", "0.5.11", "0.5.13", "0.5.17", "0.5.20", NEW)
 """Receivers, states of rooms and the operations changed between these."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -184,6 +185,17 @@ print(json.dumps({**found, "heavy": sorted(heavy)}))
 """
 
 
+def test_our_patch_asks_no_entry_point_and_needs_the_package(children: Children) -> None:
+    children.answers["installed"] |= {"patched": True, "ours": []}
+    found = loading.ask({"A": "1"})
+    assert found.problem is None
+    assert found.as_dict()["reason"] == "called by the patch plugin-loader"
+    children.answers["installed"] |= {"calls": False, "folder": None}
+    found = loading.ask({"A": "1"})
+    assert "has the patch plugin-loader" in str(found.problem)
+    assert "pip install it there" in str(found.problem)
+
+
 def installed(folder: Path, **env: str) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, "-P", "-c", ASK, loading_probe.__file__],
@@ -202,6 +214,17 @@ def test_whom_the_loader_calls_is_found_out_without_the_rest_of_sglang(tmp_path:
     assert (found["loader"], found["calls"]) == (True, True)
     assert found["heavy"] == []
     assert installed(tmp_path, LEAVE_OUT="scaling_fixes")["calls"] is False
+
+
+def test_our_patch_is_a_loader(tmp_path: Path) -> None:
+    """Its sentinel says so; what it checks is not looked at here."""
+    tree(tmp_path)
+    shutil.rmtree(tmp_path / "sglang/srt/plugins")
+    assert installed(tmp_path)["loader"] is False
+    (tmp_path / "sglang/srt/__init__.py").write_text('_NAME = "plugin-loader"\n')
+    found = installed(tmp_path)
+    assert (found["patched"], found["loader"], found["calls"]) == (True, True, True)
+    assert Path(found["folder"]) == PACKAGE
 
 
 def test_a_plugin_that_fails_leaves_it_open_whom_the_loader_calls(tmp_path: Path) -> None:
