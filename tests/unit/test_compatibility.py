@@ -73,6 +73,6 @@ def test_releases_without_a_loader_are_called_by_the_patch_only() -> None:
     for release in ("0.5.10", "0.5.10.post1"):
         assert rows[release][0] == "not called"
         assert rows[f"{release}, patched"] == [
-            *("called", "armed", "native", "armed", "unsupported", "unsupported", "armed")
+            *("called", "armed", "native", "native", "unsupported", "unsupported", "armed")
         ]
     assert rows["0.5.9"][0] == rows["0.5.9, patched"][0] == "not called"
