@@ -65,6 +65,12 @@ class Checkout:
             "GIT_INDEX_FILE": str(store / "index"),
             "GIT_OBJECT_DIRECTORY": str(store / "objects"),
             "GIT_ALTERNATE_OBJECT_DIRECTORIES": str(self._objects()),
+            # Not what the environment may say of somebody else.
+            **{
+                f"GIT_{who}_{name.upper()}": str(value)
+                for who in ("AUTHOR", "COMMITTER")
+                for name, value in self.author.items()
+            },
         }
         (store / "objects").mkdir()
         self._git("read-tree", "HEAD", env=env)

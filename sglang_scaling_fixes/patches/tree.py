@@ -148,12 +148,14 @@ def recognise(manifest: Manifest, root: Path, names: Iterable[str] = ()) -> Tree
         patches = tuple(p for p in series if not wanted or p in wanted)
         if patches and set(wanted) <= set(patches):
             trees.append(Tree(manifest, root, release, patches))
+    if not trees:
+        raise ConfigError(f"no release has all of {', '.join(names)}; apply them one by one")
     best = min(reversed(trees), key=_strangeness)
     if not _known(best):
         raise ConfigError(
-            f"{root} is none of the releases that there are patches for "
-            f"({', '.join(manifest.releases())}): {', '.join(best.files)} are of another one. "
-            f"Releases from {FIRST_RELEASE} on need none: install the plugin there"
+            f"{root} is none of the releases that there are these patches for "
+            f"({', '.join(tree.release for tree in trees)}): {', '.join(best.files)} are of "
+            f"another one. Releases from {FIRST_RELEASE} on need none: install the plugin there"
         )
     return best
 

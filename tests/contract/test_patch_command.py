@@ -227,6 +227,13 @@ def test_bad_input_is_one_line_and_status_2(
         assert "\n" not in line and all(word in line for word in words)
 
 
+def test_a_patch_of_another_release_is_refused(tmp_path: Path, capsys: Capture) -> None:
+    tree = small("0.5.9", tmp_path)
+    assert patch("apply", tree, "plugin-loader") == 2
+    line = capsys.readouterr().err.strip()
+    assert "these patches for (0.5.10, 0.5.10.post1)" in line and "launch_server.py" in line
+
+
 def test_two_targets_are_refused(capsys: Capture) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main(["patch", "apply", "--to", "/x", "--installed"])
@@ -258,6 +265,23 @@ def test_another_name_of_the_file_keeps_the_old_content_and_the_mode_stays(
     assert patch("apply", tree) == 0
     assert cache.read_bytes() == stock != (tree / POOL).read_bytes()
     assert stat.S_IMODE((tree / POOL).stat().st_mode) == 0o640
+
+
+def test_without_a_target_it_is_the_sglang_of_this_python(tmp_path: Path) -> None:
+    tree = small(NEWEST, tmp_path)
+    (tree / "sglang/__init__.py").touch()
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tree), str(ROOT)])}
+    command = [sys.executable, "-P", "-m", "sglang_scaling_fixes.cli", "patch"]
+    for action, words, where in (
+        ("apply", ": applied.", []),
+        ("check", "index-k-wait            applied", ["--installed"]),
+        ("revert", ": taken back.", ["--installed"]),
+    ):
+        done = subprocess.run(
+            [*command, action, *where], env=env, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert words in done.stdout and str(tree) in done.stdout
 
 
 def test_two_at_once_do_not_meet(tmp_path: Path, capsys: Capture) -> None:

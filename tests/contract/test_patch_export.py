@@ -61,8 +61,11 @@ def exported(clone: Path, output: Path, *names: str) -> int:
     return cli.main(["patch", "export", "--to", str(clone), "--output", str(output), *names])
 
 
-def test_each_is_a_commit_that_git_am_takes(tmp_path: Path) -> None:
+def test_each_is_a_commit_that_git_am_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clone = checkout(tmp_path / "clone")
+    monkeypatch.setenv("GIT_AUTHOR_NAME", "Somebody else")
     before = {path: path.read_bytes() for path in clone.rglob("*") if path.is_file()}
     assert exported(clone, tmp_path / "out") == 0
     assert {path: path.read_bytes() for path in clone.rglob("*") if path.is_file()} == before
