@@ -100,6 +100,28 @@ def test_the_pull_request_has_upstreams_form(patch: Patch) -> None:
     assert patch.unit_test.startswith("test/registered/unit/")
 
 
+RUFF = Path(sys.executable).with_name("ruff")
+
+
+@pytest.mark.parametrize("patch", UPSTREAM, ids=lambda patch: patch.name)
+def test_what_it_changes_is_laid_out_as_stock_is(patch: Patch) -> None:
+    """Stock 0.5.23 is as ruff's formatter leaves it, with its defaults; so are our files."""
+    sources = {str(export.unit_test(patch)): export.unit_test(patch).read_bytes()}
+    for name in patch.files(RELEASE):
+        stock = (source(RELEASE) / name).read_bytes()
+        assert laid_out(stock) and not laid_out(stock + b"a  = 1\n")  # it would be noticed
+        insertions = [i for i in patch.of(RELEASE) if i.file == name]
+        sources[name] = inserted(stock, insertions)
+    assert {name: laid_out(content) for name, content in sources.items()} == dict.fromkeys(
+        sources, True
+    )
+
+
+def laid_out(content: bytes) -> bool:
+    command = [str(RUFF), "format", "--isolated", "--check", "--quiet", "-"]
+    return subprocess.run(command, input=content, capture_output=True, check=False).returncode == 0
+
+
 def test_without_an_author_nothing_is_written(tmp_path: Path, capsys: Capture) -> None:
     clone = checkout(tmp_path / "clone")
     git(clone, "config", "--unset", "user.email")
