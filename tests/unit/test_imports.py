@@ -2,8 +2,8 @@
 
     server                                     command line
     entry > plugin > flags > fixes             cli > {racecheck, benchmarks} > lab
-      > {reclaim, ordering, specguard, ...}    retry: the proxy, a process of its own
-      > ground: every other module
+      > {reclaim, ordering, specguard, ...}    cli, doctor, racecheck > patches
+      > ground: every other module             retry: the proxy, a process of its own
 
 The command line may import modules of the server, never the other way round. Every import counts,
 also one inside a function or for type checkers only.
