@@ -18,9 +18,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import xml.etree.ElementTree as ET
 from collections import Counter
@@ -40,7 +42,24 @@ TOTALS: Counter[str] = Counter()
 STARTED = time.monotonic()
 
 
+class LeastMemory(threading.Thread):
+    """What is available at the least. Where it is little, pages of programs are read from the disk
+    again and again, and every test crawls."""
+
+    gib = float("inf")
+
+    def run(self) -> None:
+        while True:
+            if found := re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text()):
+                self.gib = min(self.gib, int(found[1]) / 2**20)
+            time.sleep(2)
+
+
+MEMORY = LeastMemory(daemon=True)
+
+
 def main() -> int:
+    MEMORY.start()
     if sys.argv[1:] == ["long"]:
         step("lab", BIN / "sglang-scaling-fixes", "lab", "install", LAB_RELEASE)
         pytest("long e2e", ["tests/e2e"], "-n", "0", "-m", "long")
@@ -164,6 +183,7 @@ def say(text: str) -> None:
 
 
 def finish() -> int:
+    say(f"memory: {MEMORY.gib:.1f} GiB were available at the least")
     order = ("failed", "passed", "skipped", "errors")
     parts = [f"{TOTALS[word]} {word}" for word in order if TOTALS[word]] or ["no tests ran"]
     text = f" {', '.join(parts)} in {time.monotonic() - STARTED:.2f}s "
