@@ -4,8 +4,9 @@
     stock wheels      download what the contract tests read, once
     lab               the release that tests start beside the one of .venv
     fast tests        what talks to real sockets and engines: side by side, no server
-    e2e               real servers, one test at a time; beside it, on what CPU it leaves:
-    background        tests that only compute, or import SGLang in many processes
+    e2e               real servers, one test at a time
+    background        tests that only compute, or import SGLang in many processes: beside both,
+                      on what CPU they leave
 
 With `long` as its argument it runs only the tests on real servers that are marked so. They take
 some ten minutes more than CI has to spare; `docs/measured.md` says when they last passed.
@@ -74,8 +75,8 @@ def main() -> int:
         step(name, *command)
     # All but those below, so that a new folder is never left out.
     folders = {f"tests/{p.name}" for p in (ROOT / "tests").iterdir() if p.is_dir()} - SLOW
-    pytest("fast tests", sorted(folders - PATIENT), *SIDE_BY_SIDE)
     with beside("background", sorted(PATIENT), *SIDE_BY_SIDE):
+        pytest("fast tests", sorted(folders - PATIENT), *SIDE_BY_SIDE)
         pytest("e2e", ["tests/e2e"], "-n", "0", "-m", "e2e and not long")
     return finish()
 
