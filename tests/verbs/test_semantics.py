@@ -285,6 +285,7 @@ def bytes_land_after_the_sender_was_told_that_they_failed(both: Two) -> None:
     with both.receiver.held():
         both.sender.posts("write", both.receiver, 1)
         assert both.sender.completions(1) == [(1, RETRIES)]
+        time.sleep(1)  # for the receiver's device to hear of the end, while it holds the bytes
         assert both.receiver.number("count", 7) == 0
     eventually(lambda: both.receiver.number("count", 7) == SIZE)
     assert both.receiver.number("state") == RTS
