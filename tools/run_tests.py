@@ -3,10 +3,10 @@
     lint              ruff and mypy: seconds, and first to say what is wrong
     stock wheels      download what the contract tests read, once
     lab               the release that tests start beside the one of .venv
-    fast tests        what talks to real sockets and engines: side by side, no server
-    e2e               real servers, one test at a time
-    background        tests that only compute, or import SGLang in many processes: beside both,
-                      on what CPU they leave
+    fast tests        what talks to real sockets, engines and ranks: side by side, no server.
+                      Not beside e2e: ranks take memory of which stock's HiCache wants 10 GB free
+    e2e               real servers, one test at a time; beside it, on what CPU it leaves:
+    background        tests that only compute, or import SGLang in many processes
 
 With `long` as its argument it runs only the tests on real servers that are marked so. They take
 some ten minutes more than CI has to spare; `docs/measured.md` says when they last passed.
@@ -33,8 +33,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 LAB_RELEASE = "0.5.12"
-PATIENT = {f"tests/{name}" for name in ("contract", "layersplit", "starts", "unit")}
-"""Of these no test minds to wait for a core for seconds."""
+PATIENT = {"tests/contract", "tests/starts", "tests/unit"}  # may wait for a core for seconds
 SLOW = {"tests/e2e", "tests/gpu"}  # serial; and for machines with a GPU, by hand
 SIDE_BY_SIDE = ("-n", "auto", "--dist=worksteal")
 NO_TESTS_COLLECTED = 5
@@ -75,8 +74,8 @@ def main() -> int:
         step(name, *command)
     # All but those below, so that a new folder is never left out.
     folders = {f"tests/{p.name}" for p in (ROOT / "tests").iterdir() if p.is_dir()} - SLOW
+    pytest("fast tests", sorted(folders - PATIENT), *SIDE_BY_SIDE)
     with beside("background", sorted(PATIENT), *SIDE_BY_SIDE):
-        pytest("fast tests", sorted(folders - PATIENT), *SIDE_BY_SIDE)
         pytest("e2e", ["tests/e2e"], "-n", "0", "-m", "e2e and not long")
     return finish()
 

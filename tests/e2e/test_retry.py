@@ -311,13 +311,14 @@ def test_a_worker_is_killed_under_a_hundred_clients(workers: tuple[Served, Serve
 
     Clients of a proxy that migrates streams notice nothing at all.
     """
-    prompts = [prompt(60, seed=number) for number in range(8)]
+    # Each comes to one worker, by the servers' ports: of so many some come to each.
+    prompts = [prompt(60, seed=number) for number in range(16)]
     right = [workers[1].ask(asked, MANY_TOKENS).ids for asked in prompts]
     urls = [w.servers[0].url for w in workers]
     plain, migrating = Proxy(urls), Proxy(urls, "--migrations", "1")
 
     def one(number: int) -> str:
-        asked, wanted = prompts[number % 8], right[number % 8]
+        asked, wanted = prompts[number // 2 % 16], right[number // 2 % 16]
         proxy, stream = (plain, migrating)[number % 2], number % 4 < 2
         body = {**greedy(asked, MANY_TOKENS), "rid": f"many:{number}", "stream": stream}
         answer = proxy.post("/generate", body)
