@@ -18,6 +18,7 @@ from typing import Any
 from sglang_scaling_fixes.attach import wrap
 from sglang_scaling_fixes.layersplit import points, report, tree
 from sglang_scaling_fixes.layersplit.scratch import Size
+from sglang_scaling_fixes.layersplit.sharing import Covered
 from sglang_scaling_fixes.layersplit.tree import Path
 
 
@@ -29,7 +30,7 @@ class Admission:
         self._page_size = page_size
         self._pages = 0
         self._requests = 0
-        self._paths: set[int] = set()
+        self._covered = Covered(page_size)
 
     def fits(self, tokens: int, path: Path) -> bool:
         """Whether a request with a prefix of `tokens` may join. The first one always may.
@@ -45,11 +46,10 @@ class Admission:
     def take(self, tokens: int, path: Path) -> None:
         self._pages += self._needed(tokens, path)
         self._requests += 1
-        self._paths.update(node for node, _ in path)
+        self._covered.add(tokens, path)
 
     def _needed(self, tokens: int, path: Path) -> int:
-        shared = max((end for node, end in path if node in self._paths), default=0)
-        return -(-tokens // self._page_size) - min(shared, tokens) // self._page_size
+        return -(-tokens // self._page_size) - self._covered.pages(tokens, path)
 
 
 _ADMISSION = "sglang_scaling_fixes_layer_split"

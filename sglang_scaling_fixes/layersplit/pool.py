@@ -44,7 +44,7 @@ from sglang_scaling_fixes.layersplit.moves import move_index_keys
 from sglang_scaling_fixes.layersplit.pack import pack
 from sglang_scaling_fixes.layersplit.schedule import SCRATCHES
 from sglang_scaling_fixes.layersplit.scratch import Scratch, Size
-from sglang_scaling_fixes.layersplit.sharing import Sharing
+from sglang_scaling_fixes.layersplit.sharing import Sharing, several
 from sglang_scaling_fixes.metrics import Metrics
 
 _SCRATCH, _OWNER = "scratch", "owner"
@@ -243,6 +243,7 @@ class LayerSplitDSATokenToKVPool(DSATokenToKVPool):  # type: ignore[misc]  # sgl
                 f" {len(plan.pages) - 1} pages, and a scratch has {self.size_of_scratch.pages - 1}"
             )
         self.stats.inc("forwards")
+        self.stats.inc("host_waits", by=shared is None and several(prefix_lens))
         exposed_ms = int(self.lane.exposed_ms())
         self.stats.inc("exposed_ms", by=exposed_ms - self._exposed_ms)
         self._exposed_ms = exposed_ms

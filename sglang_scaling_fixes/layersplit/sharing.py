@@ -68,11 +68,27 @@ def shared_pages(
     """
     if any(prefix and not path for path, prefix in zip(paths, prefixes, strict=True)):
         return None
-    covered: dict[int, int] = {}  # by node: tokens from the root that an earlier request has
+    covered = Covered(page_size)
     shared = []
     for path, prefix in zip(paths, prefixes, strict=True):
-        tokens = max((covered.get(node, 0) for node, _ in path), default=0)
-        shared.append(min(tokens, prefix) // page_size)
-        for node, end in path:
-            covered[node] = max(covered.get(node, 0), min(end, prefix))
+        shared.append(covered.pages(prefix, path))
+        covered.add(prefix, path)
     return shared
+
+
+class Covered:
+    """What the requests that a batch has so far have of the tree."""
+
+    def __init__(self, page_size: int) -> None:
+        self._page_size = page_size
+        self._tokens: dict[int, int] = {}  # by node: from the root, as far as one has them
+
+    def pages(self, prefix: int, path: Path) -> int:
+        """Whole pages that one of them has of a prefix of so many tokens, in these nodes."""
+        tokens = max((self._tokens.get(node, 0) for node, _ in path), default=0)
+        return min(tokens, prefix) // self._page_size
+
+    def add(self, prefix: int, path: Path) -> None:
+        """A request more. Its prefix may end before its last node does."""
+        for node, end in path:
+            self._tokens[node] = max(self._tokens.get(node, 0), min(end, prefix))

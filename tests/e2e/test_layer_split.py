@@ -102,6 +102,7 @@ def test_answers_are_the_dense_models_with_drafts_and_after_a_load_back(
         counted = split(served)
         # KV and index keys of the pages in use, once for each layer: bf16 has 576 values.
         assert counted["bytes"] == counted["pages"] * PAGE * (2 * 576 + 132) * LAYERS > 0
+        assert counted["host_waits"] == 0
         assert counted["exposed_ms"] > 0  # 20 ms a layer show somewhere
         assert served.cluster is not None
         held = report(served.cluster)
@@ -157,7 +158,9 @@ def test_a_prefix_that_does_not_fit_the_scratch_waits_its_turn(
             for ids, reply in zip(prompts, asked_at_once(served, prompts), strict=True):
                 assert reply.prefill["cached_tokens"] == 4 * PAGE
                 assert_dense_agrees(model, ids, reply)
-        assert (split(served)["deferred"] > 0) == waits
+        counted = split(served)
+        assert (counted["deferred"] > 0) == waits
+        assert counted["host_waits"] == 0  # where they fit, several prefixes were in one pass
 
 
 @pytest.mark.long

@@ -66,7 +66,7 @@ class SharesTooMuch(Admission):
     """Takes the deepest node that anybody has for one that this request has."""
 
     def _needed(self, tokens: int, path: Path) -> int:
-        return super()._needed(tokens, [(node, tokens) for node in self._paths])
+        return super()._needed(tokens, [(node, tokens) for node in self._covered._tokens])
 
 
 TWO = [Asked([(0, 3 * PAGE)], 0), Asked([(1, 3 * PAGE)], 0)]
@@ -84,6 +84,15 @@ def test_a_node_that_both_have_counts_once_and_a_partly_filled_page_whole() -> N
     room.take(3 * PAGE + 1, [(1, 2 * PAGE), (0, PAGE)])
     assert room.fits(4 * PAGE, [(0, PAGE)])
     assert not room.fits(4 * PAGE, [(2, PAGE)])
+
+
+def test_a_prefix_that_was_cut_covers_no_more_than_itself() -> None:
+    """The second request needs the five pages behind it, though its nodes are the first one's."""
+    path = [(7, 9 * PAGE)]
+    for pages, joins in ((8, False), (9, True)):
+        room = Admission(Size(pages, 8, 4), PAGE)
+        room.take(4 * PAGE, path)
+        assert room.fits(9 * PAGE, path) == joins
 
 
 # -- stock's adder -------------------------------------------------------------------------

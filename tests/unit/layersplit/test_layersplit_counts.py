@@ -52,6 +52,16 @@ def test_a_pass_counts_what_it_sends(pool: Any) -> None:
     assert counts(pool)["bytes"] == SCRATCHES * PREFIX * row
 
 
+@pytest.mark.parametrize(("shared", "waits"), [(None, 1), ([0, 1], 0)])
+def test_a_pass_counts_when_the_host_has_to_ask(
+    pool: Any, shared: list[int] | None, waits: int
+) -> None:
+    slots = torch.arange(probe._PAGE, probe._PAGE * (probe._PAGES - 1)).expand(2, -1)
+    prefixes = [probe._PAGE] * 2
+    pool.begin(slots, torch.tensor([0, 1]), prefixes, [p + NEW for p in prefixes], shared=shared)
+    assert counts(pool)["host_waits"] == waits
+
+
 def test_exposed_time_is_exported_in_whole_milliseconds(pool: Any) -> None:
     for ms, exported in ((0.4, 0), (1.7, 1), (1.9, 1), (7.0, 7)):
         pool.lane.ms = ms
