@@ -9,14 +9,14 @@ from sglang_scaling_fixes.patches import manifest
 from tests.contract.wheels import source
 
 KNOWN = manifest.load()
-FILES = sorted({f for r in KNOWN.releases() for patch in KNOWN.series(r) for f in patch.files(r)})
+FILES = sorted({file for release in KNOWN.releases() for file in KNOWN.files(release)})
 """What any series changes, relative to the folder that holds `sglang`."""
 
 
 def changed(release: str) -> tuple[list[str], list[str]]:
     """The files of stock's that the series of the release changes, and its sentinels."""
     series = KNOWN.series(release)
-    return sorted({f for p in series for f in p.files(release)}), sorted(p.sentinel for p in series)
+    return sorted(KNOWN.files(release)), sorted(p.sentinel for p in series)
 
 
 SENTINELS = sorted({patch.sentinel for patch in KNOWN.patches if patch.sentinel})

@@ -57,7 +57,7 @@ def trees() -> Iterable[tuple[str, bool]]:
 def answer(release: str, is_patched: bool, scratch: Path) -> dict[str, Any]:
     """What `doctor --json` says. Raises `RuntimeError` with its last line where it says nothing."""
     known = manifest.load()
-    files = {f for p in known.series(release) for f in p.files(release)} if is_patched else set()
+    files = known.files(release) if is_patched else ()
     tree = patched.copied(wheels.source(release), scratch / release, files)
     if is_patched:
         change.apply(known, tree)

@@ -8,7 +8,6 @@ Reads the stock wheels. Run it after every change of the manifest and of the sen
 
 from __future__ import annotations
 
-import hashlib
 import tomllib
 from collections.abc import Iterator
 
@@ -16,6 +15,7 @@ from sglang_scaling_fixes.lab import wheels
 from sglang_scaling_fixes.patches import manifest, series
 from sglang_scaling_fixes.patches.anchors import inserted
 from sglang_scaling_fixes.patches.manifest import Manifest, Patch
+from sglang_scaling_fixes.patches.tree import sha256
 from sglang_scaling_fixes.paths import ROOT
 from sglang_scaling_fixes.release import version_tuple
 
@@ -53,14 +53,9 @@ def _digests(known: Manifest) -> Iterator[str]:
         for file, source in sources(known, release).items():
             yield f'\n[[file]]\nreleases = ["{release}"]\npath = "{file}"\n'
             for names in manifest.combinations(patches, release, file):
-                insertions = [
-                    insertion
-                    for patch in patches
-                    if patch.name in names
-                    for insertion in patch.of(release)
-                    if insertion.file == file
-                ]
-                digest = hashlib.sha256(inserted(source.encode(), insertions)).hexdigest()
+                chosen = [patch for patch in patches if patch.name in names]
+                insertions = [i for patch in chosen for i in patch.of(release, file)]
+                digest = sha256(inserted(source.encode(), insertions))
                 yield (
                     f'stock = "{digest}"\n[file.with]\n'
                     if not names

@@ -26,7 +26,7 @@ from sglang_scaling_fixes.patches import record
 from sglang_scaling_fixes.patches.anchors import inserted
 from sglang_scaling_fixes.patches.manifest import Manifest
 from sglang_scaling_fixes.patches.record import Record
-from sglang_scaling_fixes.patches.tree import Tree, recognise, sha256
+from sglang_scaling_fixes.patches.tree import Tree, read, recognise, sha256
 
 Files = dict[str, bytes | None]
 """`{file: content}`; None: not there."""
@@ -160,7 +160,7 @@ def _built(tree: Tree, stock: Files, names: set[str]) -> Files:
     chosen = [patch for patch in tree.patches if patch.name in names]
     new: Files = {}
     for name, content in stock.items():
-        insertions = [i for p in chosen for i in p.of(tree.release) if i.file == name]
+        insertions = [i for p in chosen for i in p.of(tree.release, name)]
         new[name] = inserted(content, insertions) if content is not None else None
         if content is not None:
             has = frozenset(p.name for p in chosen if name in p.files(tree.release))
@@ -224,7 +224,7 @@ def _settle(root: Path, kept: Record | None) -> None:
 def _heal(root: Path, kept: Record) -> None:
     """Every file is stock's again, whatever it was on the way to; nobody's files are left alone."""
     for name in kept.goal:
-        found = sha256(record.read(root / name))
+        found = sha256(read(root / name))
         if found not in (kept.stock[name], kept.was[name], kept.goal[name]):
             raise ConfigError(
                 f"{root / name} was changed by somebody else since; nothing was taken back. Put "
@@ -266,7 +266,7 @@ def _put_in_place(file: Path, content: bytes | None) -> None:
 
 def _put(file: Path, content: bytes | None) -> None:
     """Both steps for one file, unless it has this content already."""
-    if record.read(file) != content:
+    if read(file) != content:
         if content is not None:
             _write_beside(file, content)
         _forget_bytecode(file)

@@ -156,7 +156,7 @@ def _files(patch: Patch, checkout: Checkout) -> dict[str, bytes]:
                 f"--to {checkout.path}: {path} is not in its HEAD; check out SGLang {release} or "
                 "later"
             )
-        files[path] = inserted(content, [i for i in patch.of(release) if i.file == name])
+        files[path] = inserted(content, patch.of(release, name))
     if checkout.read(patch.unit_test) is not None:
         raise ConfigError(f"--to {checkout.path}: {patch.unit_test} is there already")
     return {**files, patch.unit_test: unit_test(patch).read_bytes()}

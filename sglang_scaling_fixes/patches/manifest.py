@@ -73,9 +73,13 @@ class Patch:
     needs_plugin: bool = False
     """Whether its lines import this package, so that SGLang cannot start without it."""
 
-    def of(self, release: str) -> tuple[Insertion, ...]:
-        """Its insertions into that release."""
-        return tuple(i for i in self.insertions if not i.releases or release in i.releases)
+    def of(self, release: str, file: str | None = None) -> tuple[Insertion, ...]:
+        """Its insertions into that release, or into one file of it."""
+        return tuple(
+            i
+            for i in self.insertions
+            if (not i.releases or release in i.releases) and file in (None, i.file)
+        )
 
     def files(self, release: str) -> tuple[str, ...]:
         """The files of stock's that it changes there, in the order of the manifest."""
@@ -101,6 +105,10 @@ class Manifest:
     def series(self, release: str) -> tuple[Patch, ...]:
         """What an operator applies to that release, in this order."""
         return tuple(p for p in self.patches if p.kind != "upstream" and release in p.releases)
+
+    def files(self, release: str) -> frozenset[str]:
+        """The files of stock's that the series of that release changes."""
+        return frozenset(file for patch in self.series(release) for file in patch.files(release))
 
     def upstream(self) -> tuple[Patch, ...]:
         """What goes upstream; each is of its own."""

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from sglang_scaling_fixes.errors import ConfigError
-from sglang_scaling_fixes.patches.tree import sha256
+from sglang_scaling_fixes.patches.tree import read, sha256
 
 FOLDER = Path("sglang", ".scaling-fixes")
 _STATE = "state.json"
@@ -92,14 +92,6 @@ def drop(root: Path) -> None:
     if (root / FOLDER).exists():
         shutil.rmtree(root / FOLDER)
         sync((root / FOLDER).parent)
-
-
-def read(file: Path) -> bytes | None:
-    """None where there is no such file."""
-    try:
-        return file.read_bytes()
-    except FileNotFoundError:
-        return None
 
 
 def write(file: Path, content: bytes) -> None:

@@ -57,8 +57,8 @@ def _text(manifest: Manifest, patch: Patch, release: str, sources: Mapping[str, 
     before = series[: series.index(patch)]
     for file in patch.files(release):
         source = sources[release][file]
-        own = places(source, [i for i in patch.of(release) if i.file == file])
-        theirs = [i for other in before for i in other.of(release) if i.file == file]
+        own = places(source, patch.of(release, file))
+        theirs = [i for other in before for i in other.of(release, file)]
         parts.append(f"--- a/{file}\n+++ b/{file}\n" + _hunks(own, places(source, theirs)))
     return "".join(parts)
 

@@ -35,6 +35,14 @@ def sha256(content: bytes | None) -> str | None:
     return None if content is None else hashlib.sha256(content).hexdigest()
 
 
+def read(file: Path) -> bytes | None:
+    """None where there is no such file."""
+    try:
+        return file.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
 def find(path: Path) -> Path:
     """The folder that holds the package `sglang`, at `path` or in its folder `python`.
 
@@ -81,10 +89,7 @@ class Tree:
 
     def content(self, file: str) -> bytes | None:
         """None where it is not there."""
-        try:
-            return (self.root / file).read_bytes()
-        except FileNotFoundError:
-            return None
+        return read(self.root / file)
 
     def foreign(self) -> list[str]:
         """What is nobody's: files of the patches, and sentinels."""

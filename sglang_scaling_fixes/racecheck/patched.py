@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from sglang_scaling_fixes.patches import change, manifest
@@ -25,13 +26,12 @@ def patched(release: str, source: Path, scratch: Path) -> Path:
     Raises `ScalingFixesError` if its files are not that release's.
     """
     known = manifest.load()
-    own = {file for patch in known.series(release) for file in patch.files(release)}
-    target = copied(source, scratch / release, own)
+    target = copied(source, scratch / release, known.files(release))
     change.apply(known, target, waits(release))
     return target
 
 
-def copied(source: Path, target: Path, own: set[str]) -> Path:
+def copied(source: Path, target: Path, own: Iterable[str]) -> Path:
     """The `sglang` package below `source` as links in `target`, the files of `own` as copies."""
     shutil.copytree(source / "sglang", target / "sglang", copy_function=os.symlink)
     for name in own:

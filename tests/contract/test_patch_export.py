@@ -110,8 +110,7 @@ def test_what_it_changes_is_laid_out_as_stock_is(patch: Patch) -> None:
     for name in patch.files(RELEASE):
         stock = (source(RELEASE) / name).read_bytes()
         assert laid_out(stock) and not laid_out(stock + b"a  = 1\n")  # it would be noticed
-        insertions = [i for i in patch.of(RELEASE) if i.file == name]
-        sources[name] = inserted(stock, insertions)
+        sources[name] = inserted(stock, patch.of(RELEASE, name))
     assert {name: laid_out(content) for name, content in sources.items()} == dict.fromkeys(
         sources, True
     )
@@ -182,8 +181,8 @@ def test_the_tests_are_red_before_and_green_after(tmp_path: Path) -> None:
     after = patched.copied(source(RELEASE), tmp_path / "after", files)
     for patch in UPSTREAM:
         for name in patch.files(RELEASE):
-            insertions = [i for i in patch.of(RELEASE) if i.file == name]
-            (after / name).write_bytes(inserted((after / name).read_bytes(), insertions))
+            stock = (after / name).read_bytes()
+            (after / name).write_bytes(inserted(stock, patch.of(RELEASE, name)))
     for tree, red in ((source(RELEASE), True), (after, False)):
         said = run_all(tree)
         for patch in UPSTREAM:
