@@ -39,7 +39,8 @@ from sglang_scaling_fixes.presence import exists
 logger = logging.getLogger(__name__)
 
 LOADER = "sglang.srt.plugins"
-"""Stock's plugin loader, from 0.5.11 on."""
+"""Stock's plugin loader, from 0.5.11 on. `loading_probe` has the name too: it runs without this
+package, and no server imports it."""
 REPORT_KEY = "sglang_scaling_fixes"
 """Our key in `/server_info` and in what schedulers report to the main process."""
 

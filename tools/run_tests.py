@@ -8,8 +8,8 @@
     e2e               real servers, one test at a time; beside it, on what CPU it leaves:
     background        tests that only compute, or import SGLang in many processes
 
-With `long` as its argument it runs only the tests on real servers that are marked so. They take
-some ten minutes more than CI has to spare; `docs/measured.md` says when they last passed.
+With `long` as its argument it runs only the tests on real servers that are marked so: more than
+CI has time for. `docs/measured.md` says when they last passed.
 
 A failed step does not stop the next: one run shows all there is to mend. The
 exit status is 0 only if every step passed.

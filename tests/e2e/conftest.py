@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from sglang_scaling_fixes.lab.servers.process import tail
 from sglang_scaling_fixes.lab.servers.server import ANSWER_S
 
 LOG_LINES = 12
@@ -51,7 +52,7 @@ def servers() -> dict[Path, list[psutil.Process]]:
 
 
 def said(log: Path, processes: list[psutil.Process]) -> str:
-    lines = [line[:300] for line in log.read_text(errors="replace").splitlines()[-LOG_LINES:]]
+    lines = [line[:300] for line in tail(log, LOG_LINES).splitlines()]
     for process in processes:
         with process.oneshot():
             lines.append(f"{process.pid} {process.name()} {process.status()} {process.cpu_times()}")

@@ -64,7 +64,12 @@ class Supervised:
 
     def tail(self, lines: int = 8) -> str:
         """The last lines of the log."""
-        with self.log.open("rb") as file:
-            file.seek(max(0, self.log.stat().st_size - 16384))
-            text = file.read().decode(errors="replace")
-        return "\n".join(text.splitlines()[-lines:])
+        return tail(self.log, lines)
+
+
+def tail(log: Path, lines: int) -> str:
+    """The last lines of a log, of its last 16 KiB at most."""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 16384))
+        text = file.read().decode(errors="replace")
+    return "\n".join(text.splitlines()[-lines:])

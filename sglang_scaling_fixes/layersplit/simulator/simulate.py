@@ -41,7 +41,9 @@ def run(asked: Asked, progress: Progress = lambda name, done, of: None) -> dict[
     check_pool(asked.pool, longest=1)
     pools = []
     for one in deployment.of(asked.pool, asked.host_bytes):
-        replay = Replay(asked.trace, asked.pool, _within(one, asked), asked.rates, asked.faster)
+        # No server of the model reads a longer prompt.
+        within = one.but(longest=asked.pool.model.context)
+        replay = Replay(asked.trace, asked.pool, within, asked.rates, asked.faster)
 
         def told(done: int, of: int, name: str = one.name) -> None:
             progress(name, done, of)
@@ -63,11 +65,6 @@ def run(asked: Asked, progress: Progress = lambda name, done, of: None) -> dict[
         "rules": list(labels.RULES),
         "left_out": list(labels.LEFT_OUT),
     }
-
-
-def _within(one: Deployment, asked: Asked) -> Deployment:
-    """No server of the model reads a longer prompt."""
-    return one.but(longest=asked.pool.model.context)
 
 
 def _trace(asked: Asked) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ import pytest
 from sglang_scaling_fixes import cli
 from sglang_scaling_fixes.layersplit.planner.labels import FORMULAS
 from sglang_scaling_fixes.layersplit.planner.layout import WIDTH
+from tests.layersplit.figures import figures
 
 FLAGS = {
     "--model": "glm-5.1",
@@ -35,18 +35,6 @@ def made(capsys: pytest.CaptureFixture[str], **changed: str) -> dict[str, Any]:
     found = json.loads(capsys.readouterr().out)
     assert isinstance(found, dict)
     return found
-
-
-def figures(value: Any, path: str = "") -> Iterator[str]:
-    """The path of every number (or None in place of one); of a list's, without the position."""
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from figures(inner, f"{path}.{name}" if path else name)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from figures(inner, path)
-    elif value is None or isinstance(value, int | float):
-        yield path
 
 
 def unlabelled(plan: dict[str, Any]) -> set[str]:

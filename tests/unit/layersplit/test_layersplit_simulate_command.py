@@ -8,7 +8,6 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -21,6 +20,7 @@ from sglang_scaling_fixes.layersplit.simulator import picture
 from sglang_scaling_fixes.layersplit.simulator.labels import FORMULAS
 from sglang_scaling_fixes.layersplit.simulator.progress import Bar
 from sglang_scaling_fixes.paths import ROOT
+from tests.layersplit.figures import figures
 
 TRACES = ROOT / "benchmarks" / "layersplit" / "traces"
 AIPERF = str(TRACES / "agentic_code_30sessions_seed42.jsonl")
@@ -44,17 +44,6 @@ def made(*asked: str) -> dict[str, Any]:
     found = json.loads(printed(*asked))
     assert isinstance(found, dict)
     return found
-
-
-def figures(value: Any, path: str = "") -> Iterator[str]:
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from figures(inner, f"{path}.{name}" if path else name)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from figures(inner, path)
-    elif value is None or isinstance(value, int | float):
-        yield path
 
 
 def unlabelled(found: dict[str, Any]) -> set[str]:
